@@ -1,0 +1,38 @@
+# make demo   train on real handwritten digits with every speed-up on, then with all of them off
+# make test   the test suite          make lint   ruff and pyright
+PY := .venv/bin/python
+
+.PHONY: help setup demo test test-fast lint format docs lock clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n 's/^# \(make.*\)/\1/p' Makefile
+
+setup: .venv/.ready
+
+.venv/.ready: pyproject.toml constraints.txt scripts/setup.sh
+	@scripts/setup.sh
+	@touch $@
+
+demo: setup
+	@$(PY) run.py -f yamls/digits_medium.yaml --compare $(ARGS)
+
+test: setup
+	@$(PY) -m pytest $(ARGS)
+
+test-fast: setup
+	@$(PY) -m pytest -m "not slow" $(ARGS)
+
+lint: setup
+	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/pyright
+
+format: setup
+	@.venv/bin/ruff check --fix . ; .venv/bin/ruff format .
+
+# Pins for every extra and every supported Python; names and versions only.
+lock: setup
+	@.venv/bin/uv pip compile pyproject.toml --all-extras --universal --python-version 3.10 \
+		--no-header --no-annotate --quiet --upgrade -o constraints.txt
+
+clean:
+	rm -rf .venv .cache build dist *.egg-info

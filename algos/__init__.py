@@ -1,0 +1,34 @@
+"""Training speed-ups for image classifiers: pure functions, and Composer algorithms made of them.
+
+Names are imported when they are first used, so importing one algorithm costs one algorithm.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_MORE = {
+    "Contract": ".base",
+    "Resource": ".base",
+    "SpeedUp": ".base",
+    "Stage": ".progressive_resizing",
+    "arrange": ".ordering",
+}
+
+
+def __getattr__(name: str) -> Any:
+    module = _public_names().get(name)
+    if module is None:
+        raise AttributeError(f"module 'algos' has no attribute {name!r}; it has: {', '.join(__dir__())}")
+    return getattr(import_module(module, __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(_public_names())
+
+
+def _public_names() -> dict[str, str]:
+    from algos.registry import public_names
+
+    return public_names() | _MORE

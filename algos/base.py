@@ -1,0 +1,99 @@
+"""What every algorithm shares: the Composer types, the Contract, and the base class.
+
+This is the one module of the package that imports Composer. Without Composer the functional forms work as they are and
+the classes can be named and inspected, but making one of them says what to install.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from composer.core import Algorithm, Event, State
+    from composer.loggers import Logger
+else:
+    try:
+        from composer.core import Algorithm, Event, State
+        from composer.loggers import Logger
+    except ModuleNotFoundError as _error:
+        if _error.name != "composer":  # Composer is there and something that it needs is not: hiding that helps nobody
+            raise
+
+        class _Missing(type):
+            # Class bodies say `events = (Event.INIT,)`; the names alone are enough for plans and documentation.
+            def __getattr__(cls, name: str) -> str:
+                if name.startswith("_"):
+                    raise AttributeError(name)
+                return name.lower()
+
+        class Algorithm:
+            """Stands in for composer.core.Algorithm where Composer is not installed; cannot be instantiated."""
+
+            def __new__(cls, *args: Any, **kwargs: Any) -> Algorithm:
+                raise ModuleNotFoundError(
+                    f"{cls.__name__} hooks into MosaicML Composer's Trainer, and Composer is not installed: "
+                    "pip install 'brisk-vision[train]', or use the functional form in your own loop (see docs/algorithms)",
+                    name="composer",
+                )
+
+        class Event(metaclass=_Missing):
+            """Stands in for composer.core.Event."""
+
+        State = Logger = Any
+
+__all__ = ["Algorithm", "Contract", "Event", "Logger", "Resource", "SpeedUp", "State"]
+
+
+class Resource(str, Enum):
+    """What an algorithm may touch. The set is closed: ordering reasons about these and never about other algorithms."""
+
+    MODEL = "the model's modules"
+    MEMORY_FORMAT = "the model's memory format"
+    TRAINABLE = "which parameters are trained"
+    LOADER_SHAPE = "the loader's image size and batch size"
+    CROP = "the loader's crop"
+    IMAGES = "the batch's images"
+    MIXING = "how samples are mixed"
+    TARGETS = "the batch's targets"
+    SMOOTHING = "how targets are smoothed"
+    GRADIENTS = "the gradients that the optimizer sees"
+    LEARNING_RATE = "the learning rate"
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What an algorithm does to the training run, in terms of resources.
+
+    owns: resources that no other algorithm may own as well; two owners are an error that names both.
+    writes: resources that it changes and shares with other writers (owning a resource implies writing it).
+    after: resources whose other writers must have acted before this algorithm does.
+    """
+
+    owns: frozenset[Resource] = frozenset()
+    writes: frozenset[Resource] = frozenset()
+    after: frozenset[Resource] = frozenset()
+
+    def __init__(
+        self, *, owns: Iterable[Resource] = (), writes: Iterable[Resource] = (), after: Iterable[Resource] = ()
+    ) -> None:
+        object.__setattr__(self, "owns", frozenset(owns))
+        object.__setattr__(self, "writes", frozenset(writes) | self.owns)
+        object.__setattr__(self, "after", frozenset(after))
+
+
+class SpeedUp(Algorithm):
+    """Base of this package's algorithms: a Composer algorithm with a Contract and a fixed list of events.
+
+    A subclass declares `contract` and `events` and implements `apply`; the settings it was made with are its
+    constructor's keyword arguments, which is what a recipe may set.
+    """
+
+    contract: ClassVar[Contract]
+    events: ClassVar[tuple[Event, ...]]
+
+    def match(self, event: Event, state: State) -> bool:
+        """Whether to act at `event`: it is one of `events`."""
+        return event in self.events
