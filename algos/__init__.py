@@ -10,10 +10,13 @@ from typing import Any
 
 _MORE = {
     "Contract": ".base",
+    "LearningRate": ".learning_rate",
     "Resource": ".base",
     "SpeedUp": ".base",
     "Stage": ".progressive_resizing",
     "arrange": ".ordering",
+    "ramp_stages": ".progressive_resizing",
+    "warmup_decay": ".learning_rate",
 }
 
 

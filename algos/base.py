@@ -7,6 +7,7 @@ the classes can be named and inspected, but making one of them says what to inst
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -97,3 +98,28 @@ class SpeedUp(Algorithm):
     def match(self, event: Event, state: State) -> bool:
         """Whether to act at `event`: it is one of `events`."""
         return event in self.events
+
+
+def global_rank() -> int:
+    """This process's rank among all of the run's."""
+    return _distributed("get_rank", default=0)
+
+
+def world_size() -> int:
+    """How many processes train together."""
+    return _distributed("get_world_size", default=1)
+
+
+def precision_context(state: State) -> AbstractContextManager[Any]:
+    """The autocast that the Trainer runs forward passes and losses in."""
+    from composer.core.precision import get_precision_context
+
+    return get_precision_context(state.precision, state.precision_config)
+
+
+def _distributed(what: str, *, default: int) -> int:
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        return getattr(distributed, what)()
+    return default

@@ -15,7 +15,6 @@ _ALGORITHMS: dict[str, tuple[str, str, str, str]] = {
     "channels_last": (".channels_last", "ChannelsLast", "apply_channels_last", "NHWC memory format for the model"),
     "fixres": (".fixres", "FixRes", "freeze_for_fixres", "last epochs at test resolution with the test-time crop"),
     "label_smoothing": (".label_smoothing", "LabelSmoothing", "smooth_labels", "targets a little less than certain"),
-    "learning_rate": (".learning_rate", "LearningRate", "warmup_decay", "learning rate as a function of epochs done"),
     "mixup": (".mixup", "MixUp", "mixup_batch", "convex combinations of images and of their targets"),
     "progressive_resizing": (
         ".progressive_resizing",

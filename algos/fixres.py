@@ -1,0 +1,169 @@
+"""FixRes: a last phase at the test resolution, with the test-time crop, on the layers that see the change.
+
+Touvron 2019 (arXiv 1906.06423): random crops make objects look larger in training than at test time, so the network
+meets other activation statistics there. Fine-tuning the classifier and the batch norm before it on images as they will
+be at test time mends that, at a fraction of a full epoch's cost since nothing below them needs a gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from algos.base import Contract, Event, Logger, Resource, SpeedUp, State
+from algos.learning_rate import require_schedule, run_epochs
+from algos.protocols import ResizableLoader, TestCropLoader
+
+Trained = Literal["classifier_and_norm", "classifier", "all"]
+
+
+def freeze_for_fixres(model: nn.Module, *, train: Trained = "classifier_and_norm") -> list[str]:
+    """Leave only the last layers of `model` trainable, in place; returns the names of the parameters still trained.
+
+    The classifier is the last `nn.Linear` (or, without one, the last convolution) in registration order, and the norm
+    the last batch norm before it. Every other batch norm is frozen with its statistics: it normalizes with its running
+    mean and variance even after `model.train()`. "all" freezes nothing. Calling it again changes nothing.
+
+    Raises ValueError when the model has no such layer.
+    """
+    if train == "all":
+        return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    kept = _kept_modules(model, with_norm=train == "classifier_and_norm")
+    for module in model.modules():
+        if isinstance(module, _BatchNorm) and module not in kept:
+            _freeze_statistics(module)
+    kept_parameters = {id(parameter) for module in kept for parameter in module.parameters(recurse=False)}
+    names = []
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(id(parameter) in kept_parameters)
+        if parameter.requires_grad:
+            names.append(name)
+        else:
+            parameter.grad = None  # a gradient left from the last step would be applied again, with decay and momentum
+    return names
+
+
+def phase_learning_rate(epoch: float, *, start_epoch: float, total_epochs: float, learning_rate: float) -> float:
+    """Cosine from `learning_rate` at `start_epoch` to 0 at `total_epochs`."""
+    share = (epoch - start_epoch) / max(total_epochs - start_epoch, 1e-12)
+    return learning_rate * 0.5 * (1.0 + math.cos(math.pi * min(max(share, 0.0), 1.0)))
+
+
+class FixRes(SpeedUp):
+    """Trains the run's last `epochs` at the test resolution with the test-time crop.
+
+    epochs: length of the phase; it is part of the run, not added to it.
+    image_size: px; None keeps the size that the loader has then (the last stage's under ProgressiveResizing).
+    train: which layers learn: the classifier and the last batch norm (the paper's choice), the classifier, or all.
+    learning_rate: at the phase's start, falling to 0 by a cosine; None leaves the run's own schedule.
+
+    The loader must be a `TestCropLoader`, and a `ResizableLoader` when image_size is given; others are refused.
+    """
+
+    contract = Contract(
+        owns=[Resource.CROP, Resource.TRAINABLE],
+        writes=[Resource.LOADER_SHAPE],
+        after=[Resource.MODEL, Resource.LOADER_SHAPE],
+    )
+    events = (Event.FIT_START, Event.EPOCH_START)
+
+    def __init__(
+        self,
+        *,
+        epochs: int = 5,
+        image_size: int | None = None,
+        train: Trained = "classifier_and_norm",
+        learning_rate: float | None = None,
+    ) -> None:
+        if epochs < 1:
+            raise ValueError(f"fixres.epochs is {epochs}; the phase needs at least 1 (null turns FixRes off)")
+        if image_size is not None and image_size < 1:
+            raise ValueError(f"fixres.image_size is {image_size} px; it must be at least 1")
+        if train not in ("classifier_and_norm", "classifier", "all"):
+            raise ValueError(f"fixres.train is {train!r}; it is classifier_and_norm, classifier or all")
+        if learning_rate is not None and learning_rate < 0:
+            raise ValueError(f"fixres.learning_rate is {learning_rate}; it cannot be negative")
+        self.epochs = epochs
+        self.image_size = image_size
+        self.train: Trained = train
+        self.learning_rate = learning_rate
+
+    @property
+    def find_unused_parameters(self) -> bool:
+        """Tells Composer to let DDP expect parameters without gradients: the frozen ones, from the phase on."""
+        return self.train != "all"
+
+    def start_epoch(self, total_epochs: int) -> int:
+        """First epoch of the phase, counted from 0. Raises ValueError when the phase is longer than the run."""
+        if self.epochs > total_epochs:
+            raise ValueError(
+                f"fixres.epochs is {self.epochs} and the run has {total_epochs} epochs; it must be shorter"
+            )
+        return total_epochs - self.epochs
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        start_epoch = self.start_epoch(run_epochs(state))
+        if event == Event.FIT_START:
+            self._check(state)
+        if state.timestamp.epoch.value < start_epoch:
+            return
+        freeze_for_fixres(state.model, train=self.train)
+        loader: Any = state.dataloader
+        loader.set_test_crop(True)
+        if self.image_size is not None:
+            loader.set_image_size(self.image_size)
+
+    def modify_learning_rate(self, learning_rate: float, epoch: float, total_epochs: float) -> float:
+        """The phase's own rate from its start on."""
+        start_epoch = self.start_epoch(int(total_epochs))
+        if self.learning_rate is None or epoch < start_epoch:
+            return learning_rate
+        return phase_learning_rate(
+            epoch, start_epoch=start_epoch, total_epochs=total_epochs, learning_rate=self.learning_rate
+        )
+
+    def _check(self, state: State) -> None:
+        loader = state.dataloader
+        if not isinstance(loader, TestCropLoader):
+            raise ValueError(
+                f"fixres trains on the test-time crop, and the loader, a {type(loader).__name__}, cannot be switched to "
+                "it; use a loader with set_test_crop (algos.protocols.TestCropLoader)"
+            )
+        if self.image_size is not None and not isinstance(loader, ResizableLoader):
+            raise ValueError(
+                f"fixres.image_size is {self.image_size}, and the loader, a {type(loader).__name__}, cannot change its "
+                "size; leave image_size out, or use a loader with set_image_size (algos.protocols.ResizableLoader)"
+            )
+        if self.learning_rate is not None:
+            require_schedule(state, "fixres.learning_rate")
+
+
+def _kept_modules(model: nn.Module, *, with_norm: bool) -> set[nn.Module]:
+    modules = list(model.modules())
+    classifiers = [module for module in modules if isinstance(module, nn.Linear)]
+    classifiers = classifiers or [module for module in modules if isinstance(module, nn.Conv2d)]
+    if not classifiers:
+        raise ValueError(f"fixres found no linear layer or convolution to train in {type(model).__name__}")
+    kept: set[nn.Module] = {classifiers[-1]}
+    norms = [module for module in modules if isinstance(module, _BatchNorm)]
+    if with_norm:
+        if not norms:
+            raise ValueError(
+                f"fixres.train is classifier_and_norm and {type(model).__name__} has no batch norm; use train: classifier"
+            )
+        kept.add(norms[-1])
+    return kept
+
+
+def _freeze_statistics(norm: _BatchNorm) -> None:
+    norm.eval()
+    if not any(hook is _stay_in_eval for hook in norm._forward_pre_hooks.values()):
+        norm.register_forward_pre_hook(_stay_in_eval)
+
+
+def _stay_in_eval(norm: nn.Module, inputs: Any) -> None:
+    # model.train() runs before every epoch of any loop; a hook outlives it where a call of norm.eval() would not.
+    norm.training = False

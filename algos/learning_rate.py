@@ -1,0 +1,146 @@
+"""The learning rate as a pure function of the epochs done.
+
+Composer's schedulers count batches and lag one; a batch size that changes in mid-run bends them (a halved batch makes a
+linear decay jump up, a doubled one makes it reach zero early), and two of them do not multiply. Here the rate of a step
+depends on the share of the run that lies behind it and on nothing else, so it survives any batch size and any
+resumption, and every algorithm with a say in it (`LearningRateModifier`) is asked in turn: a true product.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from algos.base import Contract, Event, Logger, Resource, SpeedUp, State
+from algos.protocols import LearningRateModifier
+
+Decay = Literal["cosine", "linear", "step", "polynomial", "constant"]
+
+
+def warmup_decay(
+    epoch: float,
+    *,
+    total_epochs: float,
+    warmup_epochs: float = 0.0,
+    warmup_start_factor: float = 0.0,
+    decay: Decay = "cosine",
+    final_factor: float = 0.0,
+    power: float = 2.0,
+    milestones_epochs: tuple[float, ...] = (),
+    step_factor: float = 0.1,
+) -> float:
+    """Factor on the peak learning rate after `epoch` epochs (fractions within an epoch count).
+
+    Linear from `warmup_start_factor` to 1 over `warmup_epochs` (Goyal 2017, arXiv 1706.02677); then, with t the share
+    of the remaining epochs that is done and f = `final_factor`:
+
+        cosine      f + (1 - f) (1 + cos(pi t)) / 2      (Loshchilov 2017, arXiv 1608.03983)
+        linear      f + (1 - f) (1 - t)
+        polynomial  f + (1 - f) (1 - t)^power
+        step        step_factor^(number of milestones_epochs reached)
+        constant    1
+    """
+    if epoch < warmup_epochs:
+        return warmup_start_factor + (1.0 - warmup_start_factor) * epoch / warmup_epochs
+    if decay == "step":
+        return step_factor ** sum(epoch >= milestone for milestone in milestones_epochs)
+    done = (epoch - warmup_epochs) / max(total_epochs - warmup_epochs, 1e-12)
+    left = 1.0 - min(max(done, 0.0), 1.0)
+    shape = {
+        "cosine": 0.5 * (1.0 - math.cos(math.pi * left)),
+        "linear": left,
+        "polynomial": left**power,
+        "constant": 1.0,
+    }[decay]
+    return final_factor + (1.0 - final_factor) * shape
+
+
+class LearningRate(SpeedUp):
+    """Sets every parameter group's learning rate before each step: its initial one times `warmup_decay`.
+
+    The run's length must be given in epochs. A group's initial rate is the one that its optimizer was made with.
+
+    Raises ValueError for settings out of range; see `warmup_decay` for what each of them means.
+    """
+
+    contract = Contract(owns=[Resource.LEARNING_RATE], after=[Resource.LOADER_SHAPE, Resource.TRAINABLE])
+    events = (Event.FIT_START, Event.BATCH_START)
+
+    def __init__(
+        self,
+        *,
+        warmup_epochs: float = 0.0,
+        warmup_start_factor: float = 0.0,
+        decay: Decay = "cosine",
+        final_factor: float = 0.0,
+        power: float = 2.0,
+        milestones_epochs: tuple[float, ...] = (),
+        step_factor: float = 0.1,
+    ) -> None:
+        if warmup_epochs < 0:
+            raise ValueError(f"warmup_epochs is {warmup_epochs}; it must be 0 or more")
+        for name, value in (("warmup_start_factor", warmup_start_factor), ("final_factor", final_factor)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} is {value}; it is a share of the peak learning rate, between 0 and 1")
+        if decay == "step" and not milestones_epochs:
+            raise ValueError("decay: step needs milestones_epochs, the epochs at which the rate is multiplied")
+        self.warmup_epochs = warmup_epochs
+        self._shape = dict(
+            warmup_epochs=warmup_epochs,
+            warmup_start_factor=warmup_start_factor,
+            decay=decay,
+            final_factor=final_factor,
+            power=power,
+            milestones_epochs=tuple(milestones_epochs),
+            step_factor=step_factor,
+        )
+
+    def factor(self, epoch: float, *, total_epochs: float) -> float:
+        """The schedule's factor on the initial rate after `epoch` epochs."""
+        return warmup_decay(epoch, total_epochs=total_epochs, **self._shape)
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        total_epochs = run_epochs(state)
+        if event == Event.FIT_START:
+            if self.warmup_epochs > total_epochs:
+                raise ValueError(f"warmup_epochs is {self.warmup_epochs}, longer than the run of {total_epochs} epochs")
+            return
+        epoch = epochs_done(state)
+        modifiers = [algorithm for algorithm in state.algorithms if isinstance(algorithm, LearningRateModifier)]
+        for optimizer in state.optimizers:
+            for group in optimizer.param_groups:
+                learning_rate = group.setdefault("initial_lr", group["lr"]) * self.factor(
+                    epoch, total_epochs=total_epochs
+                )
+                for modifier in modifiers:
+                    learning_rate = modifier.modify_learning_rate(learning_rate, epoch, total_epochs)
+                group["lr"] = learning_rate
+
+
+def run_epochs(state: State) -> int:
+    """Length of the run in epochs. Raises ValueError when it is given in another unit."""
+    duration = state.max_duration
+    if duration is None or str(duration.unit.value) != "ep":
+        raise ValueError(f"the run's length is {duration}; give it in epochs (for example max_duration='90ep')")
+    return duration.value
+
+
+def epochs_done(state: State) -> float:
+    """Epochs behind the coming step, with the share of the present one that is done."""
+    in_epoch = state.timestamp.batch_in_epoch.value
+    if in_epoch == 0:
+        return float(state.timestamp.epoch.value)
+    assert state.dataloader_len is not None, "a loader of unknown length has no share of an epoch"
+    return state.timestamp.epoch.value + in_epoch / state.dataloader_len.value
+
+
+def require_schedule(state: State, asked_by: str) -> None:
+    """Refuse a run in which an algorithm would change the learning rate and nothing asks it to.
+
+    Raises ValueError naming `asked_by`, the setting that needs a `LearningRate` among the run's algorithms.
+    """
+    if not any(isinstance(algorithm, LearningRate) for algorithm in state.algorithms):
+        raise ValueError(
+            f"{asked_by} changes the learning rate, and no algos.LearningRate is among the Trainer's algorithms to apply "
+            "it: add one (decay='constant' keeps the rate as it is elsewhere)"
+        )

@@ -1,0 +1,1 @@
+"""Image classifiers by name, and the wrapper that lets Composer train them."""
