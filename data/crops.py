@@ -1,0 +1,121 @@
+"""Where to cut: crop rows (top, left, height, width, flip) of a batch, as pure functions of the image indices."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from data.draws import Operation, uniforms
+
+_ATTEMPTS = 10  # torchvision's number; after that it falls back to a center crop
+
+
+@dataclass(frozen=True)
+class CropSettings:
+    """How a loader crops, in training and in evaluation.
+
+    scale: least and largest share of the image's area in a training crop, within (0, 1].
+    aspect: least and largest width / height of a training crop.
+    flip_probability: of a left-right flip in training, 0..1.
+    eval_crop_ratio: side of the evaluation crop over the image's shorter side, within (0, 1]. 0.875 is the usual
+        "resize to 256, take the central 224".
+    """
+
+    scale: tuple[float, float] = (0.08, 1.0)
+    aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    flip_probability: float = 0.5
+    eval_crop_ratio: float = 0.875
+
+    def __post_init__(self) -> None:
+        if not (len(self.scale) == 2 and 0 < self.scale[0] <= self.scale[1] <= 1):
+            raise ValueError(f"crop scale {self.scale}: give (least, largest) share of the area, above 0 and up to 1")
+        if not (len(self.aspect) == 2 and 0 < self.aspect[0] <= self.aspect[1]):
+            raise ValueError(f"crop aspect {self.aspect}: give (least, largest) width / height, 0 < least <= largest")
+        if not 0 <= self.flip_probability <= 1:
+            raise ValueError(f"flip probability {self.flip_probability}: give a number from 0 to 1")
+        if not 0 < self.eval_crop_ratio <= 1:
+            raise ValueError(f"eval crop ratio {self.eval_crop_ratio}: give a number above 0 and up to 1")
+
+    def rows(
+        self, indices: np.ndarray, heights: np.ndarray, widths: np.ndarray, *, seed: int, epoch: int, augment: bool
+    ) -> np.ndarray:
+        """Crop rows [B, 5] of a batch: random ones where `augment`, else the evaluation crop."""
+        if not augment:
+            return center_crops(heights, widths, crop_ratio=self.eval_crop_ratio)
+        return random_resized_crops(
+            indices,
+            heights,
+            widths,
+            seed=seed,
+            epoch=epoch,
+            scale=self.scale,
+            aspect=self.aspect,
+            flip_probability=self.flip_probability,
+        )
+
+
+def random_resized_crops(
+    indices: np.ndarray,
+    heights: np.ndarray,
+    widths: np.ndarray,
+    *,
+    seed: int,
+    epoch: int,
+    scale: tuple[float, float] = (0.08, 1.0),
+    aspect: tuple[float, float] = (3 / 4, 4 / 3),
+    flip_probability: float = 0.5,
+) -> np.ndarray:
+    """Crops distributed as those of torchvision's RandomResizedCrop and RandomHorizontalFlip.
+
+    An image's crop depends on the seed, the epoch and its own index, never on the rest of the batch.
+
+    Args:
+        indices, heights, widths: [B]; heights and widths in px.
+        scale: range of the crop's share of the image's area, within (0, 1].
+        aspect: range of the crop's width / height.
+
+    Returns:
+        int32 [B, 5]: top, left, height, width in px, and 1 where the crop is to be flipped left to right.
+    """
+    heights, widths = np.asarray(heights, dtype=np.int64), np.asarray(widths, dtype=np.int64)
+    draws = uniforms(indices, seed=seed, epoch=epoch, operation=Operation.CROP, num_draws=4 * _ATTEMPTS)
+    draw_area, draw_aspect, draw_top, draw_left = draws.reshape(-1, _ATTEMPTS, 4).transpose(2, 0, 1)
+    area = (heights * widths)[:, None] * (scale[0] + (scale[1] - scale[0]) * draw_area)
+    log_least, log_most = math.log(aspect[0]), math.log(aspect[1])
+    ratio = np.exp(log_least + (log_most - log_least) * draw_aspect)
+    crop_width = np.round(np.sqrt(area * ratio)).astype(np.int64)
+    crop_height = np.round(np.sqrt(area / ratio)).astype(np.int64)
+    room_below, room_right = heights[:, None] - crop_height, widths[:, None] - crop_width
+    fits = (crop_width > 0) & (crop_height > 0) & (room_below >= 0) & (room_right >= 0)
+    top = np.floor(draw_top * (room_below + 1))
+    left = np.floor(draw_left * (room_right + 1))
+
+    flips = np.less(uniforms(indices, seed=seed, epoch=epoch, operation=Operation.FLIP), flip_probability)
+    attempts = np.stack([top, left, crop_height, crop_width], axis=-1)
+    chosen = np.take_along_axis(attempts, fits.argmax(axis=1)[:, None, None], axis=1)[:, 0]
+    chosen = np.where(fits.any(axis=1)[:, None], chosen, _fallback_crops(heights, widths, aspect))
+    return np.concatenate([chosen, flips], axis=1).astype(np.int32)
+
+
+def center_crops(heights: np.ndarray, widths: np.ndarray, *, crop_ratio: float) -> np.ndarray:
+    """The square in the middle whose side is `crop_ratio` of the image's shorter side.
+
+    Resizing it to S px is what "resize the shorter side to S / crop_ratio, then take the central S px" does.
+
+    Returns:
+        int32 [B, 5]: top, left, height, width in px, and 0 for no flip.
+    """
+    heights, widths = np.asarray(heights, dtype=np.int64), np.asarray(widths, dtype=np.int64)
+    side = np.maximum(1, np.round(crop_ratio * np.minimum(heights, widths)))
+    top, left = np.round((heights - side) / 2), np.round((widths - side) / 2)
+    return np.stack([top, left, side, side, np.zeros_like(side)], axis=1).astype(np.int32)
+
+
+def _fallback_crops(heights: np.ndarray, widths: np.ndarray, aspect: tuple[float, float]) -> np.ndarray:
+    # The largest centered crop whose aspect is allowed: for images so long that no attempt fitted.
+    ratio = widths / heights
+    crop_width = np.where(ratio > aspect[1], np.maximum(1, np.round(heights * aspect[1])), widths)
+    crop_height = np.where(ratio < aspect[0], np.maximum(1, np.round(widths / aspect[0])), heights)
+    return np.stack([(heights - crop_height) // 2, (widths - crop_width) // 2, crop_height, crop_width], axis=1)

@@ -1,0 +1,46 @@
+"""Random numbers as a pure function of (seed, epoch, image, operation, draw).
+
+A generator has a state, so what it gives depends on who asked before: on the number of workers, on the ranks, on
+whether the run was resumed. A counter-based hash has none, so the same image in the same epoch is always cropped alike.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import numpy as np
+
+_GAMMA = np.uint64(0x9E3779B97F4A7C15)  # splitmix64's increment: 2**64 divided by the golden ratio
+
+
+class Operation(IntEnum):
+    """What the numbers are for. A number once given is never reused: it would change every run's pixels."""
+
+    ORDER = 1
+    CROP = 2
+    FLIP = 3
+    SPLIT = 4
+    PIXELS = 5
+
+
+def random_bits(indices: np.ndarray, *, seed: int, epoch: int, operation: Operation, num_draws: int = 1) -> np.ndarray:
+    """uint64 array [len(indices), num_draws], every bit of which is fair."""
+    key = np.zeros(1, dtype=np.uint64)
+    for part in (seed, epoch, operation):
+        key = _mix(key + _GAMMA + np.uint64(int(part) & 0xFFFFFFFFFFFFFFFF))
+    per_image = _mix(key + _GAMMA * (np.asarray(indices).astype(np.uint64) + np.uint64(1)))
+    draws = _GAMMA * np.arange(1, num_draws + 1, dtype=np.uint64)
+    return _mix(per_image[:, None] + draws[None, :])
+
+
+def uniforms(indices: np.ndarray, *, seed: int, epoch: int, operation: Operation, num_draws: int = 1) -> np.ndarray:
+    """float64 array [len(indices), num_draws], uniform in [0, 1)."""
+    bits = random_bits(indices, seed=seed, epoch=epoch, operation=operation, num_draws=num_draws)
+    return (bits >> np.uint64(11)) * 2.0**-53
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    # splitmix64's finalizer; arrays wrap around silently, which is what it wants.
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

@@ -1,0 +1,68 @@
+"""Batches from a .beton file, decoded by FFCV's C library in threads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from data.beton import Beton
+from data.decode import decode_into, require_libffcv
+from data.loader import Batch, Loader, Pass, empty_images
+from data.prefetch import PrefetchIterator
+
+
+class FFCVLoader(Loader):
+    """Reads a .beton file; each of `num_workers` threads decodes a whole batch at a time.
+
+    At most `num_workers + 2` batches are decoded ahead, the threads of a pass end with it, and an error in one of them
+    is raised where the batch is asked for.
+
+    Args:
+        path: the .beton file.
+        settings: those of `Loader`, but for `num_samples` and `class_names`, which the file knows.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, or it is not whole (see `Beton`).
+        ModuleNotFoundError: FFCV is not installed.
+    """
+
+    def __init__(self, path: str | Path, **settings: Any) -> None:
+        require_libffcv()
+        self._beton = Beton(path)
+        self._current: PrefetchIterator[Batch] | None = None
+        super().__init__(num_samples=len(self._beton), class_names=self._beton.class_names, **settings)
+        self.mean, self.std = self._beton.mean, self._beton.std
+
+    def _decode(self, batches: list[np.ndarray], this_pass: Pass) -> Iterator[Batch]:
+        tasks = (partial(_decode_batch, self._beton, indices, this_pass) for indices in batches)
+        iterator = self._current = PrefetchIterator(tasks, num_workers=self.num_workers)
+        try:
+            yield from iterator
+        finally:
+            iterator.close()
+
+    def _close_pass(self) -> None:
+        if self._current is not None:
+            self._current.close()
+
+
+def _decode_batch(beton: Beton, indices: np.ndarray, this_pass: Pass) -> Batch:
+    heights, widths = beton.heights[indices], beton.widths[indices]
+    crops = this_pass.crop_rows(indices, heights, widths)
+    images, memory = empty_images(len(indices), this_pass.image_size)
+    for destination, index, height, width, crop in zip(memory, indices, heights, widths, crops, strict=True):
+        decode_into(
+            beton.image_bytes(index),
+            is_jpeg=beton.is_jpeg(index),
+            height=int(height),
+            width=int(width),
+            crop=crop,
+            destination=destination,
+            index=int(index),
+        )
+    return images, torch.from_numpy(beton.labels[indices])

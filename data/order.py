@@ -1,0 +1,83 @@
+"""Which images are in which batch of which rank. Pure functions: a resumed run needs nothing but the epoch."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from data.draws import Operation, random_bits
+
+
+def epoch_order(num_samples: int, *, seed: int, epoch: int) -> np.ndarray:
+    """A permutation of 0 .. num_samples - 1 (int64), the same for the same seed and epoch everywhere."""
+    bits = random_bits(np.arange(num_samples), seed=seed, epoch=epoch, operation=Operation.ORDER)
+    return np.argsort(bits[:, 0], kind="stable")
+
+
+def train_batches(
+    num_samples: int,
+    *,
+    per_device_batch_size: int,
+    rank: int,
+    world_size: int,
+    seed: int,
+    epoch: int,
+    drop_last: bool = True,
+) -> list[np.ndarray]:
+    """This rank's batches of one epoch, as arrays of image indices.
+
+    Global batch b is a contiguous slice of `epoch_order`, and every rank takes a contiguous part of it: all ranks
+    together train on what one process would with the same global batch size. Every rank gets as many batches.
+
+    Args:
+        drop_last: leave out the last global batch where it is not full. Otherwise it is split over the ranks as evenly
+            as it goes, and left out only where it has fewer images than there are ranks.
+
+    Raises:
+        ValueError: the data do not fill a single batch.
+    """
+    _check_rank(rank, world_size)
+    global_batch_size = per_device_batch_size * world_size
+    smallest = global_batch_size if drop_last else world_size
+    if num_samples < smallest:
+        raise ValueError(
+            f"{num_samples} images do not make one batch of {per_device_batch_size} a device on {world_size} devices: "
+            f"at least {smallest} are needed; lower the batch size{', or set drop_last=False' if drop_last else ''}"
+        )
+    order = epoch_order(num_samples, seed=seed, epoch=epoch)
+    num_full, num_left = divmod(num_samples, global_batch_size)
+    full = order[: num_full * global_batch_size].reshape(num_full, world_size, per_device_batch_size)
+    batches = list(full[:, rank])
+    if not drop_last and num_left >= world_size:
+        batches.append(np.array_split(order[-num_left:], world_size)[rank])
+    return batches
+
+
+def eval_batches(num_samples: int, *, per_device_batch_size: int, rank: int, world_size: int) -> list[np.ndarray]:
+    """This rank's batches of an evaluation, as arrays of image indices, in the order of the data.
+
+    All ranks together see every image exactly once, in the same number of batches, none of which is empty or larger
+    than `per_device_batch_size`. So sizes differ a little: nothing is padded and nobody waits for a batch that does
+    not come.
+
+    Raises:
+        ValueError: fewer images than ranks, or batches of one that do not divide evenly over the ranks.
+    """
+    _check_rank(rank, world_size)
+    if num_samples < world_size:
+        raise ValueError(
+            f"{num_samples} images for {world_size} ranks: evaluation needs at least one image a rank; "
+            "evaluate on fewer devices"
+        )
+    num_batches = -(-num_samples // (per_device_batch_size * world_size))
+    if num_batches * world_size > num_samples:  # only batches of one can come to this
+        raise ValueError(
+            f"{num_samples} images do not divide into batches of {per_device_batch_size} over {world_size} ranks with "
+            "as many batches on every rank; evaluate with a batch size of at least 2"
+        )
+    own = np.array_split(np.arange(num_samples), world_size)[rank]
+    return np.array_split(own, num_batches)
+
+
+def _check_rank(rank: int, world_size: int) -> None:
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank {rank} of {world_size}: ranks count from 0 to world_size - 1")

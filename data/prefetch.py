@@ -1,0 +1,78 @@
+"""Run tasks ahead of whoever needs their results, in order, and stop when told to."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+_AHEAD = 2  # results that wait for the consumer, beside the one that each worker is busy with
+
+
+class PrefetchIterator(Generic[T]):
+    """Results of `tasks` in their order, `num_workers` of them worked on at a time.
+
+    At most `num_workers + 2` results exist ahead of the consumer. What a task raises is raised by `next()`, after
+    which the iterator is closed. Threads end when the tasks do, on `close()`, and when the iterator is dropped; each
+    finishes the one task that it is busy with.
+
+    Args:
+        tasks: functions without arguments. Asked for the next one in the consumer's thread.
+        num_workers: threads; 0 runs each task when its result is asked for.
+    """
+
+    def __init__(self, tasks: Iterable[Callable[[], T]], *, num_workers: int) -> None:
+        self._tasks = iter(tasks)
+        self._pending: deque[Future[T]] = deque()
+        self._state = "open"
+        self._pool = ThreadPoolExecutor(num_workers, thread_name_prefix="brisk-data") if num_workers else None
+        if self._pool is not None:
+            try:
+                for _ in range(num_workers + _AHEAD):
+                    self._submit(self._pool)
+            except BaseException:
+                self.close()
+                raise
+
+    def __iter__(self) -> PrefetchIterator[T]:
+        return self
+
+    def __next__(self) -> T:
+        if self._state == "exhausted":
+            raise StopIteration
+        if self._state == "closed":
+            raise RuntimeError("this pass over the data was closed: a newer pass has begun, or close() was called")
+        try:
+            if self._pool is None:
+                return next(self._tasks)()
+            if not self._pending:
+                raise StopIteration
+            self._submit(self._pool)
+            return self._pending.popleft().result()
+        except StopIteration:
+            self.close()
+            self._state = "exhausted"
+            raise
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Forget what is not begun and wait for the threads to end. Harmless when repeated."""
+        if self._state == "open":
+            self._state = "closed"
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pending.clear()
+
+    def __del__(self) -> None:
+        if getattr(self, "_pool", None) is not None:
+            self.close()
+
+    def _submit(self, pool: ThreadPoolExecutor) -> None:
+        task = next(self._tasks, None)
+        if task is not None:
+            self._pending.append(pool.submit(task))
