@@ -1,0 +1,460 @@
+"""BlurPool (Zhang 2019, arXiv 1904.11486): low-pass filter before subsampling, so that small shifts change little.
+
+Layers are changed in place by giving each a subclass of its own class. Parameters, their names, ties and gradients'
+flags, hooks, optimizers and checkpoints never notice: the same weights load before and after.
+
+Shapes: N samples, C channels, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import astuple, dataclass, fields
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from algos.base import Contract, Event, Logger, Resource, SpeedUp, State
+
+Pair = tuple[int, int]  # rows, columns
+
+
+def apply_blurpool(
+    model: nn.Module,
+    *,
+    filter_size: int = 3,
+    placement: Literal["before", "after"] = "before",
+    pad: Literal["reflect", "zeros"] = "reflect",
+    min_channels: int = 16,
+    convolutions: bool = True,
+    max_pools: bool = True,
+) -> nn.Module:
+    """Put a blur where `model` subsamples: in convolutions and max-pools with a stride above 1. In place.
+
+    The blur is a depthwise convolution along each axis that is subsampled, with the binomial filter of n taps
+    (`filter_size`), C(n-1, k) / 2^(n-1) for k = 0..n-1, which sums to 1.
+
+        max-pool, stride s            ->  max-pool, stride 1; blur, stride s
+        convolution, stride s         ->  blur, stride 1; the convolution as it was      (placement "before")
+        1x1 convolution, stride s     ->  blur, stride s; 1x1 convolution, stride 1      (same result as the line above)
+        convolution s, activation, f  ->  convolution 1, activation; blur, stride s; f   (placement "after")
+
+    filter_size: taps, 2 to 7. An even filter moves the image by half a pixel.
+    placement: "before" works on any model and adds little work. "after" is the paper's: the strided convolution is run
+        at stride 1, so it costs s² times its work, and the blur comes behind the activation. It needs to know what
+        follows a convolution, which it does for torchvision's ResNet, VGG, AlexNet, MobileNetV2 and DenseNet and for
+        other models made of their blocks; DenseNet's average-pools become blurs, and ResNet's first max-pool becomes
+        2x2, as in the authors' models.
+    pad: what lies beyond the border. "reflect" leaves a constant image constant (an axis too short to reflect repeats
+        its last pixel); "zeros" darkens borders.
+    min_channels: convolutions with fewer input channels keep their stride; 16 spares the first one.
+    convolutions, max_pools: which of the two to change.
+
+    An output has the size it had before, ceil_mode included; only under "after" ResNet's first pool and DenseNet's
+    average-pools differ, for odd sizes, as the authors' do. A layer's `stride` says afterwards what the layer itself
+    does; the blur's stride is in its repr. Max-pools that return indices are left alone with a warning.
+
+    Returns the same model. Applying it twice with the same settings is applying it once. Warns when nothing changed.
+    Raises ValueError for settings out of range, for other settings than the model was blurred with, for lazy layers
+    that have not seen a batch, and for "after" on a model whose structure it does not know.
+
+    Zhang 2019, "Making Convolutional Networks Shift-Invariant Again".
+    """
+    settings = _Settings(filter_size, placement, pad, min_channels, convolutions, max_pools)
+    earlier = _blurred_layers(model)
+    _refuse_other_settings(earlier, settings)
+    _refuse_lazy(model)
+    changes = (_plan_before if placement == "before" else _plan_after)(model, settings)
+    if not changes and not earlier:
+        warnings.warn(
+            f"BlurPool changed nothing in {type(model).__name__}: it has no convolution or max-pool to blur "
+            f"under {settings}",
+            stacklevel=2,
+        )
+    like = next((parameter for parameter in model.parameters() if parameter.is_floating_point()), torch.empty(()))
+    for layer, change in changes.items():
+        _change_layer(layer, change, settings, like=like)
+    return model
+
+
+def blur(
+    images: Tensor, *, filter_size: int = 3, stride: int | Pair = 1, pad: Literal["reflect", "zeros"] = "reflect"
+) -> Tensor:
+    """Blur [N, C, H, W] with the binomial filter and keep every stride-th pixel: [N, C, ⌈H/stride⌉, ⌈W/stride⌉].
+
+    filter_size, pad: as in `apply_blurpool`; here both axes are blurred. Dtype, device and memory format are kept.
+    """
+    _Settings(filter_size, "before", pad)
+    kernel = _binomial_kernel((filter_size, filter_size), like=images)
+    return _blur(images, kernel, stride=_pair(stride), pad=pad)
+
+
+class BlurPool(SpeedUp):
+    """Blurs where the model subsamples, from the start of training; see `apply_blurpool` for the settings."""
+
+    # Composer looks the algorithms of a checkpoint up among its own by qualified name. Under "BlurPool" it would find
+    # its own class there on resuming, and try to build that from this one's settings.
+    __qualname__ = "BriskBlurPool"
+
+    contract = Contract(writes=[Resource.MODEL])
+    events = (Event.INIT,)
+
+    def __init__(
+        self,
+        *,
+        filter_size: int = 3,
+        placement: Literal["before", "after"] = "before",
+        pad: Literal["reflect", "zeros"] = "reflect",
+        min_channels: int = 16,
+        convolutions: bool = True,
+        max_pools: bool = True,
+    ) -> None:
+        self.settings = _Settings(filter_size, placement, pad, min_channels, convolutions, max_pools)
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        """Change the model in place and log how many layers were."""
+        apply_blurpool(state.model, **self.settings.as_arguments())
+        logger.log_hyperparameters({"blurpool/layers": len(_blurred_layers(state.model))})
+
+
+BriskBlurPool = BlurPool  # what the qualified name names, so that instances pickle
+
+
+@dataclass(frozen=True)
+class _Settings:
+    filter_size: int
+    placement: str
+    pad: str
+    min_channels: int = 16
+    convolutions: bool = True
+    max_pools: bool = True
+
+    def __post_init__(self) -> None:
+        if self.filter_size not in range(2, 8):
+            raise ValueError(f"filter_size {self.filter_size} must be a whole number from 2 to 7; 3 is usual")
+        if self.placement not in ("before", "after"):
+            raise ValueError(f"placement {self.placement!r} must be 'before' or 'after' (the paper's)")
+        if self.pad not in ("reflect", "zeros"):
+            raise ValueError(f"pad {self.pad!r} must be 'reflect' or 'zeros'")
+        if self.min_channels < 1:
+            raise ValueError(
+                f"min_channels {self.min_channels} must be at least 1, which blurs every strided convolution"
+            )
+        if not (self.convolutions or self.max_pools):
+            raise ValueError("convolutions and max_pools are both False, which leaves nothing to blur; set one to True")
+
+    def as_arguments(self) -> dict[str, Any]:
+        return dict(zip((field.name for field in fields(self)), astuple(self), strict=True))
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.as_arguments().items())
+
+
+@dataclass(frozen=True)
+class _Change:
+    """What becomes of one layer. None: as it was, or no such blur."""
+
+    blur_input: Pair | None = None  # stride of a blur before the layer
+    blur_output: Pair | None = None  # stride of a blur behind the layer (pools only)
+    taps: Pair = (1, 1)  # of the filter, along rows and columns
+    stride: Pair | None = None  # new value of the layer's own stride
+    kernel_size: Pair | None = None  # new window of a max-pool, then unpadded
+
+
+_Changes = dict[nn.Module, _Change]
+
+# --- plans: which layers change, and how ---------------------------------------------------------------------------
+
+
+def _plan_before(model: nn.Module, settings: _Settings) -> _Changes:
+    changes = _plan_max_pools(model, settings)
+    for layer in _strided_convolutions(model, settings):
+        if _is_pointwise(layer):
+            changes[layer] = _blur_then_pointwise(layer, settings)
+        else:
+            changes[layer] = _Change(blur_input=(1, 1), taps=_taps(_pair(layer.stride), settings))
+    return changes
+
+
+def _plan_after(model: nn.Module, settings: _Settings) -> _Changes:
+    changes = _plan_max_pools(model, settings)
+    for module in model.modules():
+        for name, plan in _PLANS_AFTER.items():
+            if any(f"{cls.__module__}.{cls.__qualname__}" == name for cls in type(module).__mro__):
+                plan(module, settings, changes)
+    unknown = [layer for layer in _strided_convolutions(model, settings) if layer not in changes]
+    if unknown:
+        names = {layer: name for name, layer in model.named_modules()}
+        raise ValueError(
+            f"placement 'after' does not know what follows the strided convolution {names[unknown[0]]!r} of "
+            f"{type(model).__name__}; it knows torchvision's ResNet, VGG, AlexNet, MobileNetV2 and DenseNet: "
+            "use placement='before', which works on any model"
+        )
+    return changes
+
+
+def _plan_max_pools(model: nn.Module, settings: _Settings) -> _Changes:
+    if not settings.max_pools:
+        return {}
+    changes: _Changes = {}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, nn.MaxPool2d) or isinstance(layer, _Blurred) or max(_pair(layer.stride)) == 1:
+            continue
+        if layer.return_indices:
+            warnings.warn(
+                f"BlurPool leaves max-pool {name!r} alone: a blurred maximum has no index to return", stacklevel=4
+            )
+            continue
+        stride = _pair(layer.stride)
+        changes[layer] = _Change(blur_output=stride, taps=_taps(stride, settings), stride=(1, 1))
+    return changes
+
+
+def _plan_residual_block(block: Any, settings: _Settings, changes: _Changes) -> None:
+    convolutions = [getattr(block, name) for name in ("conv1", "conv2", "conv3") if hasattr(block, name)]
+    _blur_behind_activation(convolutions, settings, changes)
+    shortcut = block.downsample[0] if isinstance(block.downsample, nn.Sequential) else None
+    if shortcut in _strided_convolutions(block, settings) and _is_pointwise(shortcut):
+        changes[shortcut] = _blur_then_pointwise(shortcut, settings)
+
+
+def _plan_inverted_residual(block: Any, settings: _Settings, changes: _Changes) -> None:
+    convolutions = [layer for layer in block.conv.modules() if isinstance(layer, nn.Conv2d)]
+    _blur_behind_activation(convolutions, settings, changes)
+
+
+def _plan_resnet(model: Any, settings: _Settings, changes: _Changes) -> None:
+    pool = getattr(model, "maxpool", None)
+    if pool not in changes:
+        return
+    if (_pair(pool.kernel_size), _pair(pool.stride), _pair(pool.padding)) == ((3, 3), (2, 2), (1, 1)):
+        # The authors' window: the blur takes over what the overlap of 3x3 windows was there for.
+        changes[pool] = _Change(blur_output=(2, 2), taps=_taps((2, 2), settings), stride=(1, 1), kernel_size=(2, 2))
+    if model.conv1 in _strided_convolutions(model, settings):
+        _blur_between(model.conv1, pool, _pair(model.conv1.stride), (1, 1), settings, changes)
+
+
+def _plan_alexnet(model: Any, settings: _Settings, changes: _Changes) -> None:
+    first, pool = model.features[0], model.features[2]
+    if first in _strided_convolutions(model, settings) and _pair(first.stride) == (4, 4) and pool in changes:
+        # The authors keep half of the stride of 4: at stride 1 the 11x11 convolution would cost 16 times its work.
+        _blur_between(first, pool, (2, 2), (2, 2), settings, changes)
+
+
+def _plan_dense_transition(transition: Any, settings: _Settings, changes: _Changes) -> None:
+    pool = transition.pool
+    if settings.max_pools and isinstance(pool, nn.AvgPool2d) and not isinstance(pool, _Blurred):
+        stride = _pair(pool.stride)
+        changes[pool] = _Change(blur_output=stride, taps=_taps(stride, settings))
+
+
+# Classes whose order of layers is known -> plan; by name, so that torchvision is not needed.
+_PLANS_AFTER: dict[str, Callable[[Any, _Settings, _Changes], None]] = {
+    "torchvision.models.resnet.BasicBlock": _plan_residual_block,
+    "torchvision.models.resnet.Bottleneck": _plan_residual_block,
+    "torchvision.models.resnet.ResNet": _plan_resnet,
+    "torchvision.models.mobilenetv2.InvertedResidual": _plan_inverted_residual,
+    "torchvision.models.alexnet.AlexNet": _plan_alexnet,
+    "torchvision.models.densenet._Transition": _plan_dense_transition,
+}
+
+
+def _blur_behind_activation(layers: Sequence[nn.Conv2d], settings: _Settings, changes: _Changes) -> None:
+    """Of layers that follow each other with activations between: the strided ones hand their stride to the next."""
+    for layer, following in pairwise(layers):
+        if layer in _strided_convolutions(layer, settings):
+            _blur_between(layer, following, _pair(layer.stride), (1, 1), settings, changes)
+
+
+def _blur_between(
+    layer: nn.Module, following: nn.Module, blur_stride: Pair, own_stride: Pair, settings: _Settings, changes: _Changes
+) -> None:
+    behind = changes.get(following, _Change())
+    taps = _taps(blur_stride, settings)
+    changes[layer] = _Change(stride=own_stride)
+    changes[following] = _Change(blur_stride, behind.blur_output, taps, behind.stride, behind.kernel_size)
+
+
+def _blur_then_pointwise(layer: nn.Conv2d, settings: _Settings) -> _Change:
+    # A 1x1 convolution commutes with subsampling; after it, it works on a 1/s² of the pixels.
+    stride = _pair(layer.stride)
+    return _Change(blur_input=stride, taps=_taps(stride, settings), stride=(1, 1))
+
+
+def _strided_convolutions(model: nn.Module, settings: _Settings) -> list[nn.Conv2d]:
+    if not settings.convolutions:
+        return []
+    return [
+        layer
+        for layer in model.modules()
+        if isinstance(layer, nn.Conv2d)
+        and not isinstance(layer, _Blurred)
+        and max(_pair(layer.stride)) > 1
+        and layer.in_channels >= settings.min_channels
+    ]
+
+
+def _is_pointwise(layer: nn.Module) -> bool:
+    # Not a subclass, whose forward pass may do something else besides.
+    return type(layer) is nn.Conv2d and _pair(layer.kernel_size) == (1, 1) and layer.padding in ((0, 0), "valid")
+
+
+def _taps(stride: Pair, settings: _Settings) -> Pair:
+    # An axis that is not subsampled cannot alias and is not blurred.
+    rows, columns = (settings.filter_size if axis > 1 else 1 for axis in stride)
+    return rows, columns
+
+
+# --- layers --------------------------------------------------------------------------------------------------------
+
+
+class _Blurred(nn.Module):
+    """First base of every changed layer's class; the layer's former class is the second."""
+
+    blur_kernel: Tensor  # [1, 1, taps, taps], not in the state dict
+    blur_change: _Change
+    blur_settings: _Settings
+
+    def forward(self, images: Tensor) -> Tensor:
+        change = self.blur_change
+        if change.blur_input is not None:
+            images = self._blurred(images, change.blur_input)
+        if change.blur_output is None:
+            return super().forward(images)
+        if isinstance(self, nn.AvgPool2d):  # the blur is an average itself, and takes the pool's place
+            return self._blurred(images, change.blur_output)
+        if isinstance(self, nn.MaxPool2d) and self.ceil_mode:
+            images = _extend_for_ceil_mode(images, self, change.blur_output)
+        return self._blurred(super().forward(images), change.blur_output)
+
+    def _blurred(self, images: Tensor, stride: Pair) -> Tensor:
+        return _blur(images, self.blur_kernel, stride=stride, pad=self.blur_settings.pad)
+
+    def extra_repr(self) -> str:
+        change = self.blur_change
+        blurs = [("input", change.blur_input), ("output", change.blur_output)]
+        said = [f"{where} blurred {change.taps} at stride {stride}" for where, stride in blurs if stride is not None]
+        return ", ".join([super().extra_repr(), *said])
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> _Blurred:
+        super()._apply(fn, recurse)
+        # Materializing a model that was built on the meta device leaves buffers unset; no checkpoint holds this one.
+        if not self.blur_kernel.is_meta:
+            with torch.no_grad():
+                self.blur_kernel.copy_(_binomial_kernel(self.blur_change.taps, like=self.blur_kernel))
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Classes made at run time cannot be found by name: rebuild this one from the layer's former class. Someone
+        # else's subclass of it (a parametrization's, a sharding's) is theirs to copy.
+        first, *others = type(self).__bases__
+        if first is not _Blurred:
+            return super().__reduce_ex__(protocol)
+        return _rebuild, tuple(others), self.__dict__.copy()
+
+
+def _change_layer(layer: Any, change: _Change, settings: _Settings, *, like: Tensor) -> None:
+    layer.__class__ = _blurred_class(type(layer))
+    layer.blur_change, layer.blur_settings = change, settings
+    own = next(layer.parameters(recurse=False), like)
+    layer.register_buffer("blur_kernel", _binomial_kernel(change.taps, like=own), persistent=False)
+    if change.stride is not None:
+        layer.stride = change.stride
+    if change.kernel_size is not None:
+        layer.kernel_size, layer.padding = change.kernel_size, (0, 0)
+
+
+@functools.cache
+def _blurred_class(cls: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Blurred{cls.__name__}", (_Blurred, cls), {"__module__": __name__})
+
+
+def _rebuild(cls: type[nn.Module]) -> nn.Module:
+    blurred = _blurred_class(cls)
+    return blurred.__new__(blurred)
+
+
+def _extend_for_ceil_mode(images: Tensor, pool: nn.MaxPool2d, stride: Pair) -> Tensor:
+    """Add -inf below and to the right, so that the dense maximum reaches the last window that ceil_mode counts."""
+    extra = [
+        _missing_in_ceil_mode(size, *sizes)
+        for size, *sizes in zip(
+            images.shape[-2:], _pair(pool.kernel_size), stride, _pair(pool.padding), _pair(pool.dilation), strict=True
+        )
+    ]
+    return F.pad(images, (0, extra[1], 0, extra[0]), value=-math.inf) if any(extra) else images
+
+
+def _missing_in_ceil_mode(size: int, kernel_size: int, stride: int, padding: int, dilation: int) -> int:
+    dense = size + 2 * padding - dilation * (kernel_size - 1)
+    last = -((1 - dense) // stride)  # ⌈(dense - 1) / stride⌉, index of the last window
+    if last * stride >= size + padding:  # it would begin in the right padding, and is dropped
+        last -= 1
+    return max(0, last * stride + 1 - dense)
+
+
+# --- the filter ----------------------------------------------------------------------------------------------------
+
+
+def _blur(images: Tensor, kernel: Tensor, *, stride: Pair, pad: str) -> Tensor:
+    rows, columns = kernel.shape[-2:]
+    padding = ((rows - 1) // 2, (columns - 1) // 2)
+    if pad == "reflect" or not rows % 2 == columns % 2 == 1:
+        images = F.pad(images, (padding[1], columns // 2, padding[0], rows // 2), mode=_pad_mode(images, kernel, pad))
+        padding = (0, 0)
+    channels = images.shape[-3]
+    weight = kernel.to(images).expand(channels, 1, rows, columns)
+    return F.conv2d(images, weight, stride=stride, padding=padding, groups=channels)
+
+
+def _pad_mode(images: Tensor, kernel: Tensor, pad: str) -> str:
+    if pad == "zeros":
+        return "constant"
+    # Reflecting p pixels takes an axis of more than p.
+    height, width = images.shape[-2:]
+    return "reflect" if kernel.shape[-2] // 2 < height and kernel.shape[-1] // 2 < width else "replicate"
+
+
+def _binomial_kernel(taps: Pair, *, like: Tensor) -> Tensor:
+    rows, columns = ([math.comb(size - 1, k) / 2 ** (size - 1) for k in range(size)] for size in taps)
+    # Exact in every floating-point type down to bfloat16: numerators below 2^8 over a power of two.
+    kernel = [[row * column for column in columns] for row in rows]
+    return torch.tensor([[kernel]], dtype=like.dtype, device=like.device)
+
+
+# --- checks --------------------------------------------------------------------------------------------------------
+
+
+def _blurred_layers(model: nn.Module) -> list[_Blurred]:
+    return [layer for layer in model.modules() if isinstance(layer, _Blurred)]
+
+
+def _refuse_other_settings(earlier: Iterable[_Blurred], settings: _Settings) -> None:
+    for layer in earlier:
+        if layer.blur_settings != settings:
+            raise ValueError(
+                f"the model is blurred already with {layer.blur_settings}, and now asked for {settings}; "
+                "blur once: build the model anew to change the settings"
+            )
+
+
+def _refuse_lazy(model: nn.Module) -> None:
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.LazyConv2d):
+            raise ValueError(
+                f"layer {name!r} is a LazyConv2d that does not know its channels yet; "
+                "BlurPool needs them: run one batch through the model first"
+            )
+
+
+def _pair(value: Any) -> Pair:
+    if isinstance(value, int):
+        return value, value
+    rows, columns = value
+    return rows, columns
