@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from algos.base import Contract, Event, Logger, Resource, SpeedUp, State
 from algos.learning_rate import require_schedule, run_epochs
-from algos.protocols import ResizableLoader, TestCropLoader
+from algos.protocols import ResizableLoader, CropSwitchingLoader
 
 Trained = Literal["classifier_and_norm", "classifier", "all"]
 
@@ -60,7 +60,7 @@ class FixRes(SpeedUp):
     train: which layers learn: the classifier and the last batch norm (the paper's choice), the classifier, or all.
     learning_rate: at the phase's start, falling to 0 by a cosine; None leaves the run's own schedule.
 
-    The loader must be a `TestCropLoader`, and a `ResizableLoader` when image_size is given; others are refused.
+    The loader must be a `CropSwitchingLoader`, and a `ResizableLoader` when image_size is given; others are refused.
     """
 
     contract = Contract(
@@ -127,10 +127,10 @@ class FixRes(SpeedUp):
 
     def _check(self, state: State) -> None:
         loader = state.dataloader
-        if not isinstance(loader, TestCropLoader):
+        if not isinstance(loader, CropSwitchingLoader):
             raise ValueError(
                 f"fixres trains on the test-time crop, and the loader, a {type(loader).__name__}, cannot be switched to "
-                "it; use a loader with set_test_crop (algos.protocols.TestCropLoader)"
+                "it; use a loader with set_test_crop (algos.protocols.CropSwitchingLoader)"
             )
         if self.image_size is not None and not isinstance(loader, ResizableLoader):
             raise ValueError(

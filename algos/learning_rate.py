@@ -9,6 +9,7 @@ resumption, and every algorithm with a say in it (`LearningRateModifier`) is ask
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 from algos.base import Contract, Event, Logger, Resource, SpeedUp, State
@@ -95,9 +96,14 @@ class LearningRate(SpeedUp):
             step_factor=step_factor,
         )
 
-    def factor(self, epoch: float, *, total_epochs: float) -> float:
-        """The schedule's factor on the initial rate after `epoch` epochs."""
-        return warmup_decay(epoch, total_epochs=total_epochs, **self._shape)
+    def learning_rate(
+        self, epoch: float, *, total_epochs: float, initial: float, modifiers: Sequence[LearningRateModifier] = ()
+    ) -> float:
+        """The rate after `epoch` epochs: `initial` times the schedule's factor, then through each modifier in turn."""
+        learning_rate = initial * warmup_decay(epoch, total_epochs=total_epochs, **self._shape)
+        for modifier in modifiers:
+            learning_rate = modifier.modify_learning_rate(learning_rate, epoch, total_epochs)
+        return learning_rate
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         total_epochs = run_epochs(state)
@@ -109,12 +115,8 @@ class LearningRate(SpeedUp):
         modifiers = [algorithm for algorithm in state.algorithms if isinstance(algorithm, LearningRateModifier)]
         for optimizer in state.optimizers:
             for group in optimizer.param_groups:
-                learning_rate = group.setdefault("initial_lr", group["lr"]) * self.factor(
-                    epoch, total_epochs=total_epochs
-                )
-                for modifier in modifiers:
-                    learning_rate = modifier.modify_learning_rate(learning_rate, epoch, total_epochs)
-                group["lr"] = learning_rate
+                initial = group.setdefault("initial_lr", group["lr"])
+                group["lr"] = self.learning_rate(epoch, total_epochs=total_epochs, initial=initial, modifiers=modifiers)
 
 
 def run_epochs(state: State) -> int:

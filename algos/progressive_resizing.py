@@ -138,13 +138,13 @@ class ProgressiveResizing(SpeedUp):
         self._reference_batch_size: int | None = None  # images a device that the learning rate was chosen for
         self._loaded_stages: list[dict[str, Any]] | None = None
 
-    def plan(self, *, total_epochs: int, image_size: int) -> list[Stage]:
-        """The stages of a run of `total_epochs` whose loader is set to `image_size` px.
+    def prepare(self, *, total_epochs: int, image_size: int, per_device_batch_size: int | None) -> None:
+        """Fix the stages for a run of `total_epochs` whose loader is set to these sizes.
 
         Raises ValueError when explicit stages do not cover the run exactly.
         """
         if self.stages is None:
-            return ramp_stages(total_epochs=total_epochs, final_image_size=image_size, **self._ramp)
+            self.stages = ramp_stages(total_epochs=total_epochs, final_image_size=image_size, **self._ramp)
         covered = sum(stage.epochs for stage in self.stages)
         if covered != total_epochs:
             lengths = " + ".join(str(stage.epochs) for stage in self.stages)
@@ -152,25 +152,45 @@ class ProgressiveResizing(SpeedUp):
                 f"the stages of progressive_resizing cover {lengths} = {covered} epochs and the run has {total_epochs}; "
                 "they must be equal"
             )
-        return self.stages
+        if self._reference_batch_size is None:
+            self._reference_batch_size = per_device_batch_size
+
+    def stage(self, epoch: int) -> Stage:
+        """The stage of `epoch` (counted from 0); only after `prepare`."""
+        assert self.stages is not None, "prepare() comes first"
+        return stage_at(epoch, self.stages)
+
+    def per_device_batch_size(self, epoch: int, num_ranks: int) -> int:
+        """Images a device in a batch of `epoch`. Raises ValueError when a global one does not divide over the ranks."""
+        assert self._reference_batch_size is not None, "prepare() comes first"
+        stage = self.stage(epoch)
+        if stage.per_device_batch_size is not None:
+            return stage.per_device_batch_size
+        if stage.global_batch_size is None:
+            return self._reference_batch_size
+        if stage.global_batch_size % num_ranks:
+            raise ValueError(
+                f"a stage's global_batch_size is {stage.global_batch_size} and there are {num_ranks} ranks; "
+                f"make it a multiple of {num_ranks}"
+            )
+        return stage.global_batch_size // num_ranks
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         if event == Event.BATCH_START:
             self._resize_on_device(state)
             return
         if event == Event.FIT_START:
-            self._prepare(state)
-        stage = stage_at(state.timestamp.epoch.value, self.stages or ())
+            self._bind(state)
         if isinstance(state.dataloader, ResizableLoader):
-            assert self._reference_batch_size is not None
-            _shape_loader(state, state.dataloader, stage, reference_batch_size=self._reference_batch_size)
+            epoch = state.timestamp.epoch.value
+            state.dataloader.set_image_size(self.stage(epoch).image_size)
+            _set_batch_size(state, state.dataloader, self.per_device_batch_size(epoch, world_size()))
 
     def modify_learning_rate(self, learning_rate: float, epoch: float, total_epochs: float) -> float:
         """Scale by the stage's batch size against the one that the recipe's rate was given for."""
-        if self.learning_rate_scaling == "none" or self.stages is None or self._reference_batch_size is None:
+        if self.learning_rate_scaling == "none" or self._reference_batch_size is None:
             return learning_rate
-        batch_size = _per_device(stage_at(int(epoch), self.stages), default=self._reference_batch_size)
-        ratio = batch_size / self._reference_batch_size
+        ratio = self.per_device_batch_size(int(epoch), world_size()) / self._reference_batch_size
         return learning_rate * (ratio if self.learning_rate_scaling == "linear" else ratio**0.5)
 
     def state_dict(self) -> dict[str, Any]:
@@ -180,23 +200,26 @@ class ProgressiveResizing(SpeedUp):
     def load_state_dict(self, state: dict[str, Any], strict: bool = False) -> None:
         self._loaded_stages = state.get("stages")
 
-    def _prepare(self, state: State) -> None:
+    def _bind(self, state: State) -> None:
         loader = state.dataloader
         resizable = isinstance(loader, ResizableLoader)
-        if self._reference_batch_size is None:
-            self._reference_batch_size = getattr(loader, "batch_size", None)
         if self.stages is None and not resizable:
             raise ValueError(
                 f"progressive_resizing has no stages and the loader, a {type(loader).__name__}, does not tell its image "
                 "size to make a ramp for; give explicit stages"
             )
-        self.stages = self.plan(total_epochs=run_epochs(state), image_size=getattr(loader, "image_size", 0))
+        self.prepare(
+            total_epochs=run_epochs(state),
+            image_size=getattr(loader, "image_size", 0),
+            per_device_batch_size=getattr(loader, "batch_size", None),
+        )
+        assert self.stages is not None
         self._refuse_another_plan()
         if self.learning_rate_scaling != "none":
             require_schedule(state, f"progressive_resizing.learning_rate_scaling={self.learning_rate_scaling}")
         if resizable:
             return
-        if any(_per_device(stage, default=None) is not None for stage in self.stages):
+        if any(stage.per_device_batch_size or stage.global_batch_size for stage in self.stages):
             raise ValueError(
                 f"a stage sets a batch size, and the loader, a {type(loader).__name__}, cannot change it; use a loader "
                 "with set_image_size and set_batch_size (algos.protocols.ResizableLoader), or drop the batch sizes"
@@ -215,7 +238,7 @@ class ProgressiveResizing(SpeedUp):
         if isinstance(state.dataloader, ResizableLoader):
             return
         images, targets = state.batch
-        size = stage_at(state.timestamp.epoch.value, self.stages or ()).image_size
+        size = self.stage(state.timestamp.epoch.value).image_size
         state.batch = (resize_images(images, image_size=size), targets)
 
 
@@ -226,26 +249,13 @@ def resize_images(images: Tensor, *, image_size: int) -> Tensor:
     return F.interpolate(images, size=(image_size, image_size), mode="bilinear", antialias=True)
 
 
-def _per_device(stage: Stage, *, default: Any) -> Any:
-    if stage.per_device_batch_size is not None:
-        return stage.per_device_batch_size
-    if stage.global_batch_size is None:
-        return default
-    ranks = world_size()
-    if stage.global_batch_size % ranks:
-        raise ValueError(f"a stage's global_batch_size {stage.global_batch_size} does not divide over {ranks} ranks")
-    return stage.global_batch_size // ranks
-
-
-def _shape_loader(state: State, loader: ResizableLoader, stage: Stage, *, reference_batch_size: int) -> None:
-    loader.set_image_size(stage.image_size)
+def _set_batch_size(state: State, loader: ResizableLoader, per_device_batch_size: int) -> None:
     before = loader.batch_size
-    after = _per_device(stage, default=reference_batch_size)
-    if after == before:
+    if per_device_batch_size == before:
         return
-    loader.set_batch_size(after)
+    loader.set_batch_size(per_device_batch_size)
     # Composer reads both once, when the Trainer is made: a stale length drops part of every epoch, and a stale
     # microbatch size splits the larger batch in pieces that nobody asked for.
     state.dataloader_len = -1
     if state.device_train_microbatch_size == before:
-        state.device_train_microbatch_size = after
+        state.device_train_microbatch_size = per_device_batch_size

@@ -31,10 +31,8 @@ class ResizableLoader(Protocol):
 
 
 @runtime_checkable
-class TestCropLoader(Protocol):
+class CropSwitchingLoader(Protocol):
     """A training loader that can serve its images as evaluation does: FixRes trains its last phase this way."""
-
-    __test__ = False  # the name begins with Test; pytest must not collect it
 
     def set_test_crop(self, enabled: bool) -> None:
         """From the next pass on, crop as evaluation does and augment nothing (True), or as in training (False)."""

@@ -1,0 +1,218 @@
+"""From a checked recipe to the objects that train: data, network, algorithms, optimizer, Trainer."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from composer import Trainer
+from composer.core import Callback, DataSpec, Evaluator
+from composer.utils import reproducibility
+from torch import nn
+
+from algos import LearningRate, SpeedUp, arrange
+from algos.registry import find as find_algorithm
+from data import Normalizer, build_loader, build_source
+from models import registry as models
+from models.classifier import ImageClassifier
+from models.sync_batchnorm import synchronize_batchnorm
+from training.optimizers import build_optimizer
+from training.recipe import Recipe
+from training.schema import RecipeError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What the recipe's data is like, known without reading an image."""
+
+    num_train: int
+    num_eval: int
+    class_names: tuple[str, ...]
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
+
+
+def data_facts(recipe: Recipe) -> DataFacts:
+    """Look at the recipe's sources. Raises RecipeError when they are not there or do not match."""
+    with _users_mistake("data.source"):
+        train, evaluation = (build_source(**_source(recipe), split=split) for split in ("train", "eval"))
+    if train.class_names != evaluation.class_names:
+        raise RecipeError(
+            "data.source",
+            f"the classes to train on ({len(train.class_names)}) and to evaluate on ({len(evaluation.class_names)}) "
+            "differ; both splits need the same class folders",
+        )
+    return DataFacts(num_train=len(train), num_eval=len(evaluation), class_names=train.class_names)
+
+
+def resolve_device(recipe: Recipe) -> str:
+    """cpu, gpu or mps: what `device: auto` comes to here. Raises RecipeError when the one asked for is not there."""
+    present = {"cpu": True, "gpu": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if recipe.device == "auto":
+        device = next(name for name in ("gpu", "mps", "cpu") if present[name])
+    elif present[recipe.device]:
+        device = recipe.device
+    else:
+        here = ", ".join(name for name, there in present.items() if there)
+        raise RecipeError("device", f"is {recipe.device}, which this machine does not have; here: {here}, or auto")
+    if device == "cpu" and recipe.precision != "fp32":
+        raise RecipeError("precision", f"is {recipe.precision}, which Composer does not train in on a CPU; use fp32")
+    return device
+
+
+def per_device_batch_size(recipe: Recipe, *, world_size: int) -> int:
+    """Images a device in a training batch. Raises RecipeError when the global batch does not divide over the ranks."""
+    train = recipe.data.train
+    if train.per_device_batch_size is not None:
+        return train.per_device_batch_size
+    assert train.global_batch_size is not None, "checked with the recipe"
+    if train.global_batch_size % world_size:
+        raise RecipeError(
+            "data.train.global_batch_size",
+            f"is {train.global_batch_size} and there are {world_size} ranks; make it a multiple of {world_size}",
+        )
+    return train.global_batch_size // world_size
+
+
+def build_network(recipe: Recipe, facts: DataFacts) -> nn.Module:
+    """The recipe's network, initialized from its seed alike on every rank."""
+    reproducibility.seed_all(recipe.seed)
+    settings = {key: value for key, value in recipe.model.items() if key != "name"}
+    with _users_mistake("model"):
+        return models.find(recipe.model["name"])(num_classes=facts.num_classes, **settings)
+
+
+def arrange_algorithms(recipe: Recipe) -> dict[str, SpeedUp]:
+    """The recipe's algorithms, and the learning rate's schedule, in the order in which they act."""
+    made: dict[str, SpeedUp] = {"learning_rate": LearningRate(**recipe.schedule)}
+    for name, settings in recipe.algorithms.items():
+        with _users_mistake(f"algorithms.{name}"):
+            made[name] = find_algorithm(name)(**settings)
+    with _users_mistake("algorithms"):
+        order = arrange({name: algorithm.contract for name, algorithm in made.items()})
+    return {name: made[name] for name in order}
+
+
+def build_loaders(recipe: Recipe, *, rank: int, world_size: int, say: Callable[[str], None]) -> tuple[Any, Any]:
+    """The training and the evaluation loader of this rank; converts the data at first use."""
+    data = recipe.data
+    source = _source(recipe)
+    common = dict(
+        source=source.pop("name"),
+        source_settings=source,
+        cache_dir=data.cache_dir,
+        seed=recipe.seed,
+        rank=rank,
+        world_size=world_size,
+        log=say,
+    )
+    with _users_mistake("data.train"):
+        train = build_loader(
+            split="train",
+            loader=data.train.loader,
+            path=data.train.path,
+            per_device_batch_size=per_device_batch_size(recipe, world_size=world_size),
+            image_size=data.train.image_size,
+            num_workers=data.train.num_workers,
+            drop_last=data.train.drop_last,
+            crop_scale=data.train.crop_scale,
+            crop_aspect=data.train.crop_aspect_ratio,
+            flip_probability=data.train.flip_probability,
+            eval_crop_ratio=data.eval.crop_ratio,
+            **common,
+        )
+    with _users_mistake("data.eval"):
+        evaluation = build_loader(
+            split="eval",
+            loader=data.eval.loader,
+            path=data.eval.path,
+            per_device_batch_size=data.eval.per_device_batch_size,
+            image_size=data.eval.image_size,
+            num_workers=data.eval.num_workers,
+            eval_crop_ratio=data.eval.crop_ratio,
+            **common,
+        )
+    return train, evaluation
+
+
+def build_trainer(
+    recipe: Recipe,
+    facts: DataFacts,
+    loaders: tuple[Any, Any],
+    *,
+    callbacks: Sequence[Callback],
+    load_path: str | None,
+    world_size: int,
+) -> Trainer:
+    """Composer's Trainer with everything in place, and the checkpoint at `load_path` loaded."""
+    device = resolve_device(recipe)
+    train, evaluation = loaders
+    network = build_network(recipe, facts)
+    torch_device = {"cpu": "cpu", "gpu": "cuda", "mps": "mps"}[device]
+    if recipe.parallelism.sync_batchnorm and world_size > 1:
+        network = synchronize_batchnorm(network, device_type=torch_device)
+    model = ImageClassifier(network, num_classes=facts.num_classes, class_names=facts.class_names)
+    return Trainer(
+        model=model,
+        train_dataloader=_data_spec(train, torch_device),
+        eval_dataloader=Evaluator(label="eval", dataloader=_data_spec(evaluation, torch_device)),
+        eval_interval=f"{recipe.data.eval.every_epochs}ep",
+        max_duration=f"{recipe.epochs}ep",
+        algorithms=list(arrange_algorithms(recipe).values()),
+        optimizers=build_optimizer(model, recipe.optimizer),
+        callbacks=list(callbacks),
+        run_name=recipe.run_name,
+        progress_bar=False,
+        load_path=load_path,
+        # The loaders know how to stand at any batch of any epoch; spinning would decode and drop what was trained on.
+        spin_dataloaders=False,
+        device=device,
+        precision=recipe.precision,
+        device_train_microbatch_size=recipe.data.train.per_device_microbatch_size,
+        seed=recipe.seed,
+        auto_log_hparams=False,
+    )
+
+
+def _source(recipe: Recipe) -> dict[str, Any]:
+    return dict(recipe.data.source)
+
+
+def _data_spec(loader: Any, torch_device: str) -> DataSpec:
+    normalize = Normalizer(loader.mean, loader.std)
+
+    def to_device_and_normalize(batch: Any) -> Any:
+        # uint8 crosses the bus, a quarter of what floats would be.
+        return normalize(tuple(part.to(torch_device, non_blocking=True) for part in batch))
+
+    return DataSpec(
+        dataloader=loader,
+        batch_transforms=to_device_and_normalize,
+        get_num_samples_in_batch=lambda batch: len(batch[1]),
+        split_batch=_split_batch,
+    )
+
+
+def _split_batch(batch: tuple[torch.Tensor, ...], microbatch_size: int | float) -> list[tuple[torch.Tensor, ...]]:
+    # Composer's own warns about every batch that is smaller than its microbatch, as an epoch's last one may be.
+    return list(zip(*(part.split(int(microbatch_size)) for part in batch), strict=True))
+
+
+@contextlib.contextmanager
+def _users_mistake(path: str) -> Iterator[None]:
+    """Turn the errors that the layers below raise for users' mistakes into one that names the recipe's key."""
+    try:
+        yield
+    except RecipeError:
+        raise
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        raise RecipeError(path, str(error)) from error

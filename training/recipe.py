@@ -1,0 +1,311 @@
+"""A recipe: one YAML file that says everything about a run, checked before anything is built."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from training.schema import RecipeError, parse, refuse_unknown, schema_of
+
+LoaderName = Literal["auto", "ffcv", "torch"]
+
+
+@dataclass
+class TrainData:
+    """What the model is trained on. Give one of global_batch_size and per_device_batch_size."""
+
+    image_size: int = MISSING  # px, where no algorithm sets another
+    global_batch_size: int | None = None
+    per_device_batch_size: int | None = None
+    per_device_microbatch_size: int | None = None  # images of one forward pass; null: the whole batch
+    loader: LoaderName = "auto"
+    path: str | None = None  # a .beton of one's own; null: converted from the source at first use
+    num_workers: int = 2
+    drop_last: bool = True
+    crop_scale: tuple[float, float] = (0.08, 1.0)  # share of the image's area
+    crop_aspect_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip_probability: float = 0.5
+
+
+@dataclass
+class EvalData:
+    """What the model is judged on: held-out images, each counted once."""
+
+    image_size: int = MISSING  # px
+    per_device_batch_size: int = MISSING
+    crop_ratio: float = 0.875  # side of the center crop over the image's short side; 0.875 is 224 of 256
+    every_epochs: int = 1
+    loader: LoaderName = "auto"
+    path: str | None = None
+    num_workers: int = 2
+
+
+@dataclass
+class Data:
+    """Where the images come from; `source` is a name in data/ and its settings."""
+
+    source: Any = MISSING
+    train: TrainData = field(default_factory=TrainData)
+    eval: EvalData = field(default_factory=EvalData)
+    cache_dir: str = ".cache/brisk"
+
+
+@dataclass
+class Duration:
+    epochs: int = MISSING
+
+
+@dataclass
+class Parallelism:
+    """none: one process. ddp: as many as the launcher starts. sync_batchnorm: statistics over all ranks' images."""
+
+    strategy: Literal["none", "ddp"] = "ddp"
+    sync_batchnorm: bool = False
+
+
+@dataclass
+class Checkpoints:
+    """latest.pt at every interval, best.pt by held-out top-1, ep<N>.pt every keep_every_epochs."""
+
+    every_epochs: int = 1
+    every_steps: int | None = None
+    keep_every_epochs: int | None = None
+    keep_best: bool = True
+
+
+@dataclass
+class Logging:
+    progress_bar: bool | None = None  # null: a bar on a terminal, a line an epoch elsewhere
+    level: Literal["debug", "info", "warning", "error"] = "warning"
+
+
+@dataclass
+class _RecipeKeys:
+    """The top level of a recipe; sections with names of their own (model, algorithms ...) are checked one by one."""
+
+    run_name: str = MISSING
+    model: Any = MISSING
+    data: Data = field(default_factory=Data)
+    algorithms: Any = None
+    optimizer: Any = MISSING
+    schedule: Any = None
+    duration: Duration = field(default_factory=Duration)
+    precision: Literal["fp32", "amp_bf16", "amp_fp16"] = "fp32"
+    device: Literal["auto", "cpu", "gpu", "mps"] = "auto"
+    parallelism: Parallelism = field(default_factory=Parallelism)
+    logging: Logging = field(default_factory=Logging)
+    checkpoints: Checkpoints = field(default_factory=Checkpoints)
+    seed: int = 0
+    results_dir: str = "results"
+    load: str | None = None  # latest, or a checkpoint's path
+    autoresume: bool = False
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A checked recipe. `settings` is the whole of it as plain data, defaults filled in: what a run writes down.
+
+    algorithms: name -> keyword arguments, only those that are on.
+    """
+
+    settings: dict[str, Any]
+    run_name: str
+    model: dict[str, Any]
+    data: Data
+    algorithms: dict[str, dict[str, Any]]
+    optimizer: dict[str, Any]
+    schedule: dict[str, Any]
+    epochs: int
+    precision: str
+    device: str
+    parallelism: Parallelism
+    logging: Logging
+    checkpoints: Checkpoints
+    seed: int
+    results_dir: Path
+    load: str | None
+    autoresume: bool
+
+    @property
+    def run_dir(self) -> Path:
+        """Where this run's results go."""
+        return self.results_dir / self.run_name
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read, override and check a recipe. Raises RecipeError with one line that starts with the file's name."""
+    try:
+        return recipe_from(_apply_overrides(_read_yaml(path), overrides))
+    except RecipeError as error:
+        raise RecipeError("", f"{path}: {error}") from None
+
+
+def recipe_from(raw: dict[str, Any]) -> Recipe:
+    """Check plain data and make a Recipe of it. Raises RecipeError."""
+    from algos import LearningRate
+    from data.sources import SOURCES
+    from training.optimizers import OPTIMIZERS
+
+    top = parse(_RecipeKeys, raw, path="")
+    top["model"] = _parse_model(top["model"])
+    top["data"]["source"] = _parse_named(top["data"]["source"], SOURCES, path="data.source", without=("split",))
+    top["algorithms"] = _parse_algorithms(top["algorithms"])
+    top["optimizer"] = _parse_named(top["optimizer"], OPTIMIZERS, path="optimizer", without=("parameters",))
+    top["schedule"] = parse(schema_of(LearningRate), top["schedule"], path="schedule")
+    _check_ranges(top)
+    data = dict(top["data"])
+    return Recipe(
+        settings=_plain(top),
+        data=Data(**{**data, "train": TrainData(**data["train"]), "eval": EvalData(**data["eval"])}),
+        epochs=top["duration"]["epochs"],
+        parallelism=Parallelism(**top["parallelism"]),
+        logging=Logging(**top["logging"]),
+        checkpoints=Checkpoints(**top["checkpoints"]),
+        algorithms={name: settings for name, settings in top["algorithms"].items() if settings is not None},
+        results_dir=Path(top["results_dir"]),
+        **{
+            name: top[name]
+            for name in (
+                "run_name", "model", "optimizer", "schedule", "precision", "device", "seed", "load", "autoresume"
+            )
+        },
+    )  # fmt: skip
+
+
+def _read_yaml(path: str | Path) -> dict[str, Any]:
+    try:
+        raw = OmegaConf.to_container(OmegaConf.load(path))
+    except FileNotFoundError:
+        near = sorted(str(other) for other in Path("yamls").glob("*.yaml"))
+        raise RecipeError("", f"no such file; recipes here: {', '.join(near) or 'none'}") from None
+    except OSError as error:
+        raise RecipeError("", f"cannot be read: {error.strerror or error}") from None
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise RecipeError("", _one_line(error)) from None
+    if not isinstance(raw, dict):
+        raise RecipeError("", "is not a mapping of keys to values")
+    return raw  # pyright: ignore
+
+
+def _apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    seen: set[str] = set()
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals or not key:
+            raise RecipeError(override, "an override has the form key=value, for example algorithms.sam=null")
+        if key in seen:
+            raise RecipeError(key, "given twice on the command line")
+        seen.add(key)
+    try:
+        merged = OmegaConf.merge(OmegaConf.create(raw), OmegaConf.from_dotlist(list(overrides)))
+        return OmegaConf.to_container(merged, resolve=True)  # pyright: ignore
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise RecipeError("", _one_line(error)) from None
+
+
+def _parse_model(given: Any) -> dict[str, Any]:
+    from models import registry
+
+    name, settings = _split_name(given, path="model")
+    try:
+        factory = registry.find(name)
+    except ValueError as error:
+        raise RecipeError("model.name", str(error)) from None
+    return {"name": name, **parse(schema_of(factory, without=("num_classes",)), settings, path="model")}
+
+
+def _parse_named(given: Any, known: dict[str, Any], *, path: str, without: Sequence[str]) -> dict[str, Any]:
+    name, settings = _split_name(given, path=path)
+    refuse_unknown(name, sorted(known), path=f"{path}.name", what=path.rpartition(".")[2])
+    return {"name": name, **parse(schema_of(known[name], without=without), settings, path=path)}
+
+
+def _parse_algorithms(given: Any) -> dict[str, dict[str, Any] | None]:
+    from algos import registry
+
+    if given is None:
+        return {}
+    if not isinstance(given, dict):
+        raise RecipeError("algorithms", f"is {given!r}; it must be a mapping of names to settings")
+    parsed: dict[str, dict[str, Any] | None] = {}
+    for name, settings in given.items():
+        refuse_unknown(name, registry.names(), path=f"algorithms.{name}", what="algorithm")
+        where = f"algorithms.{name}"
+        if settings is None:
+            parsed[name] = None
+            continue
+        algorithm = registry.find(name)
+        parsed[name] = parse(schema_of(algorithm), settings, path=where)
+        try:
+            algorithm(**parsed[name])
+        except ValueError as error:
+            raise RecipeError(where, str(error)) from None
+    return parsed
+
+
+def _split_name(given: Any, *, path: str) -> tuple[str, dict[str, Any]]:
+    if isinstance(given, str):
+        return given, {}
+    if not isinstance(given, dict) or not isinstance(given.get("name"), str):
+        raise RecipeError(f"{path}.name", f"is missing (given {given!r}); name one and put its settings beside it")
+    return given["name"], {key: value for key, value in given.items() if key != "name"}
+
+
+def _check_ranges(top: dict[str, Any]) -> None:
+    train, evaluation = top["data"]["train"], top["data"]["eval"]
+    sizes = [train["global_batch_size"], train["per_device_batch_size"]]
+    if sum(size is not None for size in sizes) != 1:
+        raise RecipeError(
+            "data.train",
+            f"global_batch_size is {sizes[0]} and per_device_batch_size is {sizes[1]}; give exactly one of them",
+        )
+    positive = {
+        "duration.epochs": top["duration"]["epochs"],
+        "data.train.image_size": train["image_size"],
+        "data.train.num_workers": train["num_workers"],
+        "data.train.global_batch_size": train["global_batch_size"],
+        "data.train.per_device_batch_size": train["per_device_batch_size"],
+        "data.train.per_device_microbatch_size": train["per_device_microbatch_size"],
+        "data.eval.image_size": evaluation["image_size"],
+        "data.eval.num_workers": evaluation["num_workers"],
+        "data.eval.per_device_batch_size": evaluation["per_device_batch_size"],
+        "data.eval.every_epochs": evaluation["every_epochs"],
+        **{
+            f"checkpoints.{key}": top["checkpoints"][key]
+            for key in ("every_epochs", "every_steps", "keep_every_epochs")
+        },
+    }
+    for path, value in positive.items():
+        if value is not None and value < 1:
+            raise RecipeError(path, f"is {value}; it must be at least 1")
+    if not top["run_name"] or Path(top["run_name"]).name != top["run_name"]:
+        raise RecipeError(
+            "run_name", f"is {top['run_name']!r}; it names a folder, so it cannot be empty or hold a slash"
+        )
+    if not 0 < evaluation["crop_ratio"] <= 1:
+        raise RecipeError("data.eval.crop_ratio", f"is {evaluation['crop_ratio']}; it must lie in (0, 1]")
+    if not 0 <= train["flip_probability"] <= 1:
+        raise RecipeError("data.train.flip_probability", f"is {train['flip_probability']}; it must lie in [0, 1]")
+
+
+def _plain(value: Any) -> Any:
+    """Only mappings, lists and scalars, as YAML and JSON know them."""
+    from dataclasses import asdict, is_dataclass
+
+    if is_dataclass(value) and not isinstance(value, type):
+        return _plain(asdict(value))
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,258 @@
+"""One run from recipe to results folder: fresh or resumed, on any number of ranks."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from composer import Trainer
+from composer.core import Callback, State
+from composer.loggers import Logger
+from composer.utils import dist, get_device, reproducibility
+
+from training import report
+from training.build import build_loaders, build_trainer, data_facts, resolve_device
+from training.checkpoints import Checkpoints, find_latest
+from training.plan import Plan, format_plan, make_plan, without_algorithms
+from training.progress import ProgressBar
+from training.recipe import Recipe
+from training.recorder import Recorder
+from training.report import History
+from training.schema import RecipeError
+
+log = logging.getLogger(__name__)
+
+_DIST_TIMEOUT_SECONDS = 600.0
+# Keys that may differ between a run and its continuation: they do not change what is computed.
+_FREE_ON_RESUME = ("load", "autoresume", "logging", "results_dir", "checkpoints", "device", "data.cache_dir")
+_FREE_ON_RESUME_ENDINGS = (".num_workers", ".loader", ".path")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to."""
+
+    history: History
+    summary: dict[str, Any]
+
+
+def plan_text(recipe: Recipe) -> str:
+    """What `recipe` would do, and how that compares to the same with every speed-up off. Trains nothing."""
+    facts = data_facts(recipe)
+    world_size = dist.get_world_size()
+    baseline = make_plan(without_algorithms(recipe, recipe.run_name), facts, world_size=world_size)
+    return format_plan(make_plan(recipe, facts, world_size=world_size), baseline)
+
+
+def train(recipe: Recipe, *, say: Callable[[str], None] = print) -> Result:
+    """Carry `recipe` out and write results/<run>/. Returns on every rank; files are rank 0's.
+
+    Raises RecipeError for what the recipe, its data or its results folder make impossible, before the first step.
+    """
+    _start_distributed(recipe)
+    say = say if dist.get_global_rank() == 0 else _silent
+    facts = data_facts(recipe)
+    plan = make_plan(recipe, facts, world_size=dist.get_world_size())
+    load_path = _prepare_run_dir(recipe, say)
+    loaders = build_loaders(recipe, rank=dist.get_global_rank(), world_size=dist.get_world_size(), say=say)
+    recorder = Recorder(recipe.run_dir)
+    trainer = build_trainer(
+        recipe,
+        facts,
+        loaders,
+        callbacks=_callbacks(recipe, plan, recorder, loaders[0]),
+        load_path=load_path,
+        world_size=dist.get_world_size(),
+    )
+    seconds = _fit(trainer, recipe, say)
+    result = _result(recipe, plan, recorder, seconds=seconds, resumed=load_path is not None)
+    if dist.get_global_rank() == 0:
+        _write_results(recipe, result)
+    return result
+
+
+def compare(recipe: Recipe, *, say: Callable[[str], None] = print) -> str:
+    """Train `recipe`, then the same with every speed-up off, and write both side by side. Returns the comparison."""
+    from dataclasses import replace
+
+    _start_distributed(recipe)
+    say = say if dist.get_global_rank() == 0 else _silent
+    off = without_algorithms(replace(recipe, load=None), f"{recipe.run_name}_speedups_off")
+    results = {}
+    for label, one in (("speed-ups on", recipe), ("all off", off)):
+        say(f"== {label} ==")
+        results[label] = train(one, say=say)
+        say(report.format_summary(results[label].summary) + "\n")
+    summaries = {label: result.summary for label, result in results.items()}
+    if dist.get_global_rank() == 0:
+        report.write_comparison({label: r.history for label, r in results.items()}, summaries, recipe.run_dir)
+    return report.format_comparison(summaries)
+
+
+class _LoaderPosition(Callback):
+    """Puts the training loader where the run stands, so that a resumed one sees the very batches it has not seen."""
+
+    def __init__(self, loader: Any) -> None:
+        self._loader = loader
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        self.epoch_start(state, logger)
+
+    def epoch_start(self, state: State, logger: Logger) -> None:
+        self._loader.set_position(state.timestamp.epoch.value, state.timestamp.batch_in_epoch.value)
+
+
+def _callbacks(recipe: Recipe, plan: Plan, recorder: Recorder, loader: Any) -> list[Callback]:
+    # The recorder closes an epoch's row before the checkpoint that holds it is written.
+    return [
+        _LoaderPosition(loader),
+        recorder,
+        Checkpoints(
+            recipe.run_dir / "checkpoints",
+            every_epochs=recipe.checkpoints.every_epochs,
+            every_steps=recipe.checkpoints.every_steps,
+            keep_every_epochs=recipe.checkpoints.keep_every_epochs,
+            keep_best=recipe.checkpoints.keep_best,
+        ),
+        ProgressBar(
+            epoch_costs=[epoch.total_macs for epoch in plan.epochs],
+            total_epochs=recipe.epochs,
+            enabled=recipe.logging.progress_bar,
+        ),
+    ]
+
+
+def _fit(trainer: Trainer, recipe: Recipe, say: Callable[[str], None]) -> float:
+    """Train to the end; returns seconds."""
+    started = time.monotonic()
+    try:
+        if trainer.state.timestamp.epoch.value >= recipe.epochs:
+            say(f"{recipe.run_name} is complete already: {recipe.epochs} epochs")
+            return 0.0
+        if trainer.state.timestamp.batch.value:
+            say(
+                f"continuing after epoch {trainer.state.timestamp.epoch.value}, step {trainer.state.timestamp.batch.value}"
+            )
+        _restore_random_state(trainer)
+        trainer.fit()
+    finally:
+        trainer.close()
+    return time.monotonic() - started
+
+
+def _restore_random_state(trainer: Trainer) -> None:
+    # Composer restores it at an epoch's start, or while it spins through the batches that a resumed epoch has behind it;
+    # our loaders skip those, so in mid-epoch it would stay where the constructor left it (Composer 0.32.1).
+    if trainer.state.timestamp.batch_in_epoch.value and trainer._rng_state is not None:
+        reproducibility.load_rng_state(trainer._rng_state)
+        trainer._rng_state = None
+
+
+def _result(recipe: Recipe, plan: Plan, recorder: Recorder, *, seconds: float, resumed: bool) -> Result:
+    summary = report.summarize(
+        recorder.history,
+        run_name=recipe.run_name,
+        seconds=seconds,
+        parameters=plan.parameters,
+        seed=recipe.seed,
+        algorithms=recipe.algorithms,
+        world_size=dist.get_world_size(),
+        resumed=resumed,
+        forward_macs=plan.forward_macs,
+    )
+    return Result(history=recorder.history, summary=summary)
+
+
+def _write_results(recipe: Recipe, result: Result) -> None:
+    report.write_metrics(result.history, recipe.run_dir)
+    report.plot_curves(result.history, recipe.run_dir / "curves.png", title=recipe.run_name)
+    report.write_json(result.summary, recipe.run_dir / "summary.json")
+
+
+def _prepare_run_dir(recipe: Recipe, say: Callable[[str], None]) -> str | None:
+    """The checkpoint to continue from, if any; rank 0 makes the folder and writes the recipe into it."""
+    run_dir = recipe.run_dir
+    load_path = _checkpoint_to_load(recipe)
+    if load_path is not None and Path(load_path).parent.parent == run_dir:
+        _refuse_another_recipe(recipe)
+    dist.barrier()  # every rank has looked before rank 0 moves anything
+    if dist.get_global_rank() == 0:
+        try:
+            if load_path is None and run_dir.exists() and any(run_dir.iterdir()):
+                kept = next(p for n in range(1, 10**6) if not (p := run_dir.with_name(f"{run_dir.name}.{n}")).exists())
+                run_dir.rename(kept)
+                say(f"{run_dir} was there already; it is kept as {kept}")
+            run_dir.mkdir(parents=True, exist_ok=True)
+            (run_dir / "recipe.yaml").write_text(yaml.safe_dump(recipe.settings, sort_keys=False))
+        except OSError as error:
+            raise RecipeError(
+                "results_dir", f"{run_dir} cannot be written ({error.strerror}); choose another with results_dir=DIR"
+            ) from None
+    dist.barrier()
+    return load_path
+
+
+def _checkpoint_to_load(recipe: Recipe) -> str | None:
+    latest = find_latest(recipe.run_dir / "checkpoints")
+    if recipe.load == "latest":
+        if latest is None:
+            raise RecipeError(
+                "load", f"is latest, and {recipe.run_dir / 'checkpoints'} holds no checkpoint; leave load out"
+            )
+        return str(latest)
+    if recipe.load is not None:
+        if not Path(recipe.load).is_file():
+            raise RecipeError(
+                "load", f"is {recipe.load}, and there is no such file; give latest or a checkpoint's path"
+            )
+        return recipe.load
+    return str(latest) if recipe.autoresume and latest is not None else None
+
+
+def _refuse_another_recipe(recipe: Recipe) -> None:
+    try:
+        before = yaml.safe_load((recipe.run_dir / "recipe.yaml").read_text())
+    except FileNotFoundError:
+        return
+    old, new = _flat(before), _flat(recipe.settings)
+    changed = [
+        f"{key} was {old.get(key)!r} and is {new.get(key)!r}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+        and not key.startswith(_FREE_ON_RESUME)
+        and not key.endswith(_FREE_ON_RESUME_ENDINGS)
+    ]
+    if changed:
+        raise RecipeError(
+            "load",
+            f"the run in {recipe.run_dir} was started with another recipe: {'; '.join(changed)}. Continue it as it was, or "
+            "start a new one with run_name=NAME",
+        )
+
+
+def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    if isinstance(value, dict) and value:
+        return {k: v for key, item in value.items() for k, v in _flat(item, f"{path}.{key}" if path else key).items()}
+    return {path: value}
+
+
+def _start_distributed(recipe: Recipe) -> None:
+    device = resolve_device(recipe)
+    if dist.get_world_size() > 1 and recipe.parallelism.strategy == "none":
+        raise RecipeError(
+            "parallelism.strategy",
+            f"is none, and {dist.get_world_size()} processes were started; use ddp, or start one",
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # Composer warns of the defaults that a single process runs with
+        dist.initialize_dist(get_device(device), timeout=_DIST_TIMEOUT_SECONDS)
+
+
+def _silent(text: str) -> None:
+    """What ranks other than the first say."""
