@@ -95,7 +95,7 @@ def random_resized_crops(
     flips = np.less(uniforms(indices, seed=seed, epoch=epoch, operation=Operation.FLIP), flip_probability)
     attempts = np.stack([top, left, crop_height, crop_width], axis=-1)
     chosen = np.take_along_axis(attempts, fits.argmax(axis=1)[:, None, None], axis=1)[:, 0]
-    chosen = np.where(fits.any(axis=1)[:, None], chosen, _fallback_crops(heights, widths, aspect))
+    chosen = np.where(fits.any(axis=1, keepdims=True), chosen, _fallback_crops(heights, widths, aspect))
     return np.concatenate([chosen, flips], axis=1).astype(np.int32)
 
 

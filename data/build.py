@@ -1,0 +1,147 @@
+"""From settings to a loader, with the .beton file made on the way where there is none yet."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from data.beton import Beton, write_beton
+from data.decode import find_libffcv, require_libffcv
+from data.ffcv_loader import FFCVLoader
+from data.loader import Loader
+from data.sources import build_source, source_stamp
+from data.torch_loader import TorchLoader
+
+LOADERS = ("auto", "ffcv", "torch")
+_CACHE_VERSION = 1  # raise it when the same settings come to mean other bytes
+_POLL_SECONDS = 0.2
+
+
+def build_loader(
+    *,
+    source: str,
+    source_settings: dict[str, Any] | None = None,
+    split: str,
+    loader: str = "auto",
+    cache_dir: str | Path = ".cache/brisk",
+    path: str | Path | None = None,
+    write_settings: dict[str, Any] | None = None,
+    stall_timeout_seconds: float = 300,
+    rank: int = 0,
+    log: Callable[[str], None] = print,
+    **settings: Any,
+) -> Loader:
+    """The loader of one split of a source.
+
+    Args:
+        source: name in `data.sources.SOURCES`.
+        source_settings: keyword arguments of that source, without the split.
+        split: "train" shuffles and augments, "eval" does neither.
+        loader: "ffcv", "torch", or "auto": FFCV where it is installed, else torch; `log` says which.
+        cache_dir: where the FFCV loader's files go. A source is converted the first time that it is asked for with
+            these settings.
+        path: a .beton file to use as it is. The source is then not looked at.
+        write_settings: `write_mode`, `max_side_px` and `jpeg_quality` of the conversion. By default pixels for
+            sources that are small by nature, and JPEGs of up to 500 px for image folders.
+        stall_timeout_seconds: rank 0 converts and the other ranks wait; they give up when nothing has been written
+            for so long.
+        settings: see `Loader`.
+
+    Raises:
+        ValueError, FileNotFoundError: bad settings or data.
+        ModuleNotFoundError: "ffcv" was asked for and is not installed.
+    """
+    if split not in ("train", "eval"):
+        raise ValueError(f"split {split!r}: give 'train' or 'eval'")
+    chosen = _choose(loader, path, log)
+    settings = {"rank": rank, "train": split == "train"} | settings
+    source_settings = {"split": split} | (source_settings or {})
+    if chosen == "torch":
+        return TorchLoader(build_source(source, **source_settings), **settings)
+    if path is None:
+        path = _converted(
+            source, source_settings, write_settings or default_write_settings(source), Path(cache_dir),
+            rank=rank, stall_timeout_seconds=stall_timeout_seconds, log=log,
+        )  # fmt: skip
+    elif not Beton(path).described and rank == 0:
+        log(f"{path} has no description beside it: using class numbers as names, and ImageNet's mean and std")
+    return FFCVLoader(path, **settings)
+
+
+def default_write_settings(source: str) -> dict[str, Any]:
+    """How `source` is stored unless it is said: photographs as JPEGs of up to 500 px, small images as pixels."""
+    if source == "folder":
+        return {"write_mode": "jpg", "max_side_px": 500, "jpeg_quality": 90}
+    return {"write_mode": "raw", "max_side_px": None}
+
+
+def cached_beton_path(
+    source: str, source_settings: dict[str, Any], write_settings: dict[str, Any], cache_dir: Path
+) -> Path:
+    """Where the .beton file of a source with these settings lies: the name is a hash of all of them."""
+    stamp = source_stamp(source, **source_settings)
+    told = json.dumps([_CACHE_VERSION, source, source_settings, write_settings, stamp], sort_keys=True, default=str)
+    split = source_settings.get("split") or "all"
+    return cache_dir / f"{source}-{split}-{hashlib.sha256(told.encode()).hexdigest()[:12]}.beton"
+
+
+def _choose(loader: str, path: str | Path | None, log: Callable[[str], None]) -> str:
+    if loader not in LOADERS:
+        raise ValueError(f"loader {loader!r}: give one of {', '.join(LOADERS)}")
+    if path is not None and loader == "torch":
+        raise ValueError(f"loader 'torch' cannot read {path}: a .beton file needs loader 'ffcv'")
+    if loader == "ffcv" or path is not None:
+        require_libffcv()
+        return "ffcv"
+    if loader == "auto":
+        loader = "ffcv" if find_libffcv() else "torch"
+        log(f"loader: {loader} (chosen because FFCV is {'' if loader == 'ffcv' else 'not '}installed)")
+    return loader
+
+
+def _converted(
+    source: str,
+    source_settings: dict[str, Any],
+    write_settings: dict[str, Any],
+    cache_dir: Path,
+    *,
+    rank: int,
+    stall_timeout_seconds: float,
+    log: Callable[[str], None],
+) -> Path:
+    path = cached_beton_path(source, source_settings, write_settings, cache_dir)
+    if path.is_file():
+        return path
+    if rank == 0:
+        images = build_source(source, **source_settings)
+        log(f"converting {len(images)} images of {images.name} to {path}")
+        # Two processes that get here together write the same bytes under names of their own; the later one wins.
+        return write_beton(images, path, about={"built_from": source, "settings": source_settings}, **write_settings)
+    _wait_for(path, stall_timeout_seconds=stall_timeout_seconds)
+    return path
+
+
+def _wait_for(path: Path, *, stall_timeout_seconds: float) -> None:
+    last_change, last_size = time.monotonic(), -1
+    while not path.is_file():
+        size = sum(_size_or_zero(p) for p in path.parent.glob(f"{path.name}.*.partial"))
+        if size != last_size:
+            last_change, last_size = time.monotonic(), size
+        if time.monotonic() - last_change > stall_timeout_seconds:
+            raise FileNotFoundError(
+                f"{path} has not come, and nothing was written to it for {stall_timeout_seconds:g} seconds: see rank "
+                "0's output for its error. If the ranks do not share this folder, set a cache_dir that they share, or "
+                "convert on every machine beforehand with python -m data.convert"
+            )
+        time.sleep(_POLL_SECONDS)
+
+
+def _size_or_zero(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:  # renamed in this moment
+        return 0

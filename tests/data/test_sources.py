@@ -1,0 +1,127 @@
+"""Sources: what they hold, how they are split, and what they say about bad input."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from data.sources import ArraySource, build_source, channel_statistics, digits, folder, source_stamp, synthetic
+
+
+def image_folder(root: Path, *, classes: tuple[str, ...] = ("bee", "ant"), images: int = 2) -> Path:
+    for number, name in enumerate(classes):
+        (root / name).mkdir(parents=True)
+        for i in range(images):
+            Image.new("RGB", (12, 8), (number, i, 200)).save(root / name / f"{i}.png")
+    return root
+
+
+def test_digits_are_all_there_once_and_classes_are_split_alike():
+    train, evaluation = digits(split="train"), digits(split="eval")
+    assert len(train) + len(evaluation) == 1797
+    expected = np.round(load_digits().images * 255 / 16).astype(np.uint8)
+    both = [s.image(i)[..., 0].tobytes() for s in (train, evaluation) for i in range(len(s))]
+    assert sorted(both) == sorted(image.tobytes() for image in expected)
+    assert train.image(0).shape == (8, 8, 3)
+    counts = [np.bincount([s.label(i) for i in range(len(s))], minlength=10) for s in (train, evaluation)]
+    assert np.abs(counts[1] - 0.2 * (counts[0] + counts[1])).max() <= 0.5
+
+
+def test_the_split_of_the_digits_is_fixed_and_follows_its_seed():
+    first, again, other = (digits(split="eval", split_seed=s) for s in (0, 0, 1))
+    pixels = [np.stack([s.image(i) for i in range(len(s))]) for s in (first, again, other)]
+    assert np.array_equal(pixels[0], pixels[1])
+    assert not np.array_equal(pixels[0], pixels[2])
+
+
+def test_digits_say_what_to_install(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'brisk-vision\[demo\]'"):
+        digits()
+
+
+def test_synthetic_images_follow_from_their_index():
+    settings = {"num_samples": 20, "num_classes": 4, "image_size": 16}
+    a, b = synthetic(**settings), synthetic(**settings)
+    assert all(np.array_equal(a.image(i), b.image(i)) for i in (19, 3, 0))
+    assert a.image(0).shape == (16, 16, 3)
+    assert a.image(0).dtype == np.uint8
+    assert [a.label(i) for i in range(5)] == [0, 1, 2, 3, 0]
+    other = synthetic(**settings, split="eval")
+    assert not np.array_equal(a.image(0), other.image(0))
+
+    def distance(i: int, j: int) -> float:
+        return float(np.abs(a.image(i).astype(float) - other.image(j)).mean())
+
+    assert max(distance(i, i) for i in range(4)) < min(distance(i, j) for i in range(4) for j in range(4) if i != j)
+
+
+def test_folder_reads_classes_in_alphabetical_order_as_rgb(tmp_path: Path):
+    root = image_folder(tmp_path)
+    Image.new("L", (12, 8), 7).save(root / "ant" / "grey.png")
+    Image.new("RGBA", (12, 8), (1, 2, 3, 4)).save(root / "ant" / "alpha.png")
+    source = folder(root)
+    assert source.class_names == ("ant", "bee")
+    assert [source.label(i) for i in range(len(source))] == [0, 0, 0, 0, 1, 1]
+    assert all(source.image(i).shape == (8, 12, 3) for i in range(len(source)))
+    assert source.image(4).tolist()[0][0] == [0, 0, 200]
+
+
+def test_folder_splits(tmp_path: Path):
+    image_folder(tmp_path / "train", images=3)
+    image_folder(tmp_path / "val", images=1)
+    assert len(folder(tmp_path, split="train")) == 6
+    assert len(folder(tmp_path, split="eval")) == 2
+    with pytest.raises(FileNotFoundError, match="no folder .*nowhere.val"):
+        folder(tmp_path / "nowhere", split="eval")
+
+
+def test_folder_errors(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match="no folder .*/missing: .*one folder a class"):
+        folder(tmp_path / "missing")
+    with pytest.raises(FileNotFoundError, match="has no folders in it"):
+        folder(tmp_path)
+    image_folder(tmp_path)
+    (tmp_path / "cat").mkdir()
+    with pytest.raises(FileNotFoundError, match="no images in .*/cat"):
+        folder(tmp_path)
+    (tmp_path / "cat" / "1.jpg").write_bytes(b"not a jpeg")
+    source = folder(tmp_path)
+    with pytest.raises(ValueError, match=r"cat/1.jpg cannot be read as an image"):
+        source.image(len(source) - 1)
+
+
+def test_a_folder_that_gains_a_file_has_another_stamp(tmp_path: Path):
+    image_folder(tmp_path)
+    before = source_stamp("folder", path=tmp_path)
+    Image.new("RGB", (2, 2)).save(tmp_path / "ant" / "new.png")
+    assert source_stamp("folder", path=tmp_path) != before
+    assert source_stamp("digits", split="train") == ""
+
+
+def test_unknown_sources_and_settings():
+    with pytest.raises(ValueError, match="unknown source 'digit'; .* did you mean digits"):
+        build_source("digit")
+    with pytest.raises(ValueError, match="do not fit source 'synthetic'.*'num'"):
+        build_source("synthetic", num=3)
+    with pytest.raises(ValueError, match="split 'test'"):
+        build_source("digits", split="test")
+    with pytest.raises(ValueError, match="num_samples 0"):
+        build_source("synthetic", num_samples=0)
+
+
+def test_channel_statistics_are_those_of_the_pixels(photos: ArraySource):
+    pixels = np.stack([photos.image(i) for i in range(len(photos))]).reshape(-1, 3)
+    mean, std = channel_statistics(photos)
+    # A grid of every second pixel is looked at.
+    np.testing.assert_allclose(mean, pixels.mean(axis=0), atol=0.7)
+    np.testing.assert_allclose(std, pixels.std(axis=0), atol=0.7)
+    train = digits()
+    pixels = np.stack([train.image(i) for i in range(len(train))]).reshape(-1, 3)
+    np.testing.assert_allclose(channel_statistics(train), [pixels.mean(axis=0), pixels.std(axis=0)], rtol=1e-9)
