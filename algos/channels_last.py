@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from algos.base import Contract, Event, Logger, Resource, SpeedUp, State
 
@@ -17,51 +16,59 @@ def apply_channels_last(model: nn.Module, *, weights: bool = True) -> nn.Module:
 
     weights: True converts the four-dimensional parameters and buffers, in place: every parameter stays the same object,
         so optimizers, ties, hooks and requires_grad stay as they are. A convolution then returns channels-last whatever
-        it is given. False leaves the weights and converts the four-dimensional inputs of every forward pass instead,
-        for weights whose strides are fixed (sharding needs them contiguous); a convolution then reorders its small
-        weights on each call.
+        it is given. False leaves the weights and converts what convolutions are given instead, for weights whose
+        strides are fixed (sharding needs them contiguous); a convolution then reorders its small weights on each call.
 
     Returns the same model. Warns when there is nothing to convert. Applying it twice is applying it once.
     """
-    if not weights:
-        return _convert_inputs(model)
-    tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.ndim == 4]
-    if not tensors:
+    if not any(parameter.ndim == 4 for parameter in model.parameters()):
         warnings.warn(
             f"{type(model).__name__} has no four-dimensional parameters; channels-last changes nothing", stacklevel=2
         )
-    with torch.no_grad():
-        for tensor in tensors:
-            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+    if weights:
+        _convert_weights(model)
+    else:
+        _convert_inputs(model)
     return model
 
 
 class ChannelsLast(SpeedUp):
     """Makes the model compute in channels-last, from the start of training.
 
-    Under FSDP, which shards contiguous parameters only, the images are converted instead of the weights.
+    It has no settings. Under FSDP, which shards contiguous parameters only, it converts what convolutions are given
+    instead of their weights.
     """
 
     contract = Contract(writes=[Resource.MEMORY_FORMAT], after=[Resource.MODEL])
     events = (Event.INIT,)
 
-    def __init__(self) -> None:
+    def __init__(self) -> None:  # says to whoever reads the signature that there is nothing to set
         pass
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        """Convert the model's weights, or its inputs if FSDP is about to shard it."""
+        """Convert the model's weights, or its convolutions' inputs if FSDP is about to shard it."""
         apply_channels_last(state.model, weights=state.fsdp_config is None)
 
 
-def _convert_inputs(model: nn.Module) -> nn.Module:
-    if _to_channels_last not in model._forward_pre_hooks.values():
-        model.register_forward_pre_hook(_to_channels_last, with_kwargs=True)
-    return model
+def _convert_weights(model: nn.Module) -> None:
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.ndim == 4:
+            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
 
 
-def _to_channels_last(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-    return tree_map_only(Tensor, _reorder, (args, kwargs))
+def _convert_inputs(model: nn.Module) -> None:
+    # At every convolution and not at the model, whose forward may be called past its hooks (Composer evaluates so).
+    # From the second convolution on there is nothing left to convert, as a rule.
+    for module in model.modules():
+        is_convolution = any(parameter.ndim == 4 for parameter in module.parameters(recurse=False))
+        if is_convolution and _to_channels_last not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(_to_channels_last)
 
 
-def _reorder(tensor: Tensor) -> Tensor:
-    return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
+def _to_channels_last(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(_reorder(value) for value in inputs)
+
+
+def _reorder(value: Any) -> Any:
+    is_image = isinstance(value, Tensor) and value.ndim == 4
+    return value.contiguous(memory_format=torch.channels_last) if is_image else value
