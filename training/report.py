@@ -40,7 +40,7 @@ __all__ = [
     "write_metrics",
 ]
 
-# One row of metrics.csv. Top-1 is a fraction, the image size is the side in px, images and seconds are those of training.
+# One row of metrics.csv. Top-1 is a fraction, the image size the side in px; images and seconds are those of training.
 EPOCH_COLUMNS = (
     "epoch",
     "train_loss",
@@ -106,9 +106,9 @@ def write_metrics(history: History, folder: str | os.PathLike[str]) -> None:
 def write_epochs_csv(history: History, path: str | os.PathLike[str]) -> None:
     """Write one line an epoch under a header of `EPOCH_COLUMNS`; a value that was not measured is an empty field."""
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, EPOCH_COLUMNS, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(history.epochs)
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(EPOCH_COLUMNS)
+    writer.writerows([row.get(name) for name in EPOCH_COLUMNS] for row in history.epochs)
     _replace_file(Path(path), lambda file: file.write(text.getvalue().encode()))
 
 
@@ -138,8 +138,8 @@ def summarize(
 ) -> dict[str, Any]:
     """What summary.json says of a run.
 
-    top1 and loss are those of the last evaluation, best_top1 is the highest of all. `seconds` is the whole run's time on
-    the wall as the caller measured it; train_seconds is that of training alone, over all sessions of a resumed run.
+    top1 and loss are those of the last evaluation, best_top1 is the highest of all. `seconds` is the wall time of the
+    whole run as the caller measured it; train_seconds is that of training alone, over all sessions of a resumed run.
 
     parameters: number of scalars in the model's parameters.
     algorithms: name -> settings of every algorithm that acted.
@@ -378,7 +378,8 @@ def _top1_clause(first: str, a: Mapping[str, Any], second: str, b: Mapping[str, 
     if x == y:
         return f"Top-1 is equal ({x:.2f} %)"
     ahead, behind = (first, second) if x > y else (second, first)
-    return f"'{ahead}' is ahead of '{behind}' in top-1 by {abs(x - y):.2f} points ({max(x, y):.2f} % against {min(x, y):.2f} %)"
+    high, low = max(x, y), min(x, y)
+    return f"'{ahead}' is ahead of '{behind}' in top-1 by {high - low:.2f} points ({high:.2f} % against {low:.2f} %)"
 
 
 def _seconds_clause(first: str, a: Mapping[str, Any], second: str, b: Mapping[str, Any]) -> str:
