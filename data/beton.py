@@ -17,6 +17,7 @@ import zlib
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+from uuid import uuid4
 
 import numpy as np
 
@@ -134,7 +135,7 @@ def write_beton(
     path = Path(path)
     _check_write_settings(source, num_workers, write_mode, max_side_px, jpeg_quality)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    beside = path.with_name(f"{path.name}.{uuid4().hex[:8]}.partial")
     settings = {"write_mode": write_mode, "max_side_px": max_side_px, "jpeg_quality": jpeg_quality}
     tasks = (partial(_encode, source, index, **settings) for index in range(len(source)))
     try:
@@ -380,7 +381,7 @@ def _with_progress(encoded: PrefetchIterator[_Encoded], num_samples: int, progre
 
 def _replace_sidecar(path: Path, sidecar: dict[str, Any]) -> None:
     beside = sidecar_path(path)
-    temporary = beside.with_name(f"{beside.name}.{os.getpid()}.partial")
+    temporary = beside.with_name(f"{beside.name}.{uuid4().hex[:8]}.partial")
     try:
         temporary.write_text(json.dumps(sidecar, indent=1), encoding="utf-8")
         os.replace(temporary, beside)

@@ -63,6 +63,7 @@ def _decode_batch(beton: Beton, indices: np.ndarray, this_pass: Pass) -> Batch:
             width=int(width),
             crop=crop,
             destination=destination,
+            exact=not this_pass.augment,
             index=int(index),
         )
     return images, torch.from_numpy(beton.labels[indices])

@@ -128,7 +128,7 @@ def digits(*, split: str = "train", eval_fraction: float = 0.2, split_seed: int 
     try:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError as error:
-        if error.name != "sklearn":
+        if (error.name or "").partition(".")[0] != "sklearn":
             raise
         raise ModuleNotFoundError(
             "the digits come with scikit-learn; install it: pip install 'brisk-vision[demo]'",

@@ -36,11 +36,7 @@ def photos_raw(photos: ArraySource, tmp_path_factory: pytest.TempPathFactory) ->
 def smooth_images(num_images: int, *, height: int, width: int) -> ArraySource:
     rng = np.random.default_rng(0)
     rows, columns = np.mgrid[:height, :width] / max(height, width)
-    turns = rng.uniform(0.5, 2, (num_images, 2, 3))
-    waves = np.sin(
-        2 * np.pi * (rows[..., None] * turns[:, None, None, 0] + columns[..., None] * turns[:, None, None, 1])
-    )
-    names = ("ant", "bee", "cat")
-    return ArraySource(
-        (128 + 100 * waves).astype(np.uint8), np.arange(num_images) % 3, class_names=names, name="photos"
-    )
+    down, across = rng.uniform(0.3, 1, (2, num_images, 1, 1, 3))
+    images = 128 + 100 * np.sin(2 * np.pi * (rows[..., None] * down + columns[..., None] * across))
+    labels = np.arange(num_images) % 3
+    return ArraySource(images.astype(np.uint8), labels, class_names=("ant", "bee", "cat"), name="photos")

@@ -40,10 +40,8 @@ def test_digits_come_back_as_they_were(digits_beton: Path):
 def test_many_pages_and_sizes(tmp_path: Path):
     """Images of all shapes, over 8 MiB in sum, so that pages end within."""
     rng = np.random.default_rng(0)
-    images = [
-        rng.integers(0, 256, (h, w, 3), dtype=np.uint8)
-        for h, w in [(1, 1), (1500, 1800), (900, 800), (3, 700), (1672, 1672)]
-    ]
+    sides = [(1, 1), (1500, 1800), (900, 800), (3, 700), (1672, 1672)]
+    images = [rng.integers(0, 256, (h, w, 3), dtype=np.uint8) for h, w in sides]
     path = write_beton(array_source(images, [0, 1, 1, 0, 1]), tmp_path / "x.beton", progress=False)
     beton = Beton(path)
     assert beton.labels.tolist() == [0, 1, 1, 0, 1]
@@ -127,7 +125,7 @@ def test_entries_that_lead_nowhere_are_refused(tmp_path: Path, digits_beton: Pat
 
 
 def test_missing_file(tmp_path: Path):
-    with pytest.raises(FileNotFoundError, match="no file .*x.beton: .*data.convert"):
+    with pytest.raises(FileNotFoundError, match=r"no file .*x.beton: .*data.convert"):
         Beton(tmp_path / "x.beton")
 
 
@@ -136,10 +134,10 @@ def test_a_sidecar_of_another_file_is_refused(tmp_path: Path, digits_beton: Path
     shutil.copy(digits_beton, path)
     assert not Beton(path).described
     shutil.copy(sidecar_path(photos_raw), sidecar_path(path))
-    with pytest.raises(ValueError, match="not the file that .*x.beton.json describes; they differ in: bytes, checksum"):
+    with pytest.raises(ValueError, match=r"not the file .*x.beton.json describes; they differ in: bytes, checksum"):
         Beton(path)
     sidecar_path(path).write_text("{")
-    with pytest.raises(ValueError, match="description .* cannot be read"):
+    with pytest.raises(ValueError, match=r"description .* cannot be read"):
         Beton(path)
     sidecar = json.loads(sidecar_path(digits_beton).read_text())
     sidecar_path(path).write_text(json.dumps(sidecar | {"class_names": ["only one"]}))
@@ -159,18 +157,12 @@ def test_a_sidecar_of_another_file_is_refused(tmp_path: Path, digits_beton: Path
         (np.zeros((1700, 1700, 3), np.uint8), "set max_side_px, or write_mode='jpg'"),
     ],
 )
-def test_an_image_that_cannot_be_stored_leaves_nothing(
-    tmp_path: Path, image: np.ndarray, message: str, num_workers: int
-):
+def test_an_image_that_cannot_be_stored_leaves_nothing(tmp_path: Path, image, message, num_workers):
     good = np.zeros((4, 4, 3), np.uint8)
     threads = threading.active_count()
+    source = array_source([good] * 5 + [image] + [good] * 50)
     with pytest.raises(ValueError, match=f"image 5 of arrays cannot be stored: .*{message}"):
-        write_beton(
-            array_source([good] * 5 + [image] + [good] * 50),
-            tmp_path / "x.beton",
-            num_workers=num_workers,
-            progress=False,
-        )
+        write_beton(source, tmp_path / "x.beton", num_workers=num_workers, progress=False)
     assert list(tmp_path.iterdir()) == []
     assert threading.active_count() == threads
 
