@@ -37,13 +37,18 @@ class Recorder(Callback):
     """
 
     def __init__(
-        self, folder: str | os.PathLike[str] | None = None, *, metric: str = "top1", evaluator: str = "eval"
+        self,
+        folder: str | os.PathLike[str] | None = None,
+        *,
+        metric: str = "top1",
+        evaluator: str = "eval",
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._csv_path = None if folder is None else Path(folder) / "metrics.csv"
         self._metric = metric
         self._evaluator = evaluator
         self._ledger = Ledger()
-        self._stopwatch = Stopwatch()
+        self._stopwatch = Stopwatch(clock)
         self._learning_rate: float | None = None
         self._skipping_batches = False
 
