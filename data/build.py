@@ -9,12 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from data.beton import Beton, write_beton
+from data.beton import write_beton
 from data.decode import find_libffcv, require_libffcv
 from data.ffcv_loader import FFCVLoader
 from data.loader import Loader
 from data.sources import build_source, source_stamp
-from data.torch_loader import TorchLoader
 
 LOADERS = ("auto", "ffcv", "torch")
 _CACHE_VERSION = 1  # raise it when the same settings come to mean other bytes
@@ -61,15 +60,18 @@ def build_loader(
     settings = {"rank": rank, "train": split == "train"} | settings
     source_settings = {"split": split} | (source_settings or {})
     if chosen == "torch":
+        from data.torch_loader import TorchLoader  # imports torchvision, which the other loader does not need
+
         return TorchLoader(build_source(source, **source_settings), **settings)
     if path is None:
         path = _converted(
             source, source_settings, write_settings or default_write_settings(source), Path(cache_dir),
             rank=rank, stall_timeout_seconds=stall_timeout_seconds, log=log,
         )  # fmt: skip
-    elif not Beton(path).described and rank == 0:
+    made = FFCVLoader(path, **settings)
+    if not made.described and rank == 0:
         log(f"{path} has no description beside it: using class numbers as names, and ImageNet's mean and std")
-    return FFCVLoader(path, **settings)
+    return made
 
 
 def default_write_settings(source: str) -> dict[str, Any]:

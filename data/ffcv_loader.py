@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,9 @@ class FFCVLoader(Loader):
         path: the .beton file.
         settings: those of `Loader`, but for `num_samples` and `class_names`, which the file knows.
 
+    Attributes:
+        described: whether the file has a sidecar; without it, class names are numbers, mean and std ImageNet's.
+
     Raises:
         FileNotFoundError, ValueError: no such file, or it is not whole (see `Beton`).
         ModuleNotFoundError: FFCV is not installed.
@@ -34,21 +37,17 @@ class FFCVLoader(Loader):
     def __init__(self, path: str | Path, **settings: Any) -> None:
         require_libffcv()
         self._beton = Beton(path)
-        self._current: PrefetchIterator[Batch] | None = None
         super().__init__(num_samples=len(self._beton), class_names=self._beton.class_names, **settings)
         self.mean, self.std = self._beton.mean, self._beton.std
+        self.described = self._beton.described
 
-    def _decode(self, batches: list[np.ndarray], this_pass: Pass) -> Iterator[Batch]:
+    def _decode(self, batches: list[np.ndarray], this_pass: Pass) -> Generator[Batch, None, None]:
         tasks = (partial(_decode_batch, self._beton, indices, this_pass) for indices in batches)
-        iterator = self._current = PrefetchIterator(tasks, num_workers=self.num_workers)
+        iterator = PrefetchIterator(tasks, num_workers=self.num_workers)
         try:
             yield from iterator
         finally:
             iterator.close()
-
-    def _close_pass(self) -> None:
-        if self._current is not None:
-            self._current.close()
 
 
 def _decode_batch(beton: Beton, indices: np.ndarray, this_pass: Pass) -> Batch:

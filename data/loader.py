@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -91,6 +91,7 @@ class Loader(ABC):
         self._world_size = world_size
         self._drop_last = drop_last
         self._test_crop = not train
+        self._decoding: Generator[Batch, None, None] | None = None
         self._crops = CropSettings(
             scale=(crop_scale[0], crop_scale[1]),
             aspect=(crop_aspect[0], crop_aspect[1]),
@@ -149,14 +150,23 @@ class Loader(ABC):
                 "give a smaller batch number, or the batch size that the position was taken at"
             )
         this_pass = Pass(epoch, self._seed, self.image_size, not self._test_crop, self._crops)
-        self._close_pass()
+        if self._decoding is not None:
+            self._decoding.close()
+            self._decoding = None
         return self._serve(batches[first:], this_pass)
 
-    def _serve(self, batches: list[np.ndarray], this_pass: Pass) -> Iterator[Batch]:
+    def _serve(self, batches: list[np.ndarray], this_pass: Pass) -> Generator[Batch, None, None]:
         # Runs from the first next() on. A pass that is left early counts too: otherwise a loop that takes some batches
         # of every epoch would see the same images for ever.
         self.position = (this_pass.epoch + 1, 0)
-        yield from self._decode(batches, this_pass)
+        decoding = self._decoding = self._decode(batches, this_pass)
+        try:
+            for batch in decoding:
+                yield batch
+                if self._decoding is not decoding:
+                    raise RuntimeError("this pass over the data is over: a newer one over the same loader has begun")
+        finally:
+            decoding.close()
 
     def _index_batches(self, *, epoch: int, per_device_batch_size: int) -> list[np.ndarray]:
         if not self.train:
@@ -177,12 +187,8 @@ class Loader(ABC):
         )
 
     @abstractmethod
-    def _decode(self, batches: list[np.ndarray], this_pass: Pass) -> Iterator[Batch]:
-        """The batches of one pass, given the image indices of each."""
-
-    @abstractmethod
-    def _close_pass(self) -> None:
-        """End the pass that is under way, if there is one."""
+    def _decode(self, batches: list[np.ndarray], this_pass: Pass) -> Generator[Batch, None, None]:
+        """The batches of one pass, given the image indices of each. Closing it ends what works for it."""
 
 
 def empty_images(num_images: int, image_size: int) -> tuple[torch.Tensor, np.ndarray]:

@@ -44,7 +44,7 @@ class PrefetchIterator(Generic[T]):
         if self._state == "exhausted":
             raise StopIteration
         if self._state == "closed":
-            raise RuntimeError("this pass over the data was closed: a newer pass has begun, or close() was called")
+            raise RuntimeError("no more results: the iterator was closed before its end")
         try:
             if self._pool is None:
                 return next(self._tasks)()

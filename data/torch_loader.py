@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2 import functional
 
 from data.loader import Batch, Loader, Pass, empty_images
 from data.sources import Source, channel_statistics
@@ -31,7 +32,6 @@ class TorchLoader(Loader):
         super().__init__(num_samples=len(source), class_names=source.class_names, **settings)
         self._source = source
         self._sampler = _PassSampler()
-        self._current: Any = None
         self._dataloader = DataLoader(
             _CroppedImages(source),
             batch_sampler=self._sampler,  # pyright: ignore[reportArgumentType] (items are not plain indices)
@@ -55,12 +55,9 @@ class TorchLoader(Loader):
         """Per channel, on the 0..255 scale; looks at up to 2,000 images when first asked for."""
         return self._statistics[1]
 
-    def _decode(self, batches: list[np.ndarray], this_pass: Pass) -> Iterator[Batch]:
+    def _decode(self, batches: list[np.ndarray], this_pass: Pass) -> Generator[Batch, None, None]:
         self._sampler.batches = [[(int(index), this_pass) for index in indices] for indices in batches]
         yield from self._dataloader
-
-    def _close_pass(self) -> None:
-        pass
 
 
 class _PassSampler:
@@ -81,8 +78,6 @@ class _CroppedImages(Dataset[tuple[torch.Tensor, int]]):
         self._source = source
 
     def __getitem__(self, item: _Item) -> tuple[torch.Tensor, int]:
-        from torchvision.transforms.v2 import functional
-
         index, this_pass = item
         image = self._source.image(index)
         height, width = image.shape[:2]

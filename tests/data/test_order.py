@@ -7,7 +7,7 @@ import pytest
 
 from data.order import epoch_order, eval_batches, train_batches
 
-AWKWARD = [(n, w, b) for n in (1, 2, 3, 7, 10, 40, 41, 101) for w in (1, 2, 3, 8) for b in (2, 3, 7, 16, 64) if n >= w]
+AWKWARD = [(n, b) for n in (8, 9, 10, 40, 41, 101) for b in (2, 3, 7, 16, 64)]
 
 
 def all_ranks(num_samples: int, world_size: int, batch_size: int, **settings) -> list[list[np.ndarray]]:
@@ -46,24 +46,26 @@ def test_ranks_together_train_on_the_batches_of_one_process(world_size: int):
         assert np.array_equal(np.concatenate([rank[b] for rank in ranks]), batch)
 
 
-@pytest.mark.parametrize(("num_samples", "world_size", "batch_size"), AWKWARD)
-def test_training_without_drop_last_loses_less_than_an_image_a_rank(num_samples, world_size, batch_size):
-    ranks = all_ranks(num_samples, world_size, batch_size, seed=0, epoch=0, drop_last=False)
-    seen = np.concatenate([np.concatenate(batches) for batches in ranks])
-    assert len({len(batches) for batches in ranks}) == 1
-    assert len(set(seen)) == len(seen) > num_samples - world_size
-    assert all(0 < len(batch) <= batch_size for batches in ranks for batch in batches)
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_training_without_drop_last_loses_less_than_an_image_a_rank(world_size: int):
+    for num_samples, batch_size in AWKWARD:
+        ranks = all_ranks(num_samples, world_size, batch_size, seed=0, epoch=0, drop_last=False)
+        seen = np.concatenate([np.concatenate(batches) for batches in ranks])
+        assert len({len(batches) for batches in ranks}) == 1
+        assert len(set(seen)) == len(seen) > num_samples - world_size
+        assert all(0 < len(batch) <= batch_size for batches in ranks for batch in batches)
 
 
-@pytest.mark.parametrize(("num_samples", "world_size", "batch_size"), AWKWARD)
-def test_evaluation_sees_every_image_once(num_samples, world_size, batch_size):
-    ranks = [
-        eval_batches(num_samples, per_device_batch_size=batch_size, rank=r, world_size=world_size)
-        for r in range(world_size)
-    ]
-    assert np.concatenate([np.concatenate(b) for b in ranks]).tolist() == list(range(num_samples))
-    assert len({len(batches) for batches in ranks}) == 1
-    assert all(0 < len(batch) <= batch_size for batches in ranks for batch in batches)
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_evaluation_sees_every_image_once(world_size: int):
+    for num_samples, batch_size in AWKWARD:
+        ranks = [
+            eval_batches(num_samples, per_device_batch_size=batch_size, rank=r, world_size=world_size)
+            for r in range(world_size)
+        ]
+        assert np.concatenate([np.concatenate(b) for b in ranks]).tolist() == list(range(num_samples))
+        assert len({len(batches) for batches in ranks}) == 1
+        assert all(0 < len(batch) <= batch_size for batches in ranks for batch in batches)
 
 
 def test_evaluation_in_batches_of_one():
