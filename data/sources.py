@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -202,12 +203,13 @@ def build_source(name: str, **settings: Any) -> Source:
         near = difflib.get_close_matches(name, SOURCES, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ValueError(f"unknown source {name!r}; known: {', '.join(sorted(SOURCES))}{hint}")
+    factory = SOURCES[name]
     try:
-        return SOURCES[name](**settings)
+        inspect.signature(factory).bind(**settings)
     except TypeError as error:
-        if "argument" not in str(error):
-            raise
-        raise ValueError(f"settings {settings} do not fit source {name!r}: {error}") from error
+        has = ", ".join(inspect.signature(factory).parameters)
+        raise ValueError(f"settings {settings} do not fit source {name!r}: {error}; it has: {has}") from error
+    return factory(**settings)
 
 
 def source_stamp(name: str, **settings: Any) -> str:
@@ -216,7 +218,7 @@ def source_stamp(name: str, **settings: Any) -> str:
     For a folder: the times at which the class folders last gained or lost a file. Empty for the others, whose settings
     say everything.
     """
-    if name != "folder":
+    if name != "folder" or "path" not in settings:
         return ""
     root = _split_folder(Path(settings["path"]), settings.get("split"))
     if not root.is_dir():

@@ -77,6 +77,8 @@ def test_wrong_names(tmp_path: Path):
         build(tmp_path, loader="dali")
     with pytest.raises(ValueError, match="split 'test'"):
         build(tmp_path, split="test")
+    with pytest.raises(ValueError, match="do not fit source 'folder'"):
+        build(tmp_path, source="folder")
     with pytest.raises(ValueError, match="unknown source 'digit'"):
         build(tmp_path, source="digit")
 
