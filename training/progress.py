@@ -78,8 +78,7 @@ class ProgressBar(Callback):
         self._skipping_batches = int(state.timestamp.batch_in_epoch) > 0
         self._reset_epoch()
         if self._enabled or stream.isatty():
-            self._bar = _new_bar(stream, initial=self._cost_done)
-            self._draw(state)
+            self._bar = _new_bar(stream, initial=self._cost_done, text=self._bar_text(state))
         else:
             self._prints_lines = True
 
@@ -125,7 +124,8 @@ class ProgressBar(Callback):
         if self._prints_lines:
             finished = int(state.timestamp.epoch)
             loss = self._loss_sum / self._epoch_images if self._epoch_images else None
-            print(self._text(finished, loss=loss), file=self._stream or sys.stderr, flush=True)
+            text = f"{self._text(finished, loss=loss)}  ETA {format_seconds(self._eta_seconds())}"
+            print(text, file=self._stream or sys.stderr, flush=True)
         self._top1 = self._top1 if self._bar else None  # a line reports its own epoch's evaluation only
 
     def fit_end(self, state: State, logger: Logger) -> None:
@@ -164,12 +164,17 @@ class ProgressBar(Callback):
     def _draw(self, state: State) -> None:
         if self._bar is None or self._started is None:
             return
-        current = min(int(state.timestamp.epoch) + 1, len(self._costs))
-        elapsed = format_seconds(self._clock() - self._started)
         self._bar.n = self._cost_done
-        self._bar.set_description_str(f"{self._text(current, loss=self._last_loss)}  elapsed {elapsed}", refresh=False)
+        self._bar.set_description_str(self._bar_text(state), refresh=False)
         self._bar.refresh()
         self._drawn = self._clock()
+
+    def _bar_text(self, state: State) -> str:
+        """Elapsed < ETA first, as in any tqdm bar: a narrow terminal cuts off the end."""
+        assert self._started is not None
+        elapsed, eta = format_seconds(self._clock() - self._started), format_seconds(self._eta_seconds())
+        current = min(int(state.timestamp.epoch) + 1, len(self._costs))
+        return f"{elapsed}<{eta}  {self._text(current, loss=self._last_loss)}"
 
     def _text(self, epoch: int, *, loss: float | None) -> str:
         parts = [f"epoch {epoch}/{len(self._costs)}"]
@@ -181,16 +186,16 @@ class ProgressBar(Callback):
             parts.append(f"top-1 {100 * self._top1:.1f} %")
         if self._epoch_seconds > 0:
             parts.append(f"{self._epoch_images / self._epoch_seconds:,.0f} images/s")
-        parts.append(f"ETA {format_seconds(self._eta_seconds())}")
         return "  ".join(parts)
 
 
-def _new_bar(stream: TextIO, *, initial: float) -> tqdm[Any]:
+def _new_bar(stream: TextIO, *, initial: float, text: str) -> tqdm[Any]:
     return tqdm(
         total=1.0,
         initial=initial,
+        desc=text,
         file=stream,
-        bar_format="{percentage:3.0f}% |{bar:20}| {desc}",
+        bar_format="{percentage:3.0f}% |{bar:10}| {desc}",
         dynamic_ncols=True,
         leave=True,
     )
