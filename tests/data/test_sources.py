@@ -109,7 +109,7 @@ def test_unknown_sources_and_settings():
         build_source("digit")
     with pytest.raises(ValueError, match=r"do not fit source 'synthetic'.*'num'"):
         build_source("synthetic", num=3)
-    with pytest.raises(ValueError, match="do not fit source 'folder': missing .*'path'"):
+    with pytest.raises(ValueError, match=r"do not fit source 'folder': missing .*'path'"):
         build_source("folder", split="train")
     with pytest.raises(ValueError, match="split 'test'"):
         build_source("digits", split="test")
