@@ -113,10 +113,10 @@ def with_weights_of(reference, model):
         ("resnet18", 4, {}, {}),
         ("resnet18", 3, {"min_channels": 3}, {"pool_only": False}),
         ("resnet50", 3, {}, {}),
-        ("vgg11_bn", 3, {}, {}),
+        pytest.param("vgg11_bn", 3, {}, {}, marks=pytest.mark.slow),
         ("alexnet", 3, {"min_channels": 3}, {"pool_only": False}),
         ("mobilenet_v2", 3, {}, {}),
-        ("densenet121", 3, {}, {}),
+        pytest.param("densenet121", 3, {}, {}, marks=pytest.mark.slow),
     ],
 )
 def test_after_equals_the_authors_models(name, size, settings, theirs):
