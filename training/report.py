@@ -297,7 +297,7 @@ def _parse(name: str, value: str) -> Any:
 
 def _plain(value: Any) -> Any:
     """`value` in the types of JSON. What is none of numbers, text, lists and mappings is told by its text."""
-    if hasattr(value, "item") and getattr(value, "size", 1) == 1:  # scalars of numpy and torch
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):  # a scalar of numpy or torch
         value = value.item()
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -121,7 +124,9 @@ def make_trainer(
     model = TinyModel(measured=measured)
     return Trainer(
         model=model,
-        train_dataloader=ResizingLoader(data, batch_size=BATCH_SIZE, sampler=dist.get_sampler(data, shuffle=True)),
+        train_dataloader=ResizingLoader(
+            data, batch_size=BATCH_SIZE // dist.get_world_size(), sampler=dist.get_sampler(data, shuffle=True)
+        ),
         eval_dataloader=evaluator if eval_interval else None,
         optimizers=torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
         schedulers=LinearScheduler(t_max="1dur"),
@@ -262,6 +267,31 @@ class TestResume:
         trainer.close()
         assert [row["epoch"] for row in read_metrics(tmp_path / "metrics.csv")] == [1]
         assert recorder.history.steps["step"] == [1, 2, 3, 4]
+
+
+@pytest.mark.slow
+def test_two_ranks_record_what_both_did(tmp_path):
+    single = Recorder()
+    train(callbacks=[single], epochs=2)
+    script = tmp_path / "rank.py"
+    here = Path(__file__)
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(here.parent)!r}); import {here.stem} as tests\n"
+        f"tests.train_a_rank({str(tmp_path)!r})\n"
+    )
+    launcher = [sys.executable, "-m", "composer.cli.launcher", "-n", "2", "--stderr", str(tmp_path / "err{rank}")]
+    subprocess.run([*launcher, str(script)], check=True, timeout=110)
+
+    rows = torch.load(tmp_path / "latest.pt", weights_only=False)["state"]["callbacks"]["Recorder"]["epochs"]
+    assert read_metrics(tmp_path / "metrics.csv") == rows
+    for row, expected in zip(rows, single.history.epochs, strict=True):
+        assert row["global_batch_size"] == BATCH_SIZE
+        for name in ("train_loss", "train_top1", "eval_loss", "eval_top1"):
+            assert row[name] == pytest.approx(expected[name], rel=1e-4)
+
+
+def train_a_rank(folder: str) -> None:
+    train(callbacks=[Recorder(folder), Checkpoints(folder)], epochs=2)
 
 
 class TestFile:
