@@ -209,6 +209,8 @@ def format_comparison(summaries: Mapping[str, Mapping[str, Any]]) -> str:
         ("throughput", "images_per_second", _format_rate),
         ("forward MACs", "forward_macs", _format_macs),
     ]
+    # A resumed run's total time is that of its last session: nothing to compare.
+    summaries = {k: {**v, "seconds": None} if v.get("resumed") else v for k, v in summaries.items()}
     table = [["", *summaries]]
     for title, key, show in rows:
         if any(summary.get(key) is not None for summary in summaries.values()):
@@ -337,6 +339,13 @@ def _format_loss(value: float | None) -> str:
     return f"{value:.4f}" if value is not None else "n/a"
 
 
+def _format_times(summary: Mapping[str, Any]) -> str:
+    total, training = format_seconds(summary["seconds"]), format_seconds(summary.get("train_seconds"))
+    if summary.get("resumed"):  # the first is of the last session, the second of all
+        return f"{total} since it was resumed, {training} of training in all"
+    return f"{total}, {training} of it training"
+
+
 def _format_exact_seconds(value: float | None) -> str:
     return f"{value:,.1f} s" if value is not None and _known(value) else "n/a"
 
@@ -383,10 +392,12 @@ def _top1_clause(first: str, a: Mapping[str, Any], second: str, b: Mapping[str, 
 
 
 def _seconds_clause(first: str, a: Mapping[str, Any], second: str, b: Mapping[str, Any]) -> str:
-    # Training time, because a resumed run knows the wall time of its last session only.
-    key = "train_seconds" if _known(a.get("train_seconds")) and _known(b.get("train_seconds")) else "seconds"
+    # Training time where it is known, because a resumed run knows the wall time of its last session only.
+    has_training_time = _known(a.get("train_seconds")) and _known(b.get("train_seconds"))
+    key = "train_seconds" if has_training_time else "seconds"
     what = "training time" if key == "train_seconds" else "total time"
-    if not (_known(a.get(key)) and _known(b.get(key))):
+    resumed = a.get("resumed") or b.get("resumed")
+    if not (_known(a.get(key)) and _known(b.get(key))) or (resumed and not has_training_time):
         return "time was not measured in both runs"
     x, y = round(a[key], 1), round(b[key], 1)
     if x == y:

@@ -180,6 +180,11 @@ class TestSummary:
         history.epochs[1]["eval_loss"] = math.nan
         assert math.isnan(make_summary(history)["loss"])
 
+    def test_text_of_a_resumed_run(self):
+        text = format_summary(make_summary(make_history(), seconds=5.0, resumed=True))
+        assert "0:05 since it was resumed, 0:12 of training in all" in text
+        assert "6 (resumed)" in text
+
     def test_text_is_aligned(self):
         text = format_summary(make_summary(make_history(), world_size=2))
         lines = text.splitlines()
@@ -242,6 +247,16 @@ class TestComparison:
     def test_total_time_where_training_time_is_unknown(self):
         on = {"top1": 0.5, "seconds": 10.0}
         assert "in total time by 10.0 s" in verdict(on=on, off={"top1": 0.5, "seconds": 20.0})
+
+    def test_the_last_session_of_a_resumed_run_is_not_its_time(self):
+        on = {"top1": 0.5, "seconds": 10.0, "resumed": True}
+        assert "time was not measured in both runs" in verdict(on=on, off={"top1": 0.5, "seconds": 20.0})
+        text = compare(on={**self.FAST_AND_BAD, "resumed": True}, off=self.SLOW_AND_GOOD)
+        assert next(line for line in text.splitlines() if line.startswith("total time")).split()[2:] == [
+            "n/a",
+            "70.0",
+            "s",
+        ]
 
     def test_table(self):
         on = {**self.FAST_AND_BAD, "forward_macs": 1.234e12}
