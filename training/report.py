@@ -179,10 +179,7 @@ def format_summary(summary: Mapping[str, Any]) -> str:
         ("top-1", f"{_format_top1(summary['top1'])} (best {_format_top1(summary['best_top1'])})"),
         ("loss", _format_loss(summary["loss"])),
         ("epochs", epochs),
-        (
-            "time",
-            f"{format_seconds(summary['seconds'])}, {format_seconds(summary.get('train_seconds'))} of it training",
-        ),
+        ("time", _format_times(summary)),
         ("throughput", _format_rate(summary["images_per_second"])),
         ("parameters", f"{summary['parameters']:,}"),
         ("algorithms", ", ".join(summary["algorithms"]) or "none"),
