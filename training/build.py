@@ -156,6 +156,7 @@ def build_trainer(
     """Composer's Trainer with everything in place, and the checkpoint at `load_path` loaded."""
     device = resolve_device(recipe)
     train, evaluation = loaders
+    normalize = Normalizer(train.mean, train.std)  # of what the network was trained on, for what it is judged on too
     network = build_network(recipe, facts)
     torch_device = {"cpu": "cpu", "gpu": "cuda", "mps": "mps"}[device]
     if recipe.parallelism.sync_batchnorm and world_size > 1:
@@ -163,8 +164,8 @@ def build_trainer(
     model = ImageClassifier(network, num_classes=facts.num_classes, class_names=facts.class_names)
     return Trainer(
         model=model,
-        train_dataloader=_data_spec(train, torch_device),
-        eval_dataloader=Evaluator(label="eval", dataloader=_data_spec(evaluation, torch_device)),
+        train_dataloader=_data_spec(train, normalize, torch_device),
+        eval_dataloader=Evaluator(label="eval", dataloader=_data_spec(evaluation, normalize, torch_device)),
         eval_interval=f"{recipe.data.eval.every_epochs}ep",
         max_duration=f"{recipe.epochs}ep",
         algorithms=list(arrange_algorithms(recipe).values()),
@@ -187,8 +188,7 @@ def _source(recipe: Recipe) -> dict[str, Any]:
     return dict(recipe.data.source)
 
 
-def _data_spec(loader: Any, torch_device: str) -> DataSpec:
-    normalize = Normalizer(loader.mean, loader.std)
+def _data_spec(loader: Any, normalize: Normalizer, torch_device: str) -> DataSpec:
 
     def to_device_and_normalize(batch: Any) -> Any:
         # uint8 crosses the bus, a quarter of what floats would be.
