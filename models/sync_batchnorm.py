@@ -55,8 +55,15 @@ def synchronize_batchnorm(model: nn.Module, *, device_type: str) -> nn.Module:
 def _moments_over_ranks(images: Tensor) -> tuple[float, Tensor, Tensor]:
     wide = images.double()
     count = wide.new_tensor([wide.numel() / wide.shape[1]])
-    sums = all_reduce(torch.cat([wide.sum((0, 2, 3)), count]))
+    sums = _sum_over_ranks(torch.cat([wide.sum((0, 2, 3)), count]))
     total, mean = sums[-1].item(), sums[:-1] / sums[-1].detach()
     centered = wide - mean.view(1, -1, 1, 1)
-    var = all_reduce(centered.square().sum((0, 2, 3))) / total
+    var = _sum_over_ranks(centered.square().sum((0, 2, 3))) / total
     return total, mean, var
+
+
+def _sum_over_ranks(values: Tensor) -> Tensor:
+    """Sum over ranks; so is the gradient, on its way back."""
+    summed = all_reduce(values)
+    assert summed is not None
+    return summed

@@ -9,9 +9,12 @@ from typing import Any
 
 from composer.utils import get_device
 
-from algos import SAM, FixRes, LearningRate, ProgressiveResizing, SpeedUp
-from algos.base import Event, Logger, Resource, State
+from algos.base import Event, Logger, Resource, SpeedUp, State
+from algos.fixres import FixRes
+from algos.learning_rate import LearningRate
+from algos.progressive_resizing import ProgressiveResizing
 from algos.protocols import LearningRateModifier
+from algos.sam import SAM
 from models.classifier import count_forward_macs, count_parameters
 from training.build import DataFacts, arrange_algorithms, build_network, per_device_batch_size
 from training.recipe import Recipe
@@ -220,7 +223,8 @@ def _phase_lines(plan: Plan) -> list[str]:
         rates = f"{start.learning_rate[0]:.3g} to {end.learning_rate[1]:.3g}"
         lines.append(
             f"{f'{first + 1}-{first + len(epochs)}':>9}{f'{start.image_size} px':>8}{start.global_batch_size:>8,}"
-            f"{sum(epoch.steps for epoch in epochs):>9,}{rates:>22}{start.forward_macs / 1e6:>14.2f}  {', '.join(notes)}"
+            f"{sum(epoch.steps for epoch in epochs):>9,}{rates:>22}{start.forward_macs / 1e6:>14.2f}"
+            f"  {', '.join(notes)}".rstrip()
         )
         first += len(epochs)
     return lines

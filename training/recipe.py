@@ -159,23 +159,26 @@ def recipe_from(raw: dict[str, Any]) -> Recipe:
     top["optimizer"] = _parse_named(top["optimizer"], OPTIMIZERS, path="optimizer", without=("parameters",))
     top["schedule"] = parse(schema_of(LearningRate), top["schedule"], path="schedule")
     _check_ranges(top)
-    data = dict(top["data"])
+    data = top["data"]
     return Recipe(
         settings=_plain(top),
+        run_name=top["run_name"],
+        model=top["model"],
         data=Data(**{**data, "train": TrainData(**data["train"]), "eval": EvalData(**data["eval"])}),
+        algorithms={name: settings for name, settings in top["algorithms"].items() if settings is not None},
+        optimizer=top["optimizer"],
+        schedule=top["schedule"],
         epochs=top["duration"]["epochs"],
+        precision=top["precision"],
+        device=top["device"],
         parallelism=Parallelism(**top["parallelism"]),
         logging=Logging(**top["logging"]),
         checkpoints=Checkpoints(**top["checkpoints"]),
-        algorithms={name: settings for name, settings in top["algorithms"].items() if settings is not None},
+        seed=top["seed"],
         results_dir=Path(top["results_dir"]),
-        **{
-            name: top[name]
-            for name in (
-                "run_name", "model", "optimizer", "schedule", "precision", "device", "seed", "load", "autoresume"
-            )
-        },
-    )  # fmt: skip
+        load=top["load"],
+        autoresume=top["autoresume"],
+    )
 
 
 def _read_yaml(path: str | Path) -> dict[str, Any]:
@@ -241,9 +244,9 @@ def _parse_algorithms(given: Any) -> dict[str, dict[str, Any] | None]:
             parsed[name] = None
             continue
         algorithm = registry.find(name)
-        parsed[name] = parse(schema_of(algorithm), settings, path=where)
+        parsed[name] = arguments = parse(schema_of(algorithm), settings, path=where)
         try:
-            algorithm(**parsed[name])
+            algorithm(**arguments)
         except ValueError as error:
             raise RecipeError(where, str(error)) from None
     return parsed

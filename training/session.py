@@ -138,9 +138,8 @@ def _fit(trainer: Trainer, recipe: Recipe, say: Callable[[str], None]) -> float:
             say(f"{recipe.run_name} is complete already: {recipe.epochs} epochs")
             return 0.0
         if trainer.state.timestamp.batch.value:
-            say(
-                f"continuing after epoch {trainer.state.timestamp.epoch.value}, step {trainer.state.timestamp.batch.value}"
-            )
+            done = trainer.state.timestamp
+            say(f"continuing after epoch {done.epoch.value}, step {done.batch.value}")
         _restore_random_state(trainer)
         trainer.fit()
     finally:
@@ -149,8 +148,8 @@ def _fit(trainer: Trainer, recipe: Recipe, say: Callable[[str], None]) -> float:
 
 
 def _restore_random_state(trainer: Trainer) -> None:
-    # Composer restores it at an epoch's start, or while it spins through the batches that a resumed epoch has behind it;
-    # our loaders skip those, so in mid-epoch it would stay where the constructor left it (Composer 0.32.1).
+    # Composer 0.32.1 restores it at an epoch's start, or while it spins through the batches that a resumed epoch has
+    # behind it; our loaders skip those, so in mid-epoch it would stay where the constructor left it.
     if trainer.state.timestamp.batch_in_epoch.value and trainer._rng_state is not None:
         reproducibility.load_rng_state(trainer._rng_state)
         trainer._rng_state = None
@@ -233,8 +232,8 @@ def _refuse_another_recipe(recipe: Recipe) -> None:
     if changed:
         raise RecipeError(
             "load",
-            f"the run in {recipe.run_dir} was started with another recipe: {'; '.join(changed)}. Continue it as it was, or "
-            "start a new one with run_name=NAME",
+            f"the run in {recipe.run_dir} was started with another recipe: {'; '.join(changed)}. "
+            "Continue it as it was, or start a new one with run_name=NAME",
         )
 
 
