@@ -161,6 +161,8 @@ def build_trainer(
     torch_device = {"cpu": "cpu", "gpu": "cuda", "mps": "mps"}[device]
     if recipe.parallelism.sync_batchnorm and world_size > 1:
         network = synchronize_batchnorm(network, device_type=torch_device)
+    with _users_mistake("optimizer"):
+        optimizer = build_optimizer(network, recipe.optimizer)
     model = ImageClassifier(network, num_classes=facts.num_classes, class_names=facts.class_names)
     return Trainer(
         model=model,
@@ -169,7 +171,7 @@ def build_trainer(
         eval_interval=f"{recipe.data.eval.every_epochs}ep",
         max_duration=f"{recipe.epochs}ep",
         algorithms=list(arrange_algorithms(recipe).values()),
-        optimizers=build_optimizer(model, recipe.optimizer),
+        optimizers=optimizer,
         callbacks=list(callbacks),
         run_name=recipe.run_name,
         progress_bar=False,

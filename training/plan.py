@@ -76,6 +76,11 @@ class Plan:
 
 def make_plan(recipe: Recipe, facts: DataFacts, *, world_size: int = 1) -> Plan:
     """Work out what `recipe` does on `facts`'s data. Raises RecipeError where the recipe cannot be carried out."""
+    if recipe.schedule["warmup_epochs"] > recipe.epochs:
+        raise RecipeError(
+            "schedule.warmup_epochs",
+            f"is {recipe.schedule['warmup_epochs']:g}, longer than the run of {recipe.epochs} epochs; make it shorter",
+        )
     algorithms = arrange_algorithms(recipe)
     network = build_network(recipe, facts)
     state = State(rank_zero_seed=recipe.seed, model=network, run_name=recipe.run_name, device=get_device("cpu"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -158,6 +158,7 @@ def recipe_from(raw: dict[str, Any]) -> Recipe:
     top["algorithms"] = _parse_algorithms(top["algorithms"])
     top["optimizer"] = _parse_named(top["optimizer"], OPTIMIZERS, path="optimizer", without=("parameters",))
     top["schedule"] = parse(schema_of(LearningRate), top["schedule"], path="schedule")
+    _try(LearningRate, top["schedule"], path="schedule")
     _check_ranges(top)
     data = top["data"]
     return Recipe(
@@ -206,7 +207,9 @@ def _apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str,
             raise RecipeError(key, "given twice on the command line")
         seen.add(key)
     try:
-        merged = OmegaConf.merge(OmegaConf.create(raw), OmegaConf.from_dotlist(list(overrides)))
+        merged = OmegaConf.create(raw)
+        for override in overrides:  # in turn: algorithms=null algorithms.mixup.alpha=0.1 leaves MixUp alone on
+            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
         return OmegaConf.to_container(merged, resolve=True)  # pyright: ignore
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise RecipeError("", _one_line(error)) from None
@@ -245,11 +248,16 @@ def _parse_algorithms(given: Any) -> dict[str, dict[str, Any] | None]:
             continue
         algorithm = registry.find(name)
         parsed[name] = arguments = parse(schema_of(algorithm), settings, path=where)
-        try:
-            algorithm(**arguments)
-        except ValueError as error:
-            raise RecipeError(where, str(error)) from None
+        _try(algorithm, arguments, path=where)
     return parsed
+
+
+def _try(factory: Callable[..., Any], arguments: dict[str, Any], *, path: str) -> None:
+    """Make it once, so that values out of range are found with the rest of the recipe."""
+    try:
+        factory(**arguments)
+    except ValueError as error:
+        raise RecipeError(path, str(error)) from None
 
 
 def _split_name(given: Any, *, path: str) -> tuple[str, dict[str, Any]]:

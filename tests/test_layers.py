@@ -1,0 +1,76 @@
+"""The layout's promises: no lower layer imports a higher one, and algos needs torch and numpy alone."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# layer -> the layers that it may import
+MAY_IMPORT = {
+    "algos": set(),
+    "models": set(),
+    "data": set(),
+    "training": {"algos", "models", "data"},
+}
+MODULES = [path for layer in MAY_IMPORT for path in sorted((ROOT / layer).rglob("*.py"))]
+
+
+def imported_packages(path: Path) -> dict[str, int]:
+    """Top-level package of every import in `path`, wherever in the file it stands -> its line."""
+    found: dict[str, int] = {}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names = [node.module or ""]
+        else:
+            continue
+        for name in names:
+            found.setdefault(name.partition(".")[0], node.lineno)
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_layer_imports_a_higher_one(path: Path) -> None:
+    layer = path.relative_to(ROOT).parts[0]
+    forbidden = ({*MAY_IMPORT, "run", "tests", "examples", "benchmarks"} - {layer}) - MAY_IMPORT[layer]
+    wrong = {name: line for name, line in imported_packages(path).items() if name in forbidden}
+    assert not wrong, f"{path}: {layer} may import {MAY_IMPORT[layer] or 'no other layer'}, and imports {wrong}"
+
+
+def test_the_check_sees_an_import_that_is_not_allowed(tmp_path: Path) -> None:
+    module = tmp_path / "module.py"
+    module.write_text("def late():\n    from training.plan import Plan\n    import data.order as order\n")
+    assert imported_packages(module) == {"training": 2, "data": 3}
+
+
+BLOCKED = ("composer", "ffcv", "models", "data", "training", "torchvision", "omegaconf", "numba", "cv2", "sklearn")
+
+
+@pytest.mark.timeout(60)
+def test_functional_forms_import_with_torch_and_numpy_alone() -> None:
+    code = f"""
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {BLOCKED}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name.partition(".")[0])
+sys.meta_path.insert(0, Block())
+import algos, torch
+from algos import apply_blurpool, mixup_batch, smooth_labels, sam_gradients, stage_at, warmup_decay
+from algos import freeze_for_fixres, apply_channels_last
+model = apply_channels_last(apply_blurpool(torch.nn.Sequential(torch.nn.Conv2d(16, 8, 3, stride=2))))
+assert model(torch.zeros(1, 16, 8, 8)).shape == (1, 8, 3, 3)
+try:
+    algos.MixUp(alpha=0.2)
+except ModuleNotFoundError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=50)
+    assert done.returncode == 0, done.stderr
+    assert "Composer is not installed: pip install 'brisk-vision[train]'" in done.stdout

@@ -1,0 +1,270 @@
+"""Whole runs: results, resumption bit for bit, several ranks, and what happens to earlier results."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from composer.core import Callback
+from torch import nn
+
+from models import registry as models
+from training import cli, session
+from training.schema import RecipeError
+
+ROOT = Path(__file__).parents[2]
+
+
+def quiet(text: str) -> None:
+    """In place of print."""
+
+
+def final_state(run_dir: Path) -> dict[str, Any]:
+    """Weights and optimizer state of a run's last checkpoint, as a flat mapping."""
+    state = torch.load(run_dir / "checkpoints" / "latest.pt", weights_only=False)["state"]
+    return dict(flatten({"model": state["model"], "optimizers": state["optimizers"]}))
+
+
+def flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from flatten(item, f"{path}/{key}")
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield from flatten(item, f"{path}/{index}")
+    else:
+        yield path, value
+
+
+def assert_same_state(one: dict[str, Any], other: dict[str, Any]) -> None:
+    assert one.keys() == other.keys()
+    for path, value in one.items():
+        same = torch.equal(value, other[path]) if isinstance(value, torch.Tensor) else value == other[path]
+        assert same, f"{path} differs"
+
+
+class _Stop(Exception):
+    pass
+
+
+class _StopAt(Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def batch_end(self, state: Any, logger: Any) -> None:
+        if state.timestamp.batch.value == self.step:
+            raise _Stop
+
+
+def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the next runs fail right after `step` steps."""
+    callbacks = session._callbacks
+    monkeypatch.setattr(session, "_callbacks", lambda *args: [*callbacks(*args), _StopAt(step)])
+
+
+@pytest.fixture
+def dropout_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """resnet_digits with dropout, so that resuming has torch's random state to restore."""
+    find = models.find
+
+    def with_dropout(name: str) -> Any:
+        def build(*, num_classes: int, width: int = 16) -> nn.Module:
+            network: Any = find("resnet_digits")(num_classes=num_classes, width=width)
+            network.avgpool = nn.Sequential(network.avgpool, nn.Dropout(0.3))
+            return network
+
+        return build if name == "resnet_digits" else find(name)
+
+    monkeypatch.setattr(models, "find", with_dropout)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.usefixtures("dropout_model")
+@pytest.mark.parametrize(
+    "step",
+    [
+        20,  # in the second epoch, six steps after the last checkpoint's batch size and image size came into force
+        37,  # just after the checkpoint of the second epoch's end
+        73,  # in the FixRes epoch, with most layers frozen
+    ],
+)
+def test_a_resumed_run_ends_with_the_same_weights(
+    short_recipe: Any, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = short_recipe("run_name=whole", "checkpoints.every_steps=4")
+    expected = session.train(whole, say=quiet)
+    cut = short_recipe("run_name=cut", "checkpoints.every_steps=4")
+    with monkeypatch.context() as patch:
+        stop_at(step, patch)
+        with pytest.raises(_Stop):
+            session.train(cut, say=quiet)
+    torch.manual_seed(1234)  # nothing may depend on what the process drew before
+    resumed = session.train(short_recipe("run_name=cut", "checkpoints.every_steps=4", "load=latest"), say=quiet)
+    assert_same_state(final_state(whole.run_dir), final_state(cut.run_dir))
+    assert resumed.history.steps == expected.history.steps
+    timeless = [{k: v for k, v in row.items() if "second" not in k} for row in resumed.history.epochs]
+    assert timeless == [{k: v for k, v in row.items() if "second" not in k} for row in expected.history.epochs]
+
+
+KILL = """
+import os, signal, sys
+from composer.core import Callback
+from training import cli, session
+
+class Kill(Callback):
+    def batch_end(self, state, logger):
+        if state.timestamp.batch.value == 43:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+callbacks = session._callbacks
+session._callbacks = lambda *args: [*callbacks(*args), Kill()]
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.timeout(240)
+def test_sigkill_in_mid_epoch_then_the_same_command_again(
+    short_recipe: Any, overrides: list[str], tmp_path: Path
+) -> None:
+    whole = short_recipe("run_name=whole")
+    session.train(whole, say=quiet)
+    script = tmp_path / "killed.py"
+    script.write_text(KILL)
+    arguments = ["-f", "yamls/digits_medium.yaml", *overrides, "run_name=killed", "autoresume=true"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    killed = subprocess.run(
+        [sys.executable, str(script), *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    again = subprocess.run(
+        [sys.executable, "run.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=100
+    )
+    assert again.returncode == 0, again.stderr
+    assert "continuing after epoch" in again.stdout
+    assert_same_state(final_state(whole.run_dir), final_state(whole.run_dir.with_name("killed")))
+
+
+@pytest.mark.timeout(300)
+def test_two_ranks_train_what_one_process_does(short_recipe: Any, overrides: list[str]) -> None:
+    # One epoch at the recipe's own 64 images; random draws per rank are off, SAM and everything else is on.
+    same = [
+        "algorithms.mixup=null",
+        "duration.epochs=2",
+        "algorithms.progressive_resizing.stages=[{epochs: 1, image_size: 12}, {epochs: 1, image_size: 16}]",
+    ]
+    one = session.train(short_recipe("run_name=one", *same), say=quiet).history
+    given = {override.partition("=")[0]: override for override in (*overrides, "run_name=two", *same)}
+    launched = subprocess.run(
+        [str(Path(sys.executable).parent / "composer"), "-n", "2", "run.py", "-f", "yamls/digits_medium.yaml",
+         *given.values()],
+        cwd=ROOT, capture_output=True, text=True, timeout=250,
+    )  # fmt: skip
+    two_dir = short_recipe("run_name=two").run_dir
+    assert (two_dir / "summary.json").exists(), launched.stdout + launched.stderr
+    two = np.load(two_dir / "metrics.npz")
+    np.testing.assert_allclose(two["step_loss"][:20], one.steps["loss"][:20], atol=1e-4, rtol=0)
+    np.testing.assert_allclose(two["step_learning_rate"], one.steps["learning_rate"])
+    assert json.loads((two_dir / "summary.json").read_text())["world_size"] == 2
+
+
+@pytest.mark.timeout(120)
+def test_a_run_leaves_what_people_look_at(short_recipe: Any) -> None:
+    recipe = short_recipe()
+    result = session.train(recipe, say=quiet)
+    files = {str(path.relative_to(recipe.run_dir)) for path in recipe.run_dir.rglob("*") if path.is_file()}
+    assert files == {
+        "recipe.yaml", "metrics.csv", "metrics.npz", "curves.png", "summary.json",
+        "checkpoints/latest.pt", "checkpoints/best.pt",
+    }  # fmt: skip
+    rows = list(csv.DictReader((recipe.run_dir / "metrics.csv").open()))
+    assert [row["image_size"] for row in rows] == ["8", "12", "12", "16"]
+    summary = json.loads((recipe.run_dir / "summary.json").read_text())
+    assert summary["top1"] == result.summary["top1"] == pytest.approx(float(rows[-1]["eval_top1"]))
+    assert summary["top1"] > 0.5
+    assert sorted(summary["algorithms"]) == sorted(recipe.algorithms)
+    assert {"seconds", "images_per_second", "parameters", "seed", "versions", "hardware", "loss"} <= summary.keys()
+
+
+@pytest.mark.timeout(120)
+def test_an_earlier_run_is_kept_and_a_finished_one_not_repeated(short_recipe: Any) -> None:
+    short = ("duration.epochs=1", "schedule.warmup_epochs=0", "algorithms=null")
+    recipe = short_recipe(*short)
+    first = session.train(recipe, say=quiet)
+    said: list[str] = []
+    session.train(short_recipe(*short, "seed=1"), say=said.append)
+    kept = recipe.run_dir.with_name(f"{recipe.run_dir.name}.1")
+    assert json.loads((kept / "summary.json").read_text())["top1"] == first.summary["top1"]
+    assert any("is kept as" in text for text in said)
+    session.train(short_recipe(*short, "seed=1", "autoresume=true"), say=said.append)
+    assert "is complete already" in said[-1]
+
+
+@pytest.mark.timeout(120)
+def test_resuming_under_another_recipe_is_refused(short_recipe: Any) -> None:
+    short = ("duration.epochs=1", "schedule.warmup_epochs=0", "algorithms=null")
+    session.train(short_recipe(*short), say=quiet)
+    with pytest.raises(RecipeError, match=r"algorithms\.mixup\.alpha was None and is 0\.2") as error:
+        session.train(
+            short_recipe(
+                "duration.epochs=1",
+                "schedule.warmup_epochs=0",
+                "algorithms=null",
+                "algorithms.mixup.alpha=0.2",
+                "load=latest",
+            ),
+            say=quiet,
+        )
+    assert "run_name=NAME" in str(error.value)
+    # What does not change the result may change.
+    session.train(short_recipe(*short, "load=latest", "data.train.num_workers=1"), say=quiet)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("load=latest", "holds no checkpoint"),
+        ("load=/nowhere/a.pt", "there is no such file"),
+        ("device=gpu", "device: is gpu, which this machine does not have"),
+        ("precision=amp_bf16", "precision: is amp_bf16, which Composer does not train in on a CPU"),
+        ("results_dir=/proc/results", "cannot be written"),
+        ("data.source={name: folder, path: /nowhere}", "no folder /nowhere/train"),
+        ("data.train.path=/nowhere.beton", "/nowhere.beton"),
+    ],
+)
+@pytest.mark.timeout(60)
+def test_mistakes_end_with_status_2_and_one_line(
+    overrides: list[str], override: str, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if override == "device=gpu" and torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    given = {one.partition("=")[0]: one for one in (*overrides, override)}
+    assert cli.main(["-f", str(ROOT / "yamls" / "digits_medium.yaml"), *given.values()]) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.startswith("run.py: ")
+    assert error.count("\n") == 1
+
+
+def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        cli.main(["--help"])
+    assert done.value.code == 0
+    text = capsys.readouterr().out
+    assert "algorithms.sam=null" in text
+    assert "composer -n 2 run.py" in text
+    assert "Exit status" in text
