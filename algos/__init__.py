@@ -15,6 +15,7 @@ _MORE = {
     "SpeedUp": ".base",
     "Stage": ".progressive_resizing",
     "arrange": ".ordering",
+    "draw_cutmix": ".cutmix",
     "draw_mixup": ".mixup",
     "ramp_stages": ".progressive_resizing",
     "warmup_decay": ".learning_rate",

@@ -5,14 +5,12 @@ Shapes: N samples, C channels, H x W pixels, K classes.
 
 from __future__ import annotations
 
-import math
-
-import numpy as np
 import torch
 from torch import Tensor
 
 from algos.base import Contract, Event, Logger, Resource, SpeedUp, State, global_rank
 from algos.batches import check_num_classes, count_classes, soften, split_batch
+from algos.mixing import check_alpha, check_counts, check_permutation, check_seed, draw_beta, has_turn, mix
 from algos.randomness import generator_at
 
 
@@ -39,13 +37,9 @@ def mixup_batch(
     _check_images(images)
     _check_draw(lam, permutation, num_samples=images.shape[0])
     probabilities = soften(targets, num_classes=num_classes)
-    if probabilities.shape[0] != images.shape[0]:
-        raise ValueError(
-            f"received {images.shape[0]} images and {probabilities.shape[0]} targets; the numbers must be equal: "
-            "pass the targets of these images"
-        )
+    check_counts(images, probabilities)
     permutation = permutation.to(images.device, non_blocking=True)
-    return _mix(images, lam, permutation), _mix(probabilities, lam, permutation)
+    return mix(images, lam, permutation), mix(probabilities, lam, permutation)
 
 
 def draw_mixup(
@@ -59,20 +53,15 @@ def draw_mixup(
 
     Raises ValueError for an alpha that is not above 0 and finite, or less than one sample.
     """
-    _check_alpha(alpha)
+    check_alpha(alpha, usual=0.2, algorithm="MixUp")
     if num_samples < 1:
         raise ValueError(f"num_samples {num_samples} must be at least 1")
     permutation = torch.randperm(num_samples, generator=generator)
-    # torch draws no Beta from a given generator; NumPy does, and stays finite down to the smallest alpha.
-    seed = int(torch.randint(2**63 - 1, (), generator=generator))
-    beta = np.random.default_rng(seed)
-    if per_sample:
-        return torch.from_numpy(beta.beta(alpha, alpha, size=num_samples)).float(), permutation
-    return float(beta.beta(alpha, alpha)), permutation
+    return draw_beta(alpha, generator=generator, num_samples=num_samples if per_sample else None), permutation
 
 
 class MixUp(SpeedUp):
-    """Mixes the samples of every training batch; evaluation sees them pure.
+    """Mixes the samples of every training batch; evaluation sees them pure. With CutMix on as well they take turns.
 
     alpha: of Beta(alpha, alpha), from which the weight of a sample's own part is drawn; above 0.
     per_sample: draw a weight for each sample instead of one for the batch.
@@ -84,23 +73,26 @@ class MixUp(SpeedUp):
     probabilities [N, K]: the loss must accept them, as torch.nn.functional.cross_entropy does.
     """
 
-    contract = Contract(owns=[Resource.MIXING], writes=[Resource.IMAGES, Resource.TARGETS])
+    # After whatever else changes images: augmentation is meant for single images. CutMix does not own mixing and may
+    # stand beside this one; `has_turn` lets exactly one of them act.
+    contract = Contract(owns=[Resource.MIXING], writes=[Resource.IMAGES, Resource.TARGETS], after=[Resource.IMAGES])
     events = (Event.BATCH_START,)
 
     def __init__(
         self, *, alpha: float = 0.2, per_sample: bool = False, num_classes: int | None = None, seed: int | None = None
     ) -> None:
-        _check_alpha(alpha)
+        check_alpha(alpha, usual=0.2, algorithm="MixUp")
         check_num_classes(num_classes)
-        if seed is not None and seed < 0:
-            raise ValueError(f"seed {seed} must be 0 or more; leave it out to use the run's seed")
+        check_seed(seed)
         self.alpha = alpha
         self.per_sample = per_sample
         self.num_classes = num_classes
         self.seed = seed
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        """Replace the batch by its mixture."""
+        """Replace the batch by its mixture, unless this one is CutMix's."""
+        if not has_turn(self, state):
+            return
         images, targets = split_batch(state.batch)
         seed = state.rank_zero_seed if self.seed is None else self.seed
         generator = generator_at(seed, rank=global_rank(), step=state.timestamp.batch.value, stream="mixup")
@@ -109,14 +101,6 @@ class MixUp(SpeedUp):
         )
         num_classes = count_classes(state.model, num_classes=self.num_classes)
         state.batch = mixup_batch(images, targets, lam=lam, permutation=permutation, num_classes=num_classes)
-
-
-def _mix(values: Tensor, lam: float | Tensor, permutation: Tensor) -> Tensor:
-    # Indexing by a tensor keeps channels_last where index_select does not; lerp reads both parts once and writes once.
-    partners = values[permutation]
-    if isinstance(lam, Tensor):
-        lam = lam.to(values.device, values.dtype, non_blocking=True).view(-1, *[1] * (values.ndim - 1))
-    return torch.lerp(partners, values, lam)
 
 
 def _check_images(images: Tensor) -> None:
@@ -128,17 +112,7 @@ def _check_images(images: Tensor) -> None:
 
 
 def _check_draw(lam: float | Tensor, permutation: Tensor, *, num_samples: int) -> None:
-    if permutation.shape != (num_samples,):
-        raise ValueError(
-            f"received a permutation of shape {list(permutation.shape)} for {num_samples} images; it must be "
-            f"[{num_samples}]: draw it for this batch"
-        )
-    on_cpu = permutation.device.type == "cpu"
-    if on_cpu and not torch.equal(permutation.sort().values, torch.arange(num_samples, dtype=permutation.dtype)):
-        raise ValueError(
-            f"received a permutation in which some sample is missing; it must hold 0..{num_samples - 1}, each once: "
-            "torch.randperm gives one"
-        )
+    check_permutation(permutation, num_samples=num_samples)
     if not isinstance(lam, Tensor):
         in_range = 0 <= lam <= 1
     elif lam.shape != (num_samples,):
@@ -150,8 +124,3 @@ def _check_draw(lam: float | Tensor, permutation: Tensor, *, num_samples: int) -
         in_range = lam.device.type != "cpu" or bool(((lam >= 0) & (lam <= 1)).all())
     if not in_range:
         raise ValueError(f"lam {lam} must lie in [0, 1]; draw it with draw_mixup")
-
-
-def _check_alpha(alpha: float) -> None:
-    if not (alpha > 0 and math.isfinite(alpha)):
-        raise ValueError(f"alpha {alpha} must be above 0 and finite; 0.2 is usual, and to mix nothing leave MixUp out")

@@ -187,7 +187,7 @@ def state_at(step, *, run_seed=3):
     model = nn.Identity()
     model.num_classes = 4
     timestamp = SimpleNamespace(batch=SimpleNamespace(value=step))
-    return SimpleNamespace(model=model, batch=batch(), timestamp=timestamp, rank_zero_seed=run_seed)
+    return SimpleNamespace(model=model, batch=batch(), timestamp=timestamp, rank_zero_seed=run_seed, algorithms=[])
 
 
 def mixed_at(step, algorithm=None, *, run_seed=3, monkeypatch=None, rank=0):
