@@ -24,6 +24,12 @@ _ALGORITHMS: dict[str, tuple[str, str, str, str]] = {
         "small images first, decoded at the size they are trained at",
     ),
     "sam": (".sam", "SAM", "sam_gradients", "gradients at the worst point nearby, for flatter minima"),
+    "stochastic_depth": (
+        ".stochastic_depth",
+        "StochasticDepth",
+        "apply_stochastic_depth",
+        "residual branches left out at random while training",
+    ),
 }
 
 
