@@ -2,7 +2,7 @@
 # make test   the test suite          make lint   ruff and pyright
 PY := .venv/bin/python
 
-.PHONY: help setup demo test test-fast lint format docs lock clean
+.PHONY: help setup demo test test-fast lint format docs table lock clean
 .DEFAULT_GOAL := help
 
 help:
@@ -33,6 +33,14 @@ format: setup
 lock: setup
 	@.venv/bin/uv pip compile pyproject.toml --all-extras --universal --python-version 3.10 \
 		--no-header --no-annotate --quiet --upgrade -o constraints.txt
+
+docs: setup
+	@.venv/bin/uv pip install --quiet --python $(PY) --constraint constraints.txt "mkdocs-material"
+	@.venv/bin/mkdocs build --quiet && echo "site/index.html"
+
+# The README's table of algorithms, from the registry.
+table: setup
+	@$(PY) scripts/table.py
 
 clean:
 	rm -rf .venv .cache build dist *.egg-info
