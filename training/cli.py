@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
+import time
 import warnings
 from collections.abc import Sequence
+
+_PAUSE_FOR_RANK_0_SECONDS = 10.0
 
 _DESCRIPTION = """\
 Train an image classifier from a recipe: one YAML file that names the model, the data, the speed-ups, the optimizer and
@@ -31,6 +35,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     options = _parser().parse_args(arguments)
     _quiet_libraries()
+    if "composer" not in sys.modules:
+        # Nothing is open while the libraries are imported, and some of them take an interrupt for a missing module.
+        # Composer's import puts a handler of its own in place.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        return _run(options)
+    except KeyboardInterrupt:
+        return _stopped()
+    except SystemExit as stop:
+        # Composer turns SIGINT and SIGTERM into an exit with 128 + the signal's number.
+        if stop.code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+            return _stopped(int(stop.code))
+        raise
+
+
+def _run(options: argparse.Namespace) -> int:
     try:
         from training.recipe import load_recipe
         from training.schema import RecipeError
@@ -43,17 +63,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         if options.plan:
             _say(session.plan_text(recipe))
-        elif options.compare:
+            return 0
+        if options.compare:
             _say(session.compare(recipe, say=_say))
-            _say(f"results: {recipe.run_dir}/")
         else:
-            result = session.train(recipe, say=_say)
-            _say(report.format_summary(result.summary))
-            _say(f"results: {recipe.run_dir}/")
+            _say(report.format_summary(session.train(recipe, say=_say).summary))
+        _say(f"results: {recipe.run_dir}/")
     except RecipeError as error:
         return _complain(str(error))
-    except KeyboardInterrupt:
-        return _complain("stopped; continue with the same command and load=latest", status=130)
+    except (ValueError, OSError) as error:
+        # What the layers below say to users: a full disk, a file that vanished, a label beyond the model's classes.
+        logging.getLogger(__name__).debug("raised here", exc_info=True)
+        return _complain(f"{error} (logging.level=debug shows where)", status=1)
     return 0
 
 
@@ -78,6 +99,8 @@ def _quiet_libraries() -> None:
     for message in (
         "pkg_resources is deprecated",  # some of Composer's dependencies
         ".*invalid escape sequence.*",
+        # DDP, on channels-last 1x1 convolutions: their strides can be told in two ways that mean the same memory
+        "Grad strides do not match bucket view strides",
     ):
         warnings.filterwarnings("ignore", message=message)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
@@ -89,6 +112,16 @@ def _say(text: str) -> None:
 
 
 def _complain(text: str, *, status: int = 2) -> int:
+    if os.environ.get("RANK", "0") != "0":
+        # Every rank finds the same mistake. The launcher reports the one that ends first, and ends the others: let that
+        # be rank 0, whose output people see. A rank that is alone with its trouble speaks after this pause.
+        time.sleep(_PAUSE_FOR_RANK_0_SECONDS)
+    print(f"run.py: {text}", file=sys.stderr, flush=True)
+    return status
+
+
+def _stopped(status: int = 130) -> int:
     if os.environ.get("RANK", "0") == "0":
-        print(f"run.py: {text}", file=sys.stderr, flush=True)
+        text = "run.py: stopped; load=latest with the same command continues from the last checkpoint"
+        print(text, file=sys.stderr, flush=True)
     return status
