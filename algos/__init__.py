@@ -15,6 +15,8 @@ _MORE = {
     "SpeedUp": ".base",
     "Stage": ".progressive_resizing",
     "arrange": ".ordering",
+    "averaged_state_dict": ".ema",
+    "averaged_weights": ".ema",
     "draw_cutmix": ".cutmix",
     "draw_mixup": ".mixup",
     "ramp_stages": ".progressive_resizing",

@@ -14,6 +14,7 @@ _ALGORITHMS: dict[str, tuple[str, str, str, str]] = {
     "blurpool": (".blurpool", "BlurPool", "apply_blurpool", "anti-aliased strided convolutions and max-pools"),
     "channels_last": (".channels_last", "ChannelsLast", "apply_channels_last", "NHWC memory format for the model"),
     "cutmix": (".cutmix", "CutMix", "cutmix_batch", "a box of another sample in each image, targets mixed by area"),
+    "ema": (".ema", "EMA", "ema_update", "evaluation and export of averaged weights"),
     "fixres": (".fixres", "FixRes", "freeze_for_fixres", "last epochs at test resolution with the test-time crop"),
     "label_smoothing": (".label_smoothing", "LabelSmoothing", "smooth_labels", "targets a little less than certain"),
     "mixup": (".mixup", "MixUp", "mixup_batch", "convex combinations of images and of their targets"),
