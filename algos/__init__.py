@@ -19,6 +19,7 @@ _MORE = {
     "averaged_weights": ".ema",
     "draw_cutmix": ".cutmix",
     "draw_mixup": ".mixup",
+    "draw_randaugment": ".randaugment",
     "ramp_stages": ".progressive_resizing",
     "warmup_decay": ".learning_rate",
 }

@@ -24,6 +24,12 @@ _ALGORITHMS: dict[str, tuple[str, str, str, str]] = {
         "stage_at",
         "small images first, decoded at the size they are trained at",
     ),
+    "randaugment": (
+        ".randaugment",
+        "RandAugment",
+        "randaugment_batch",
+        "random operations on every image, on the device",
+    ),
     "sam": (".sam", "SAM", "sam_gradients", "gradients at the worst point nearby, for flatter minima"),
     "stochastic_depth": (
         ".stochastic_depth",

@@ -11,7 +11,7 @@ import yaml
 from algos import registry
 
 PAGES = Path(__file__).parents[2] / "docs" / "algorithms"
-NAMES = ["blurpool", "channels_last", "cutmix", "ema", "label_smoothing", "mixup", "stochastic_depth"]
+NAMES = ["blurpool", "channels_last", "cutmix", "ema", "label_smoothing", "mixup", "randaugment", "stochastic_depth"]
 
 
 def blocks(name, language):
