@@ -6,6 +6,7 @@ the classes can be named and inspected, but making one of them says what to inst
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -36,7 +37,8 @@ else:
             def __new__(cls, *args: Any, **kwargs: Any) -> Algorithm:
                 raise ModuleNotFoundError(
                     f"{cls.__name__} hooks into MosaicML Composer's Trainer, and Composer is not installed: "
-                    "pip install 'brisk-vision[train]', or use the functional form in your own loop (see docs/algorithms)",
+                    "pip install 'brisk-vision[train]', or use the functional form in your own loop "
+                    "(see docs/algorithms)",
                     name="composer",
                 )
 
@@ -95,9 +97,26 @@ class SpeedUp(Algorithm):
     contract: ClassVar[Contract]
     events: ClassVar[tuple[Event, ...]]
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # Composer looks the algorithms of a checkpoint up among its own by qualified name. Under "BlurPool" it would
+        # find its own class on resuming, and try to build that from this one's settings.
+        if "." not in cls.__qualname__:  # a class within a function cannot be mistaken
+            cls.__qualname__ = f"Brisk{cls.__name__}"
+            setattr(sys.modules[cls.__module__], cls.__qualname__, cls)  # named so, instances pickle
+
     def match(self, event: Event, state: State) -> bool:
         """Whether to act at `event`: it is one of `events`."""
         return event in self.events
+
+
+def act_last(algorithm: Algorithm, state: State) -> None:
+    """Move `algorithm` to the end of the Trainer's list, wherever it was listed.
+
+    Composer then reaches it last at every event but `AFTER_*`, and first at those, whose order it reverses.
+    """
+    state.algorithms.remove(algorithm)
+    state.algorithms.append(algorithm)
 
 
 def global_rank() -> int:

@@ -98,10 +98,6 @@ def blur(
 class BlurPool(SpeedUp):
     """Blurs where the model subsamples, from the start of training; see `apply_blurpool` for the settings."""
 
-    # Composer looks the algorithms of a checkpoint up among its own by qualified name. Under "BlurPool" it would find
-    # its own class there on resuming, and try to build that from this one's settings.
-    __qualname__ = "BriskBlurPool"
-
     contract = Contract(writes=[Resource.MODEL])
     events = (Event.INIT,)
 
@@ -121,9 +117,6 @@ class BlurPool(SpeedUp):
         """Change the model in place and log how many layers were."""
         apply_blurpool(state.model, **self.settings.as_arguments())
         logger.log_hyperparameters({"blurpool/layers": len(_blurred_layers(state.model))})
-
-
-BriskBlurPool = BlurPool  # what the qualified name names, so that instances pickle
 
 
 @dataclass(frozen=True)

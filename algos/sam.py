@@ -6,15 +6,17 @@ Foret 2021 (arXiv 2010.01412); the scale-invariant form is Kwon 2021 (arXiv 2102
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 
-from algos.base import Contract, Event, Logger, Resource, SpeedUp, State, precision_context, world_size
+from algos.base import Contract, Event, Logger, Resource, SpeedUp, State, act_last, precision_context, world_size
 
 Perturbation = Literal["global", "per_rank"]
 
@@ -27,13 +29,21 @@ def sam_gradients(
         e = rho g / ||g||_2                       adaptive: e = rho w^2 g / || |w| g ||_2
 
     with g the gradients that `parameters` hold now and the norm taken over all of them. Call it between `backward()`
-    and the optimizer's step. `second_pass` runs the same batch forward and backward again and must leave its gradients
-    in `.grad`; random layers must draw as they did before, and `frozen_statistics` keeps batch norm from counting the
-    batch twice (the class does both).
+    and the optimizer's step. A scale that all gradients share (a GradScaler's) does not change e.
 
-    Holds one extra copy of the parameters while `second_pass` runs. Parameters without a gradient stay where they are.
+    parameters: those without a gradient stay where they are. DTensors (FSDP2's) count with all of their shards.
+    second_pass: runs the same batch forward and backward again and leaves its gradients in `.grad`. Random layers must
+        draw as they did before, and `frozen_statistics` keeps batch norm from counting the batch twice; the class does
+        both.
+    rho: radius of the neighborhood, above 0.
+
+    Holds one copy of the parameters while `second_pass` runs, and nothing more: e takes the place of the gradients.
+    Raises ValueError for a rho that is not above 0, and when no parameter has a gradient.
     """
+    _check_rho(rho)
     perturbed = [parameter for parameter in parameters if parameter.grad is not None]
+    if not perturbed:
+        raise ValueError("received no parameter with a gradient; run forward and backward() before sam_gradients")
     originals = _perturb(perturbed, rho=rho, adaptive=adaptive)
     try:
         for parameter in perturbed:
@@ -46,32 +56,58 @@ def sam_gradients(
 
 @contextlib.contextmanager
 def frozen_statistics(model: nn.Module) -> Iterator[None]:
-    """Within, batch norms in training mode normalize with the batch's statistics and leave their running ones alone."""
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
-    for norm in norms:
-        norm.track_running_stats = False
+    """On leaving, the running statistics of `model`'s norm layers are what they were on entering, bit for bit.
+
+    Within, layers in training mode normalize with the batch's statistics as always. The copy is small: some numbers a
+    channel.
+    """
+    # Not by switching track_running_stats off: instance norms update all the same, and torch.compile would compile the
+    # model a second time.
+    buffers = [
+        buffer
+        for module in model.modules()
+        if isinstance(module, _NormBase)
+        for buffer in module.buffers(recurse=False)
+    ]
+    before = [buffer.clone() for buffer in buffers]
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        with torch.no_grad():
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)
 
 
 class SAM(SpeedUp):
     """Makes every `interval`-th step a sharpness-aware one, at the price of a second forward and backward pass.
 
     rho: radius of the neighborhood, in the parameters' own norm (0.05 in the paper; Composer's recipes use 0.5 at
-    interval 10). adaptive: ASAM, whose neighborhood scales with each weight (rho about ten times larger).
-    interval: steps between sharpness-aware ones; 1 makes every step one.
+        interval 10).
+    adaptive: ASAM, whose neighborhood scales with each weight (rho about ten times larger).
+    interval: steps between sharpness-aware ones; 1 makes every step one. The run's first step is one.
     perturbation: "global" takes e from the gradient averaged over ranks, so a run means the same on any number of them;
-    "per_rank" takes each rank's own, which saves the first pass its all-reduce and is the paper's m-sharpness.
+        "per_rank" takes each rank's own, which saves the first pass its all-reduce and is the paper's m-sharpness. It
+        needs DDP.
 
     The optimizer is left as it is: checkpoints hold it under its own name. Metrics and the logged loss are those of the
-    first pass. Both passes see the same microbatches, the same MixUp draw and the same dropout masks.
+    first pass. Both passes see the same microbatches, as other algorithms left them, and the same dropout masks (of
+    torch's generators). Gradient clipping and whatever else acts on gradients sees those at w + e, wherever it stands
+    in the list.
+
+    Refused before the first step: a second SAM, losses interpolated between targets (the second pass would lack it),
+    FSDP1, whose shards do not tell the whole gradient's norm, and per_rank on several ranks without DDP.
     """
 
-    contract = Contract(owns=[Resource.GRADIENTS])
-    events = (Event.BEFORE_TRAIN_BATCH, Event.BEFORE_FORWARD, Event.AFTER_TRAIN_BATCH)
+    contract = Contract(owns=[Resource.GRADIENTS], after=[Resource.IMAGES, Resource.TARGETS])
+    events = (
+        Event.FIT_START,
+        Event.BATCH_START,
+        Event.BEFORE_TRAIN_BATCH,
+        Event.BEFORE_FORWARD,
+        Event.BEFORE_LOSS,
+        Event.AFTER_BACKWARD,
+        Event.AFTER_TRAIN_BATCH,
+    )
 
     def __init__(
         self,
@@ -81,133 +117,202 @@ class SAM(SpeedUp):
         interval: int = 1,
         perturbation: Perturbation = "global",
     ) -> None:
-        if rho <= 0:
-            raise ValueError(f"sam.rho is {rho}; it must be more than 0 (null turns SAM off)")
+        _check_rho(rho)
         if interval < 1:
-            raise ValueError(f"sam.interval is {interval} steps; it must be at least 1")
+            raise ValueError(f"interval {interval} must be at least 1 step; 1 makes every step sharpness-aware")
         if perturbation not in ("global", "per_rank"):
-            raise ValueError(f"sam.perturbation is {perturbation!r}; it is global or per_rank")
+            raise ValueError(f"perturbation {perturbation!r} must be 'global' or 'per_rank'")
         self.rho = rho
         self.adaptive = adaptive
         self.interval = interval
         self.perturbation: Perturbation = perturbation
-        self._microbatches: list[Any] = []
-        self._random_state: list[Tensor] = []
+        self._first_pass: list[_Microbatch] = []
+        self._num_samples = 0  # in this rank's batch
+        self._mean_num_samples = 0.0  # in a batch, over ranks
 
     def match(self, event: Event, state: State) -> bool:
-        return super().match(event, state) and state.timestamp.batch.value % self.interval == 0
+        """Whether to act at `event`: at a run's start, and in sharpness-aware steps."""
+        at_start = event == Event.FIT_START
+        return super().match(event, state) and (at_start or state.timestamp.batch.value % self.interval == 0)
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        if event == Event.BEFORE_TRAIN_BATCH:
-            self._microbatches.clear()
-            self._random_state = _random_state(state)
-            self._synchronize_first_pass(state, self.perturbation == "global")
+        """Note what the first pass sees; after its last microbatch, replace its gradients."""
+        if event == Event.FIT_START:
+            _check_run(state, self)
+            act_last(self, state)  # to see batches as the others leave them, and to act on gradients before the others
+        elif event == Event.BATCH_START:
+            self._num_samples = _count_samples(state.batch)
+        elif event == Event.BEFORE_TRAIN_BATCH:  # again after a step that ran out of memory
+            self._first_pass.clear()
+            self._mean_num_samples = _mean_over_ranks(self._num_samples, state)
+            _synchronize_gradients(state.model, self.perturbation == "global")
         elif event == Event.BEFORE_FORWARD:
-            self._microbatches.append(state.batch)  # references: exactly what the first pass sees, and no copy
+            self._first_pass.append(_Microbatch(_shallow_copy(state.batch), state.batch, _random_state(state.model)))
+        elif event == Event.BEFORE_LOSS:  # Composer's label smoothing and others change targets only while this lasts
+            self._first_pass[-1].loss_batch = _shallow_copy(state.batch)
+        elif event == Event.AFTER_BACKWARD:
+            if sum(microbatch.num_samples for microbatch in self._first_pass) == self._num_samples:
+                self._replace_gradients(state)
         else:
-            self._synchronize_first_pass(state, True)
-            parameters = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
-            sam_gradients(parameters, lambda: self._second_pass(state), rho=self.rho, adaptive=self.adaptive)
-            self._microbatches.clear()
+            _synchronize_gradients(state.model, True)
+            self._first_pass.clear()
+
+    def _replace_gradients(self, state: State) -> None:
+        if self.perturbation == "global":
+            _refuse_unsynchronized(state.model)
+        _synchronize_gradients(state.model, True)
+        parameters = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
+        sam_gradients(parameters, lambda: self._second_pass(state), rho=self.rho, adaptive=self.adaptive)
 
     def _second_pass(self, state: State) -> None:
-        after_first_pass = _random_state(state)
-        _set_random_state(state, self._random_state)
-        sizes = [_num_samples(microbatch) for microbatch in self._microbatches]
-        mean_batch_size = _mean_over_ranks(sum(sizes), state)
-        scale = state.scaler.get_scale() if _scales_gradients(state) else 1.0
-        last = len(sizes) - 1
-        with frozen_statistics(state.model):
-            for index, microbatch in enumerate(self._microbatches):
-                with _no_sync(state.model) if index < last else contextlib.nullcontext():
+        last = len(self._first_pass) - 1
+        with frozen_statistics(state.model), _kept_random_state(state.model):
+            for index, microbatch in enumerate(self._first_pass):
+                _set_random_state(state.model, microbatch.random_state)
+                with contextlib.nullcontext() if index == last else _no_sync(state.model):
                     loss = _loss(state, microbatch)
-                    (loss * (scale * sizes[index] / mean_batch_size)).backward()
-        if scale != 1.0:
-            _unscale(state, scale)
-        _set_random_state(state, after_first_pass)
+                    if state.precision.value == "amp_fp16":  # the Trainer unscales the gradients after this
+                        assert state.scaler is not None
+                        loss = state.scaler.scale(loss)
+                    (loss * (microbatch.num_samples / self._mean_num_samples)).backward()
 
-    def _synchronize_first_pass(self, state: State, synchronize: bool) -> None:
-        if isinstance(state.model, DistributedDataParallel):
-            state.model.require_backward_grad_sync = synchronize
+
+@dataclass
+class _Microbatch:
+    """What the model and the loss were given in the first pass: references, and no copies of tensors."""
+
+    forward_batch: Any
+    loss_batch: Any
+    random_state: list[Tensor]
+
+    @property
+    def num_samples(self) -> int:
+        return _count_samples(self.forward_batch)
 
 
 @torch.no_grad()
 def _perturb(parameters: Sequence[Tensor], *, rho: float, adaptive: bool) -> list[Tensor]:
-    """Move `parameters` by e in place; returns copies of what they were."""
+    """Move `parameters` by e in place, spending their gradients on it; returns copies of what they were."""
     originals = [parameter.detach().clone() for parameter in parameters]
-    if not parameters:
-        return originals
-    directions = [parameter.grad for parameter in parameters]
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if adaptive:
-        directions = torch._foreach_mul(torch._foreach_abs(originals), directions)
-    norms = [torch.linalg.vector_norm(direction, dtype=_at_least_float32(direction)) for direction in directions]
-    norm = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
-    step = rho / (norm + 1e-12)  # stays on the device: reading it would make the host wait
-    for parameter, original, direction in zip(parameters, originals, directions, strict=True):
-        direction = direction * original.abs() if adaptive else direction
-        parameter.add_((direction * step.to(direction.device)).to(parameter.dtype))
+        torch._foreach_mul_(gradients, originals)  # the norm of w g is that of |w| g
+    step = rho / (_norm(gradients) + 1e-12)  # stays on the device: reading it would make the host wait
+    if adaptive:
+        torch._foreach_mul_(gradients, originals)
+    for device in {gradient.device for gradient in gradients}:
+        torch._foreach_mul_([gradient for gradient in gradients if gradient.device == device], step.to(device))
+    torch._foreach_add_(parameters, gradients)
     return originals
 
 
-def _loss(state: State, microbatch: Any) -> Tensor:
+def _norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Euclidean norm over all of `tensors`, in float32 at least."""
+    norms = []
+    for tensor in tensors:
+        norm = torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
+        norms.append(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # a DTensor's, over its shards
+    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+
+
+def _loss(state: State, microbatch: _Microbatch) -> Tensor:
     model: Any = state.model
     owner = model.module if isinstance(model, DistributedDataParallel) else model
     with precision_context(state):
-        outputs = model(microbatch)
+        outputs = model(microbatch.forward_batch)
     with precision_context(state):
-        loss = owner.loss(outputs, microbatch)
-    if isinstance(loss, dict):
+        loss = owner.loss(outputs, microbatch.loss_batch)
+    if isinstance(loss, Mapping):
         loss = loss["total"] if "total" in loss else tuple(loss.values())
     parts = loss if isinstance(loss, (tuple, list)) else (loss,)
     return torch.stack([part.mean() for part in parts]).sum()
 
 
-def _num_samples(batch: Any) -> int:
+def _count_samples(batch: Any) -> int:
     if isinstance(batch, Tensor):
         return batch.shape[0]
-    first = next(iter(batch.values())) if isinstance(batch, dict) else batch[0]
-    return _num_samples(first)
+    return _count_samples(next(iter(batch.values())) if isinstance(batch, Mapping) else batch[0])
 
 
-def _at_least_float32(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
+def _shallow_copy(batch: Any) -> Any:
+    # Algorithms put another tensor into a list or a mapping, and back again.
+    return batch if isinstance(batch, Tensor) else copy.copy(batch)
 
 
-def _mean_over_ranks(batch_size: int, state: State) -> float:
+def _mean_over_ranks(num_samples: int, state: State) -> float:
     # Composer weighs microbatches this way, so that ranks with unequal last batches count by their samples.
     if world_size() == 1:
-        return float(batch_size)
-    total = state.device.tensor_to_device(torch.tensor(float(batch_size)))
+        return float(num_samples)
+    total = state.device.tensor_to_device(torch.tensor(float(num_samples)))
     torch.distributed.all_reduce(total)
     return total.item() / world_size()
 
 
+# --- ranks ---------------------------------------------------------------------------------------------------------
+
+
+def _synchronize_gradients(model: nn.Module, synchronize: bool) -> None:
+    if isinstance(model, DistributedDataParallel):
+        model.require_backward_grad_sync = synchronize
+
+
 def _no_sync(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
-    return model.no_sync() if isinstance(model, DistributedDataParallel) else contextlib.nullcontext()
+    # Where parameters may go unused, the last microbatch may lack some that an earlier one had: all are averaged then.
+    if isinstance(model, DistributedDataParallel) and not model.find_unused_parameters:
+        return model.no_sync()
+    return contextlib.nullcontext()
 
 
-def _scales_gradients(state: State) -> bool:
-    return state.scaler is not None and state.scaler.is_enabled() and state.precision.value == "amp_fp16"
+def _refuse_unsynchronized(model: nn.Module) -> None:
+    if isinstance(model, DistributedDataParallel) and not model.require_backward_grad_sync:
+        raise ValueError(
+            "sam.perturbation is global, and the Trainer averages gradients over ranks only after SAM has used them "
+            "(ddp_sync_strategy forced_sync); leave ddp_sync_strategy out, or use perturbation: per_rank"
+        )
 
 
-def _unscale(state: State, scale: float) -> None:
-    """Divide the gradients by the loss scale, and tell the scaler when the second pass overflowed.
+def _check_run(state: State, algorithm: SAM) -> None:
+    for other in state.algorithms:
+        if isinstance(other, SAM) and other is not algorithm:
+            raise ValueError("SAM is among the Trainer's algorithms twice; one perturbs the weights: list one")
+        if getattr(other, "interpolate_loss", False):
+            raise ValueError(
+                f"{type(other).__name__} interpolates the loss, which SAM's second pass cannot repeat; set its "
+                "interpolate_loss to False, which mixes the targets instead"
+            )
+    if state.fsdp_config_version == 1 and world_size() > 1:
+        raise ValueError(
+            "sam cannot tell the whole gradient's norm from the shards of FSDP version 1; "
+            "use version 2 (torch's fully_shard) or DDP"
+        )
+    replicated = world_size() == 1 or isinstance(state.model, DistributedDataParallel)
+    if algorithm.perturbation == "per_rank" and not replicated:
+        raise ValueError(
+            "sam.perturbation is per_rank, which needs the whole of every parameter on every rank, and this run "
+            "shards them; use perturbation: global, or DDP"
+        )
 
-    The Trainer unscaled the first pass's gradients already, and a GradScaler refuses to do it twice in a step; it would
-    miss an overflow of the second pass and let the optimizer step on it.
-    """
-    gradients = [parameter.grad for parameter in state.model.parameters() if parameter.grad is not None]
-    torch._foreach_mul_(gradients, 1.0 / scale)
-    finite = torch.stack([torch.isfinite(gradient).all() for gradient in gradients]).all()
-    for optimizer in state.optimizers:
-        found = state.scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
-        for device, flag in found.items():
-            flag.copy_(torch.maximum(flag, (~finite).to(device=device, dtype=flag.dtype)))
+
+def _check_rho(rho: float) -> None:
+    if not 0 < rho < float("inf"):
+        raise ValueError(f"rho {rho} must be above 0 and finite; 0.05 is usual, and to perturb nothing leave SAM out")
 
 
-def _random_state(state: State) -> list[Tensor]:
+# --- random numbers ------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _kept_random_state(model: nn.Module) -> Iterator[None]:
+    before = _random_state(model)
+    try:
+        yield
+    finally:
+        _set_random_state(model, before)
+
+
+def _random_state(model: nn.Module) -> list[Tensor]:
     states = [torch.get_rng_state()]
-    device = next(state.model.parameters()).device
+    device = next(model.parameters()).device
     if device.type == "cuda":
         states.append(torch.cuda.get_rng_state(device))
     elif device.type == "mps":
@@ -215,9 +320,9 @@ def _random_state(state: State) -> list[Tensor]:
     return states
 
 
-def _set_random_state(state: State, states: Sequence[Tensor]) -> None:
+def _set_random_state(model: nn.Module, states: Sequence[Tensor]) -> None:
     torch.set_rng_state(states[0])
-    device = next(state.model.parameters()).device
+    device = next(model.parameters()).device
     if device.type == "cuda":
         torch.cuda.set_rng_state(states[1], device)
     elif device.type == "mps":

@@ -74,10 +74,6 @@ def apply_stochastic_depth(
 class StochasticDepth(SpeedUp):
     """Drops residual branches at random from the start of training; see `apply_stochastic_depth` for the settings."""
 
-    # Composer looks the algorithms of a checkpoint up among its own by qualified name. Under "StochasticDepth" it would
-    # find its own class there on resuming, and try to build that from this one's settings.
-    __qualname__ = "BriskStochasticDepth"
-
     contract = Contract(writes=[Resource.MODEL])
     events = (Event.INIT,)
 
@@ -92,9 +88,6 @@ class StochasticDepth(SpeedUp):
         )
         ends = sum(isinstance(module, _Dropped) for module in state.model.modules())
         logger.log_hyperparameters({"stochastic_depth/branches": ends})
-
-
-BriskStochasticDepth = StochasticDepth  # what the qualified name names, so that instances pickle
 
 
 # Residual blocks -> the last layers of their branches; by name, so that importing this does not need torchvision.
