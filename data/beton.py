@@ -376,7 +376,7 @@ def _with_progress(encoded: PrefetchIterator[_Encoded], num_samples: int, progre
         from tqdm import tqdm
     except ModuleNotFoundError:  # it comes with the extras; a bare installation does without the bar
         return encoded
-    return tqdm(encoded, total=num_samples, unit="images", desc="converting", leave=False)
+    return tqdm(encoded, total=num_samples, unit="images", desc="converting", leave=False, disable=None)
 
 
 def _replace_sidecar(path: Path, sidecar: dict[str, Any]) -> None:
