@@ -13,12 +13,15 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 
 from algos.base import Contract, Event, Logger, Resource, SpeedUp, State, act_last, precision_context, world_size
 
 Perturbation = Literal["global", "per_rank"]
+
+_untyped: Any = torch  # torch's type stubs lack the functions that work on lists of tensors
 
 
 def sam_gradients(
@@ -51,7 +54,7 @@ def sam_gradients(
         second_pass()
     finally:
         with torch.no_grad():
-            torch._foreach_copy_(perturbed, originals)
+            _untyped._foreach_copy_(_shards(perturbed), originals)
 
 
 @contextlib.contextmanager
@@ -192,18 +195,25 @@ class _Microbatch:
 
 @torch.no_grad()
 def _perturb(parameters: Sequence[Tensor], *, rho: float, adaptive: bool) -> list[Tensor]:
-    """Move `parameters` by e in place, spending their gradients on it; returns copies of what they were."""
-    originals = [parameter.detach().clone() for parameter in parameters]
+    """Move `parameters` by e in place, spending their gradients on it; returns copies of this rank's shards of them."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    values, directions = _shards(parameters), _shards(gradients)
+    originals = [value.clone() for value in values]
     if adaptive:
-        torch._foreach_mul_(gradients, originals)  # the norm of w g is that of |w| g
+        _untyped._foreach_mul_(directions, originals)  # the norm of w g is that of |w| g
     step = rho / (_norm(gradients) + 1e-12)  # stays on the device: reading it would make the host wait
     if adaptive:
-        torch._foreach_mul_(gradients, originals)
-    for device in {gradient.device for gradient in gradients}:
-        torch._foreach_mul_([gradient for gradient in gradients if gradient.device == device], step.to(device))
-    torch._foreach_add_(parameters, gradients)
+        _untyped._foreach_mul_(directions, originals)
+    for device in {direction.device for direction in directions}:
+        here = [direction for direction in directions if direction.device == device]
+        _untyped._foreach_mul_(here, step.to(device))
+    _untyped._foreach_add_(values, directions)
     return originals
+
+
+def _shards(tensors: Sequence[Tensor]) -> list[Tensor]:
+    # Functions on lists take no DTensors (torch 2.7); what is done element by element needs the shards alone.
+    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
 
 def _norm(tensors: Sequence[Tensor]) -> Tensor:
@@ -211,7 +221,7 @@ def _norm(tensors: Sequence[Tensor]) -> Tensor:
     norms = []
     for tensor in tensors:
         norm = torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
-        norms.append(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # a DTensor's, over its shards
+        norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
 
 
