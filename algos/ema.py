@@ -91,9 +91,6 @@ class EMA(SpeedUp):
     average: after the first update, the averages by name; for `averaged_weights`.
     """
 
-    # A checkpoint names its algorithms; under "EMA" it would be Composer's, whose entry has another form.
-    __qualname__ = "BriskEMA"
-
     contract = Contract(after=[Resource.MODEL])
     events = (
         Event.INIT,
@@ -192,9 +189,6 @@ class EMA(SpeedUp):
                 f"the checkpoint, of step {state.timestamp.batch.value}, was trained without ema and holds no averaged "
                 "weights; go on without it (algorithms.ema=null), or start a new run from its weights alone"
             )
-
-
-BriskEMA = EMA  # what the qualified name names, so that instances pickle
 
 
 # --- tensors by name -----------------------------------------------------------------------------------------------

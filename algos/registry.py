@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from algos.base import SpeedUp
@@ -43,6 +44,24 @@ _ALGORITHMS: dict[str, tuple[str, str, str, str]] = {
 def names() -> list[str]:
     """Every algorithm's name in a recipe, sorted."""
     return sorted(_ALGORITHMS)
+
+
+def composer_names() -> list[str]:
+    """Names in a recipe of Composer's own algorithms, `composer.ema` and so on, sorted. Imports Composer."""
+    from algos.composer_algorithms import names
+
+    return names()
+
+
+def maker(name: str) -> Callable[..., Any]:
+    """What makes the algorithm behind a recipe's `name` from its settings: a class of `find`, or for `composer.<name>`
+    a function that makes Composer's own. Either has the settings as its signature.
+
+    Raises ValueError with the nearest match when there is none.
+    """
+    from algos import composer_algorithms
+
+    return composer_algorithms.find(name) if name.startswith(composer_algorithms.PREFIX) else find(name)
 
 
 def find(name: str) -> type[SpeedUp]:

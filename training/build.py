@@ -15,7 +15,7 @@ from composer.utils import reproducibility
 from torch import nn
 
 from algos import LearningRate, SpeedUp, arrange
-from algos.registry import find as find_algorithm
+from algos.registry import maker as algorithm_maker
 from data import Normalizer, build_loader, build_source
 from models import registry as models
 from models.classifier import ImageClassifier
@@ -96,7 +96,7 @@ def arrange_algorithms(recipe: Recipe) -> dict[str, SpeedUp]:
     made: dict[str, SpeedUp] = {"learning_rate": LearningRate(**recipe.schedule)}
     for name, settings in recipe.algorithms.items():
         with _users_mistake(f"algorithms.{name}"):
-            made[name] = find_algorithm(name)(**settings)
+            made[name] = algorithm_maker(name)(**settings)
     with _users_mistake("algorithms"):
         order = arrange({name: algorithm.contract for name, algorithm in made.items()})
     return {name: made[name] for name in order}

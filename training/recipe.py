@@ -234,22 +234,47 @@ def _parse_named(given: Any, known: dict[str, Any], *, path: str, without: Seque
 
 def _parse_algorithms(given: Any) -> dict[str, dict[str, Any] | None]:
     from algos import registry
+    from algos.composer_algorithms import PREFIX, refuse_doubles
 
     if given is None:
         return {}
     if not isinstance(given, dict):
         raise RecipeError("algorithms", f"is {given!r}; it must be a mapping of names to settings")
     parsed: dict[str, dict[str, Any] | None] = {}
-    for name, settings in given.items():
-        refuse_unknown(name, registry.names(), path=f"algorithms.{name}", what="algorithm")
+    for name, settings in _name_composers(given).items():
         where = f"algorithms.{name}"
+        composers = name.startswith(PREFIX)  # an import of Composer is spared those who use none of its own
+        known = registry.composer_names() if composers else [*registry.names(), "composer"]
+        refuse_unknown(name, known, path=where, what="algorithm")
         if settings is None:
             parsed[name] = None
             continue
-        algorithm = registry.find(name)
-        parsed[name] = arguments = parse(schema_of(algorithm), settings, path=where)
-        _try(algorithm, arguments, path=where)
+        make = registry.maker(name)
+        parsed[name] = arguments = (
+            _mapping(settings, where) if composers else parse(schema_of(make), settings, path=where)
+        )
+        _try(make, arguments, path=where)
+    try:
+        refuse_doubles(name for name, settings in parsed.items() if settings is not None)
+    except ValueError as error:
+        raise RecipeError("algorithms", str(error)) from None
     return parsed
+
+
+def _name_composers(given: dict[str, Any]) -> dict[str, Any]:
+    """Composer's own stand in a section of theirs, algorithms.composer.ema; from here on each has that as its name."""
+    named = {name: settings for name, settings in given.items() if name != "composer"}
+    for name, settings in _mapping(given.get("composer"), "algorithms.composer").items():
+        if f"composer.{name}" in named:
+            raise RecipeError(f"algorithms.composer.{name}", "given twice, in the section composer and outside of it")
+        named[f"composer.{name}"] = settings
+    return named
+
+
+def _mapping(given: Any, path: str) -> dict[str, Any]:
+    if given is not None and not isinstance(given, dict):
+        raise RecipeError(path, f"is {given!r}; it must be a mapping")
+    return dict(given or {})
 
 
 def _try(factory: Callable[..., Any], arguments: dict[str, Any], *, path: str) -> None:
