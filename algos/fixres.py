@@ -13,9 +13,9 @@ from typing import Any, Literal
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from algos.base import Contract, Event, Logger, Resource, SpeedUp, State
+from algos.base import Contract, Event, Logger, Resource, SpeedUp, State, act_last
 from algos.learning_rate import require_schedule, run_epochs
-from algos.protocols import ResizableLoader, CropSwitchingLoader
+from algos.protocols import CropSwitchingLoader, ResizableLoader
 
 Trained = Literal["classifier_and_norm", "classifier", "all"]
 
@@ -24,11 +24,15 @@ def freeze_for_fixres(model: nn.Module, *, train: Trained = "classifier_and_norm
     """Leave only the last layers of `model` trainable, in place; returns the names of the parameters still trained.
 
     The classifier is the last `nn.Linear` (or, without one, the last convolution) in registration order, and the norm
-    the last batch norm before it. Every other batch norm is frozen with its statistics: it normalizes with its running
-    mean and variance even after `model.train()`. "all" freezes nothing. Calling it again changes nothing.
+    the last batch norm registered before it. Every other batch norm is frozen with its statistics: it normalizes with
+    its running mean and variance even after `model.train()`. Gradients of frozen parameters are dropped, so that no
+    optimizer applies an old one. Calling it again changes nothing.
 
-    Raises ValueError when the model has no such layer.
+    train: "classifier_and_norm" (the paper's choice), "classifier", or "all", which freezes nothing.
+
+    Raises ValueError when the model has no such layer, or `train` is none of the three.
     """
+    _check_trained(train)
     if train == "all":
         return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     kept = _kept_modules(model, with_norm=train == "classifier_and_norm")
@@ -47,7 +51,7 @@ def freeze_for_fixres(model: nn.Module, *, train: Trained = "classifier_and_norm
 
 
 def phase_learning_rate(epoch: float, *, start_epoch: float, total_epochs: float, learning_rate: float) -> float:
-    """Cosine from `learning_rate` at `start_epoch` to 0 at `total_epochs`."""
+    """Rate after `epoch` epochs: r (1 + cos(pi t)) / 2, t the share of the epochs from start to total that is done."""
     share = (epoch - start_epoch) / max(total_epochs - start_epoch, 1e-12)
     return learning_rate * 0.5 * (1.0 + math.cos(math.pi * min(max(share, 0.0), 1.0)))
 
@@ -58,9 +62,11 @@ class FixRes(SpeedUp):
     epochs: length of the phase; it is part of the run, not added to it.
     image_size: px; None keeps the size that the loader has then (the last stage's under ProgressiveResizing).
     train: which layers learn: the classifier and the last batch norm (the paper's choice), the classifier, or all.
-    learning_rate: at the phase's start, falling to 0 by a cosine; None leaves the run's own schedule.
+    learning_rate: of every parameter group at the phase's start, falling to 0 by a cosine; it needs a LearningRate
+        among the algorithms. None leaves the run's own schedule.
 
-    The loader must be a `CropSwitchingLoader`, and a `ResizableLoader` when image_size is given; others are refused.
+    The loader must be a `CropSwitchingLoader`, and a `ResizableLoader` when image_size is given; others are refused
+    before the first step, and so is a phase longer than the run or a model without the layers to train.
     """
 
     contract = Contract(
@@ -68,7 +74,7 @@ class FixRes(SpeedUp):
         writes=[Resource.LOADER_SHAPE],
         after=[Resource.MODEL, Resource.LOADER_SHAPE],
     )
-    events = (Event.FIT_START, Event.EPOCH_START)
+    events = (Event.INIT, Event.FIT_START, Event.EPOCH_START, Event.BATCH_START)
 
     def __init__(
         self,
@@ -79,13 +85,14 @@ class FixRes(SpeedUp):
         learning_rate: float | None = None,
     ) -> None:
         if epochs < 1:
-            raise ValueError(f"fixres.epochs is {epochs}; the phase needs at least 1 (null turns FixRes off)")
+            raise ValueError(f"epochs {epochs} must be at least 1, the phase's length; to do without, leave FixRes out")
         if image_size is not None and image_size < 1:
-            raise ValueError(f"fixres.image_size is {image_size} px; it must be at least 1")
-        if train not in ("classifier_and_norm", "classifier", "all"):
-            raise ValueError(f"fixres.train is {train!r}; it is classifier_and_norm, classifier or all")
-        if learning_rate is not None and learning_rate < 0:
-            raise ValueError(f"fixres.learning_rate is {learning_rate}; it cannot be negative")
+            raise ValueError(f"image_size {image_size} must be at least 1 px; leave it out to keep the loader's")
+        _check_trained(train)
+        if learning_rate is not None and not 0 <= learning_rate < math.inf:
+            raise ValueError(
+                f"learning_rate {learning_rate} must be 0 or more and finite; leave it out to keep the run's schedule"
+            )
         self.epochs = epochs
         self.image_size = image_size
         self.train: Trained = train
@@ -100,21 +107,28 @@ class FixRes(SpeedUp):
         """First epoch of the phase, counted from 0. Raises ValueError when the phase is longer than the run."""
         if self.epochs > total_epochs:
             raise ValueError(
-                f"fixres.epochs is {self.epochs} and the run has {total_epochs} epochs; it must be shorter"
+                f"fixres.epochs is {self.epochs} and the run has {total_epochs} epochs, of which the phase is a part; "
+                f"make it at most {total_epochs}"
             )
         return total_epochs - self.epochs
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        start_epoch = self.start_epoch(run_epochs(state))
-        if event == Event.FIT_START:
-            self._check(state)
-        if state.timestamp.epoch.value < start_epoch:
+        """Put loader and model into the phase that the run is in."""
+        if event == Event.INIT:
+            act_last(self, state)  # after ProgressiveResizing, whose size this one may change, wherever that is listed
             return
-        freeze_for_fixres(state.model, train=self.train)
-        loader: Any = state.dataloader
-        loader.set_test_crop(True)
-        if self.image_size is not None:
-            loader.set_image_size(self.image_size)
+        if event == Event.FIT_START:
+            self._check_run(state)
+        in_phase = state.timestamp.epoch.value >= self.start_epoch(run_epochs(state))
+        if event == Event.BATCH_START:
+            if in_phase:
+                # An evaluation within the epoch left every norm in training mode. The hook mends that as well, but
+                # torch.compile does not see hooks that came after it.
+                _keep_frozen(state.model)
+            return
+        self._set_loader(state.dataloader, in_phase=in_phase)
+        if in_phase:
+            freeze_for_fixres(state.model, train=self.train)
 
     def modify_learning_rate(self, learning_rate: float, epoch: float, total_epochs: float) -> float:
         """The phase's own rate from its start on."""
@@ -125,12 +139,17 @@ class FixRes(SpeedUp):
             epoch, start_epoch=start_epoch, total_epochs=total_epochs, learning_rate=self.learning_rate
         )
 
-    def _check(self, state: State) -> None:
+    def _set_loader(self, loader: Any, *, in_phase: bool) -> None:
+        loader.set_test_crop(in_phase)
+        if in_phase and self.image_size is not None:
+            loader.set_image_size(self.image_size)
+
+    def _check_run(self, state: State) -> None:
         loader = state.dataloader
         if not isinstance(loader, CropSwitchingLoader):
             raise ValueError(
-                f"fixres trains on the test-time crop, and the loader, a {type(loader).__name__}, cannot be switched to "
-                "it; use a loader with set_test_crop (algos.protocols.CropSwitchingLoader)"
+                f"fixres trains on the test-time crop, and the loader, a {type(loader).__name__}, cannot be switched "
+                "to it; use a loader with set_test_crop (algos.protocols.CropSwitchingLoader)"
             )
         if self.image_size is not None and not isinstance(loader, ResizableLoader):
             raise ValueError(
@@ -139,6 +158,8 @@ class FixRes(SpeedUp):
             )
         if self.learning_rate is not None:
             require_schedule(state, "fixres.learning_rate")
+        if self.train != "all":  # a model without such layers is better found now than at the phase's start
+            _kept_modules(state.model, with_norm=self.train == "classifier_and_norm")
 
 
 def _kept_modules(model: nn.Module, *, with_norm: bool) -> set[nn.Module]:
@@ -146,13 +167,16 @@ def _kept_modules(model: nn.Module, *, with_norm: bool) -> set[nn.Module]:
     classifiers = [module for module in modules if isinstance(module, nn.Linear)]
     classifiers = classifiers or [module for module in modules if isinstance(module, nn.Conv2d)]
     if not classifiers:
-        raise ValueError(f"fixres found no linear layer or convolution to train in {type(model).__name__}")
+        raise ValueError(
+            f"fixres found no linear layer or convolution to train in {type(model).__name__}; use train: all"
+        )
     kept: set[nn.Module] = {classifiers[-1]}
-    norms = [module for module in modules if isinstance(module, _BatchNorm)]
     if with_norm:
+        norms = [module for module in modules[: modules.index(classifiers[-1])] if isinstance(module, _BatchNorm)]
         if not norms:
             raise ValueError(
-                f"fixres.train is classifier_and_norm and {type(model).__name__} has no batch norm; use train: classifier"
+                f"fixres.train is classifier_and_norm and {type(model).__name__} has no batch norm before its "
+                "classifier; use train: classifier"
             )
         kept.add(norms[-1])
     return kept
@@ -160,10 +184,25 @@ def _kept_modules(model: nn.Module, *, with_norm: bool) -> set[nn.Module]:
 
 def _freeze_statistics(norm: _BatchNorm) -> None:
     norm.eval()
-    if not any(hook is _stay_in_eval for hook in norm._forward_pre_hooks.values()):
+    if not _is_frozen(norm):
         norm.register_forward_pre_hook(_stay_in_eval)
+
+
+def _is_frozen(norm: _BatchNorm) -> bool:
+    return any(hook is _stay_in_eval for hook in norm._forward_pre_hooks.values())
+
+
+def _keep_frozen(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, _BatchNorm) and _is_frozen(module):
+            module.eval()
 
 
 def _stay_in_eval(norm: nn.Module, inputs: Any) -> None:
     # model.train() runs before every epoch of any loop; a hook outlives it where a call of norm.eval() would not.
     norm.training = False
+
+
+def _check_trained(train: str) -> None:
+    if train not in ("classifier_and_norm", "classifier", "all"):
+        raise ValueError(f"train {train!r} must be 'classifier_and_norm', 'classifier' or 'all'")

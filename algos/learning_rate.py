@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal, get_args
+
+from torch import Tensor
 
 from algos.base import Contract, Event, Logger, Resource, SpeedUp, State
 from algos.protocols import LearningRateModifier
@@ -33,14 +35,17 @@ def warmup_decay(
     """Factor on the peak learning rate after `epoch` epochs (fractions within an epoch count).
 
     Linear from `warmup_start_factor` to 1 over `warmup_epochs` (Goyal 2017, arXiv 1706.02677); then, with t the share
-    of the remaining epochs that is done and f = `final_factor`:
+    of the remaining epochs (of `total_epochs`) that is done and f = `final_factor`:
 
         cosine      f + (1 - f) (1 + cos(pi t)) / 2      (Loshchilov 2017, arXiv 1608.03983)
         linear      f + (1 - f) (1 - t)
         polynomial  f + (1 - f) (1 - t)^power
         step        step_factor^(number of milestones_epochs reached)
         constant    1
+
+    Raises ValueError for another `decay`.
     """
+    _check_decay(decay)
     if epoch < warmup_epochs:
         return warmup_start_factor + (1.0 - warmup_start_factor) * epoch / warmup_epochs
     if decay == "step":
@@ -59,9 +64,11 @@ def warmup_decay(
 class LearningRate(SpeedUp):
     """Sets every parameter group's learning rate before each step: its initial one times `warmup_decay`.
 
-    The run's length must be given in epochs. A group's initial rate is the one that its optimizer was made with.
+    The run's length must be given in epochs. A group's initial rate is the one that its optimizer was made with; other
+    algorithms with a say in the rate are asked in the order of the Trainer's list. For the settings see `warmup_decay`.
 
-    Raises ValueError for settings out of range; see `warmup_decay` for what each of them means.
+    Raises ValueError for settings out of range. Refused before the first step: a warmup longer than the run, and
+    schedulers beside it, whose rates it would overwrite.
     """
 
     contract = Contract(owns=[Resource.LEARNING_RATE], after=[Resource.LOADER_SHAPE, Resource.TRAINABLE])
@@ -78,15 +85,24 @@ class LearningRate(SpeedUp):
         milestones_epochs: tuple[float, ...] = (),
         step_factor: float = 0.1,
     ) -> None:
-        if warmup_epochs < 0:
-            raise ValueError(f"warmup_epochs is {warmup_epochs}; it must be 0 or more")
+        _check_decay(decay)
+        if not 0 <= warmup_epochs < math.inf:
+            raise ValueError(f"warmup_epochs {warmup_epochs} must be 0 or more")
         for name, value in (("warmup_start_factor", warmup_start_factor), ("final_factor", final_factor)):
             if not 0 <= value <= 1:
-                raise ValueError(f"{name} is {value}; it is a share of the peak learning rate, between 0 and 1")
-        if decay == "step" and not milestones_epochs:
-            raise ValueError("decay: step needs milestones_epochs, the epochs at which the rate is multiplied")
+                raise ValueError(f"{name} {value} is a share of the peak learning rate and must lie in [0, 1]")
+        for name, value in (("power", power), ("step_factor", step_factor)):
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} {value} must be above 0")
+        if (decay == "step") != bool(milestones_epochs):
+            raise ValueError(
+                f"decay {decay!r} with milestones_epochs {list(milestones_epochs)}: decay 'step' needs the epochs at "
+                "which the rate is multiplied, and no other decay reads them"
+            )
+        if any(milestone <= 0 for milestone in milestones_epochs):
+            raise ValueError(f"milestones_epochs {list(milestones_epochs)} must all be above 0")
         self.warmup_epochs = warmup_epochs
-        self._shape = dict(
+        self._shape: dict[str, Any] = dict(
             warmup_epochs=warmup_epochs,
             warmup_start_factor=warmup_start_factor,
             decay=decay,
@@ -106,21 +122,39 @@ class LearningRate(SpeedUp):
         return learning_rate
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
+        """Set the rate of the coming step."""
         total_epochs = run_epochs(state)
         if event == Event.FIT_START:
-            if self.warmup_epochs > total_epochs:
-                raise ValueError(f"warmup_epochs is {self.warmup_epochs}, longer than the run of {total_epochs} epochs")
+            self._check_run(state, total_epochs)
             return
         epoch = epochs_done(state)
         modifiers = [algorithm for algorithm in state.algorithms if isinstance(algorithm, LearningRateModifier)]
         for optimizer in state.optimizers:
             for group in optimizer.param_groups:
-                initial = group.setdefault("initial_lr", group["lr"])
-                group["lr"] = self.learning_rate(epoch, total_epochs=total_epochs, initial=initial, modifiers=modifiers)
+                initial = group.setdefault("initial_lr", float(group["lr"]))
+                learning_rate = self.learning_rate(
+                    epoch, total_epochs=total_epochs, initial=float(initial), modifiers=modifiers
+                )
+                if isinstance(group["lr"], Tensor):  # what compiled and captured optimizers read in place
+                    group["lr"].fill_(learning_rate)
+                else:
+                    group["lr"] = learning_rate
+
+    def _check_run(self, state: State, total_epochs: int) -> None:
+        if self.warmup_epochs > total_epochs:
+            raise ValueError(
+                f"warmup_epochs is {self.warmup_epochs:g}, longer than the run of {total_epochs} epochs; shorten it"
+            )
+        if state.schedulers:
+            names = ", ".join(type(scheduler).__name__ for scheduler in state.schedulers)
+            raise ValueError(
+                f"the Trainer has a scheduler ({names}) beside LearningRate, which sets every step's rate and would "
+                "overwrite the scheduler's; leave one of them out"
+            )
 
 
 def run_epochs(state: State) -> int:
-    """Length of the run in epochs. Raises ValueError when it is given in another unit."""
+    """Length of the run in epochs. Raises ValueError when it is given in another unit, naming the way out."""
     duration = state.max_duration
     if duration is None or str(duration.unit.value) != "ep":
         raise ValueError(f"the run's length is {duration}; give it in epochs (for example max_duration='90ep')")
@@ -143,6 +177,11 @@ def require_schedule(state: State, asked_by: str) -> None:
     """
     if not any(isinstance(algorithm, LearningRate) for algorithm in state.algorithms):
         raise ValueError(
-            f"{asked_by} changes the learning rate, and no algos.LearningRate is among the Trainer's algorithms to apply "
-            "it: add one (decay='constant' keeps the rate as it is elsewhere)"
+            f"{asked_by} changes the learning rate, and no algos.LearningRate is among the Trainer's algorithms to "
+            "apply it: add one (decay='constant' keeps the rate as it is elsewhere)"
         )
+
+
+def _check_decay(decay: str) -> None:
+    if decay not in get_args(Decay):
+        raise ValueError(f"decay {decay!r} must be one of {', '.join(get_args(Decay))}")

@@ -6,21 +6,25 @@ Howard & Gugger 2020 (Deep Learning for Coders with fastai and PyTorch, chapter 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from algos.base import Contract, Event, Logger, Resource, SpeedUp, State, world_size
+from algos.batches import split_batch
 from algos.learning_rate import require_schedule, run_epochs
 from algos.protocols import ResizableLoader
 
 log = logging.getLogger(__name__)
 
 LearningRateScaling = Literal["none", "linear", "sqrt"]
+
+_HALVES = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,9 @@ class Stage:
 
 
 def stage_at(epoch: int, stages: Sequence[Stage]) -> Stage:
-    """The stage that `epoch` (counted from 0) falls into. Raises ValueError past the last one's end."""
+    """The stage that `epoch` (counted from 0) falls into. Raises ValueError for an epoch that none covers."""
+    if epoch < 0:
+        raise ValueError(f"epoch {epoch} is negative; epochs count from 0")
     end = 0
     for stage in stages:
         end += stage.epochs
@@ -68,45 +74,77 @@ def ramp_stages(
     """Stages whose size rises linearly from `initial_scale` times the final one to all of it.
 
     The scale at epoch e of E is s0 + (1 - s0) clip((e/E - d) / (1 - d - f), 0, 1), with d = `delay_fraction` (share of
-    the run before the rise) and f = `finetune_fraction` (share at full size at the end); sizes are rounded to the
-    nearest multiple of `size_multiple` px, and the last one is `final_image_size` exactly.
+    the run before the rise) and f = `finetune_fraction` (share at full size at the end). Sizes are rounded to the
+    nearest multiple of `size_multiple` px (none to 0), and the last one is `final_image_size` exactly.
 
-    Raises ValueError for shares outside 0..1, d + f > 1, or a scale outside (0, 1].
+    Raises ValueError for shares outside 0..1, d + f > 1, a scale outside (0, 1], or lengths and sizes below 1.
     """
-    if not 0 < initial_scale <= 1:
-        raise ValueError(f"initial_scale is {initial_scale}; it must lie in (0, 1]")
-    if delay_fraction < 0 or finetune_fraction < 0 or delay_fraction + finetune_fraction > 1:
-        raise ValueError(
-            f"delay_fraction {delay_fraction} and finetune_fraction {finetune_fraction} are shares of the run: "
-            "neither may be negative, nor their sum exceed 1"
-        )
-    if size_multiple < 1:
-        raise ValueError(f"size_multiple is {size_multiple}; it must be at least 1 px")
+    _check_ramp(initial_scale, delay_fraction, finetune_fraction)
+    for name, value in (
+        ("total_epochs", total_epochs), ("final_image_size", final_image_size), ("size_multiple", size_multiple),
+    ):  # fmt: skip
+        if value < 1:
+            raise ValueError(f"{name} {value} must be at least 1")
     rise = 1.0 - delay_fraction - finetune_fraction
 
     def size(epoch: int) -> int:
-        elapsed = epoch / total_epochs - delay_fraction
-        share = min(max(elapsed / rise, 0.0), 1.0) if rise > 0 else float(elapsed >= 0)
-        scale = initial_scale + (1.0 - initial_scale) * share
-        if scale >= 1.0:
+        # The nudge keeps an epoch that stands right on the end of the rise from falling short by a rounding error.
+        elapsed = epoch / total_epochs - delay_fraction + 1e-9
+        share = min(max(elapsed / rise, 0.0), 1.0) if rise > 1e-9 else float(elapsed >= 0)
+        if share == 1.0:
             return final_image_size
-        return max(size_multiple, round(final_image_size * scale / size_multiple) * size_multiple)
+        scale = initial_scale + (1.0 - initial_scale) * share
+        rounded = round(final_image_size * scale / size_multiple) * size_multiple
+        return min(max(rounded, size_multiple), final_image_size)
 
     sizes = [size(epoch) for epoch in range(total_epochs)]
     return [Stage(epochs=len(list(run)), image_size=image_size) for image_size, run in groupby(sizes)]
+
+
+def resize_images(images: Tensor, *, image_size: int) -> Tensor:
+    """Floating-point images [N, C, H, W] resized to [N, C, S, S], S = `image_size` px, bilinear and anti-aliased.
+
+    Making images smaller averages over every source pixel, so patterns finer than the new grid fade instead of turning
+    into coarser ones. Dtype and memory format are kept; images of that size already are returned as they are.
+
+    Raises ValueError for integer images, images that are not square, and a size below 1.
+    """
+    if not images.is_floating_point():
+        raise ValueError(
+            f"received {str(images.dtype).removeprefix('torch.')} images; resizing needs floating point: "
+            "normalize the images (or have the loader do it) first"
+        )
+    if images.ndim != 4 or images.shape[-1] != images.shape[-2]:
+        raise ValueError(
+            f"received images of shape {list(images.shape)}; they must be [N, C, S, S], since others would be "
+            "distorted: crop them to squares first"
+        )
+    if image_size < 1:
+        raise ValueError(f"image_size {image_size} must be at least 1 px")
+    if images.shape[-1] == image_size:
+        return images
+    # torch filters no half-precision images on the CPU.
+    wide = images.float() if images.device.type == "cpu" and images.dtype in _HALVES else images
+    return F.interpolate(wide, size=(image_size, image_size), mode="bilinear", antialias=True).to(images.dtype)
 
 
 class ProgressiveResizing(SpeedUp):
     """Trains each stage's epochs at its image size and batch size.
 
     stages: explicit ones, covering the whole run; None makes a ramp of the other settings (see `ramp_stages`) up to the
-    loader's own image size.
+        loader's own image size.
+    initial_scale, delay_fraction, finetune_fraction, size_multiple: of the ramp.
     learning_rate_scaling: what a stage with another batch size than the loader's does to the learning rate: nothing,
-    times the ratio of the batch sizes ("linear", Goyal 2017), or times its square root.
+        times the ratio of the batch sizes ("linear", Goyal 2017), or times its square root. It needs a LearningRate
+        among the algorithms.
 
     The size changes inside the loader when it is a `ResizableLoader`, so images are decoded at the size that they are
     trained at; else batches are resized on the device, anti-aliased, and the log says so (a batch size cannot change
-    then, and is refused).
+    then, and is refused). A stage without a batch size has the loader's own.
+
+    Size and batch size are a function of the epoch alone, so a resumed run stands where the interrupted one stood.
+    Refused before the first step: stages that do not cover the run, sizes that the loader does not take, a global batch
+    size that does not divide over the ranks, and the continuation of a run that had other stages.
     """
 
     contract = Contract(owns=[Resource.LOADER_SHAPE], writes=[Resource.IMAGES])
@@ -125,17 +163,20 @@ class ProgressiveResizing(SpeedUp):
         if stages is not None and not stages:
             raise ValueError("stages is an empty list; give at least one stage, or leave it out for a ramp")
         if learning_rate_scaling not in ("none", "linear", "sqrt"):
-            raise ValueError(f"learning_rate_scaling is {learning_rate_scaling!r}; it is none, linear or sqrt")
-        self.stages = None if stages is None else list(stages)
+            raise ValueError(f"learning_rate_scaling {learning_rate_scaling!r} must be 'none', 'linear' or 'sqrt'")
+        self.stages = None if stages is None else [_as_stage(stage) for stage in stages]
         self.learning_rate_scaling = learning_rate_scaling
-        self._ramp = dict(
+        self._ramp: dict[str, Any] = dict(
             initial_scale=initial_scale,
             delay_fraction=delay_fraction,
             finetune_fraction=finetune_fraction,
             size_multiple=size_multiple,
         )
-        ramp_stages(total_epochs=1, final_image_size=size_multiple, **self._ramp)  # raises for what cannot be
+        ramp_stages(total_epochs=1, final_image_size=1, **self._ramp)  # raises for what cannot be
         self._reference_batch_size: int | None = None  # images a device that the learning rate was chosen for
+        self._microbatch_size: int | float | None = None  # the run's own; None: a batch is not split
+        self._batch_size: int | None = None  # images a device in the present stage
+        self._batches_per_epoch: int | None = None  # the run's own; None: all that the loader has
         self._loaded_stages: list[dict[str, Any]] | None = None
 
     def prepare(self, *, total_epochs: int, image_size: int, per_device_batch_size: int | None) -> None:
@@ -149,8 +190,8 @@ class ProgressiveResizing(SpeedUp):
         if covered != total_epochs:
             lengths = " + ".join(str(stage.epochs) for stage in self.stages)
             raise ValueError(
-                f"the stages of progressive_resizing cover {lengths} = {covered} epochs and the run has {total_epochs}; "
-                "they must be equal"
+                f"the stages of progressive_resizing cover {lengths} = {covered} epochs and the run has "
+                f"{total_epochs}; they must be equal: change a stage's epochs or the run's length"
             )
         if self._reference_batch_size is None:
             self._reference_batch_size = per_device_batch_size
@@ -176,18 +217,19 @@ class ProgressiveResizing(SpeedUp):
         return stage.global_batch_size // num_ranks
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
+        """Set the loader to the epoch's stage, or resize the batch where the loader cannot."""
+        resizable = isinstance(state.dataloader, ResizableLoader)
         if event == Event.BATCH_START:
-            self._resize_on_device(state)
+            if not resizable:
+                self._resize_on_device(state)
             return
         if event == Event.FIT_START:
             self._bind(state)
-        if isinstance(state.dataloader, ResizableLoader):
-            epoch = state.timestamp.epoch.value
-            state.dataloader.set_image_size(self.stage(epoch).image_size)
-            _set_batch_size(state, state.dataloader, self.per_device_batch_size(epoch, world_size()))
+        if resizable:
+            self._set_loader(state, state.timestamp.epoch.value)
 
     def modify_learning_rate(self, learning_rate: float, epoch: float, total_epochs: float) -> float:
-        """Scale by the stage's batch size against the one that the recipe's rate was given for."""
+        """Scale by the stage's batch size against the one that the run's rate was given for."""
         if self.learning_rate_scaling == "none" or self._reference_batch_size is None:
             return learning_rate
         ratio = self.per_device_batch_size(int(epoch), world_size()) / self._reference_batch_size
@@ -198,64 +240,117 @@ class ProgressiveResizing(SpeedUp):
         return {"stages": None if self.stages is None else [asdict(stage) for stage in self.stages]}
 
     def load_state_dict(self, state: dict[str, Any], strict: bool = False) -> None:
+        """Remember the stages of the run that is continued; compared when training begins."""
         self._loaded_stages = state.get("stages")
 
     def _bind(self, state: State) -> None:
         loader = state.dataloader
-        resizable = isinstance(loader, ResizableLoader)
-        if self.stages is None and not resizable:
+        image_size = getattr(loader, "image_size", None)
+        if self.stages is None and image_size is None:
             raise ValueError(
-                f"progressive_resizing has no stages and the loader, a {type(loader).__name__}, does not tell its image "
-                "size to make a ramp for; give explicit stages"
+                f"progressive_resizing has no stages, and the loader, a {type(loader).__name__}, does not tell its "
+                "image size to make a ramp for; give stages"
             )
+        first = self._reference_batch_size is None
         self.prepare(
             total_epochs=run_epochs(state),
-            image_size=getattr(loader, "image_size", 0),
+            image_size=image_size or 1,
             per_device_batch_size=getattr(loader, "batch_size", None),
         )
-        assert self.stages is not None
         self._refuse_another_plan()
         if self.learning_rate_scaling != "none":
             require_schedule(state, f"progressive_resizing.learning_rate_scaling={self.learning_rate_scaling}")
-        if resizable:
+        if not isinstance(loader, ResizableLoader):
+            self._refuse_batch_sizes(loader)
+            log.warning("%s cannot change its image size: batches are resized on the device", type(loader).__name__)
             return
+        if first:
+            self._note_run(state, loader)
+        self._try_every_stage(loader)
+
+    def _note_run(self, state: State, loader: ResizableLoader) -> None:
+        self._batch_size = loader.batch_size
+        if state.device_train_microbatch_size != loader.batch_size:
+            self._microbatch_size = state.device_train_microbatch_size
+        if state.dataloader_len is not None and state.dataloader_len.value < len(loader):
+            self._batches_per_epoch = state.dataloader_len.value
+
+    def _try_every_stage(self, loader: ResizableLoader) -> None:
+        # Setters act on the next pass, so trying costs nothing; a late stage's mistake would cost the run up to it.
+        epoch = 0
+        assert self.stages is not None
+        for number, stage in enumerate(self.stages, start=1):
+            try:
+                loader.set_image_size(stage.image_size)
+                loader.set_batch_size(self.per_device_batch_size(epoch, world_size()))
+            except ValueError as error:
+                raise ValueError(f"stage {number} of progressive_resizing: {error}") from None
+            epoch += stage.epochs
+
+    def _set_loader(self, state: State, epoch: int) -> None:
+        loader: Any = state.dataloader
+        batch_size = self.per_device_batch_size(epoch, world_size())
+        loader.set_image_size(self.stage(epoch).image_size)
+        loader.set_batch_size(batch_size)
+        # Composer reads both once, when the Trainer is made: a stale length drops part of every epoch, and a stale
+        # microbatch size splits the larger batch in pieces that nobody asked for.
+        length = len(loader)
+        state.dataloader_len = length if self._batches_per_epoch is None else min(length, self._batches_per_epoch)
+        if state.auto_microbatching and state.device_train_microbatch_size != self._batch_size:
+            self._microbatch_size = state.device_train_microbatch_size  # Composer found that more does not fit
+        state.device_train_microbatch_size = min(self._microbatch_size or batch_size, batch_size)
+        self._batch_size = batch_size
+
+    def _refuse_batch_sizes(self, loader: Any) -> None:
+        assert self.stages is not None
         if any(stage.per_device_batch_size or stage.global_batch_size for stage in self.stages):
             raise ValueError(
                 f"a stage sets a batch size, and the loader, a {type(loader).__name__}, cannot change it; use a loader "
                 "with set_image_size and set_batch_size (algos.protocols.ResizableLoader), or drop the batch sizes"
             )
-        log.warning("%s cannot change its image size: batches are resized on the device", type(loader).__name__)
 
     def _refuse_another_plan(self) -> None:
         assert self.stages is not None
         if self._loaded_stages is not None and self._loaded_stages != [asdict(stage) for stage in self.stages]:
+            before = [Stage(**stage) for stage in self._loaded_stages]
             raise ValueError(
-                f"the checkpoint was trained with the stages {self._loaded_stages} and this run has {self.stages}; "
-                "resume with the same stages, or start a new run"
+                f"the run that is continued had the stages {_described(before)}, and this one has "
+                f"{_described(self.stages)}; continue it with the same stages and length, or start a new run"
             )
 
     def _resize_on_device(self, state: State) -> None:
-        if isinstance(state.dataloader, ResizableLoader):
-            return
-        images, targets = state.batch
+        images, targets = split_batch(state.batch)
         size = self.stage(state.timestamp.epoch.value).image_size
         state.batch = (resize_images(images, image_size=size), targets)
 
 
-def resize_images(images: Tensor, *, image_size: int) -> Tensor:
-    """Images [N, C, H, W] of floats resized to [N, C, image_size, image_size], bilinear with an anti-aliasing filter."""
-    if images.shape[-2:] == (image_size, image_size):
-        return images
-    return F.interpolate(images, size=(image_size, image_size), mode="bilinear", antialias=True)
+def _as_stage(stage: Any) -> Stage:
+    if isinstance(stage, Stage):
+        return stage
+    if not isinstance(stage, Mapping):
+        raise ValueError(f"a stage is {stage!r}; give algos.Stage(epochs=..., image_size=...) or a mapping of these")
+    try:
+        return Stage(**stage)
+    except TypeError as error:  # a key that is missing or none of a stage's
+        raise ValueError(
+            f"a stage is {dict(stage)}: {error}; its keys are {', '.join(Stage.__dataclass_fields__)}"
+        ) from None
 
 
-def _set_batch_size(state: State, loader: ResizableLoader, per_device_batch_size: int) -> None:
-    before = loader.batch_size
-    if per_device_batch_size == before:
-        return
-    loader.set_batch_size(per_device_batch_size)
-    # Composer reads both once, when the Trainer is made: a stale length drops part of every epoch, and a stale
-    # microbatch size splits the larger batch in pieces that nobody asked for.
-    state.dataloader_len = -1
-    if state.device_train_microbatch_size == before:
-        state.device_train_microbatch_size = per_device_batch_size
+def _described(stages: Sequence[Stage]) -> str:
+    return ", ".join(
+        f"{stage.epochs} epochs at {stage.image_size} px"
+        + (f" in batches of {stage.per_device_batch_size} a device" if stage.per_device_batch_size else "")
+        + (f" in batches of {stage.global_batch_size}" if stage.global_batch_size else "")
+        for stage in stages
+    )
+
+
+def _check_ramp(initial_scale: float, delay_fraction: float, finetune_fraction: float) -> None:
+    if not 0 < initial_scale <= 1:
+        raise ValueError(f"initial_scale {initial_scale} must lie in (0, 1]; 0.5 is usual")
+    if not (delay_fraction >= 0 and finetune_fraction >= 0 and delay_fraction + finetune_fraction <= 1):
+        raise ValueError(
+            f"delay_fraction {delay_fraction} and finetune_fraction {finetune_fraction} are shares of the run: "
+            "neither may be negative, nor their sum exceed 1"
+        )
