@@ -94,10 +94,12 @@ class LearningRate(SpeedUp):
         for name, value in (("power", power), ("step_factor", step_factor)):
             if not 0 < value < math.inf:
                 raise ValueError(f"{name} {value} must be above 0")
-        if (decay == "step") != bool(milestones_epochs):
+        if decay == "step" and not milestones_epochs:
+            raise ValueError("decay: step needs milestones_epochs, the epochs at which the rate is multiplied")
+        if decay != "step" and milestones_epochs:
             raise ValueError(
-                f"decay {decay!r} with milestones_epochs {list(milestones_epochs)}: decay 'step' needs the epochs at "
-                "which the rate is multiplied, and no other decay reads them"
+                f"milestones_epochs is {list(milestones_epochs)}, which decay: step alone reads, and decay is {decay}; "
+                "leave it out, or change decay"
             )
         if any(milestone <= 0 for milestone in milestones_epochs):
             raise ValueError(f"milestones_epochs {list(milestones_epochs)} must all be above 0")

@@ -122,9 +122,11 @@ class SAM(SpeedUp):
     ) -> None:
         _check_rho(rho)
         if interval < 1:
-            raise ValueError(f"interval {interval} must be at least 1 step; 1 makes every step sharpness-aware")
+            raise ValueError(
+                f"sam.interval is {interval}; it must be at least 1 step: 1 makes every step sharpness-aware"
+            )
         if perturbation not in ("global", "per_rank"):
-            raise ValueError(f"perturbation {perturbation!r} must be 'global' or 'per_rank'")
+            raise ValueError(f"sam.perturbation is {perturbation!r}; it must be global or per_rank")
         self.rho = rho
         self.adaptive = adaptive
         self.interval = interval
@@ -305,7 +307,7 @@ def _check_run(state: State, algorithm: SAM) -> None:
 
 def _check_rho(rho: float) -> None:
     if not 0 < rho < float("inf"):
-        raise ValueError(f"rho {rho} must be above 0 and finite; 0.05 is usual, and to perturb nothing leave SAM out")
+        raise ValueError(f"sam.rho is {rho}; it must be above 0 and finite: 0.05 is usual, and leaving SAM out is none")
 
 
 # --- random numbers ------------------------------------------------------------------------------------------------
