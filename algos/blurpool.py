@@ -399,7 +399,12 @@ def _blur(images: Tensor, kernel: Tensor, *, stride: Pair, pad: str) -> Tensor:
     rows, columns = kernel.shape[-2:]
     padding = ((rows - 1) // 2, (columns - 1) // 2)
     if pad == "reflect" or not rows % 2 == columns % 2 == 1:
+        channels_last = images.is_contiguous(memory_format=torch.channels_last)
         images = F.pad(images, (padding[1], columns // 2, padding[0], rows // 2), mode=_pad_mode(images, kernel, pad))
+        if channels_last:
+            # Reflection keeps the format on CPU and not everywhere else; where a compiler believes otherwise, a norm
+            # behind it gets the wrong gradient (torch 2.7.0, aot_eager, GroupNorm).
+            images = images.contiguous(memory_format=torch.channels_last)
         padding = (0, 0)
     channels = images.shape[-3]
     weight = kernel.to(images).expand(channels, 1, rows, columns)
