@@ -115,8 +115,9 @@ def act_last(algorithm: Algorithm, state: State) -> None:
 
     Composer then reaches it last at every event but `AFTER_*`, and first at those, whose order it reverses.
     """
-    state.algorithms.remove(algorithm)
-    state.algorithms.append(algorithm)
+    if algorithm in state.algorithms:  # and not within another one
+        state.algorithms.remove(algorithm)
+        state.algorithms.append(algorithm)
 
 
 def global_rank() -> int:
