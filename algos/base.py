@@ -120,6 +120,13 @@ def act_last(algorithm: Algorithm, state: State) -> None:
         state.algorithms.append(algorithm)
 
 
+def refuse_twice(algorithm: Algorithm, state: State) -> None:
+    """Raise ValueError when another algorithm of the same class is among the Trainer's."""
+    if any(type(other) is type(algorithm) and other is not algorithm for other in state.algorithms):
+        name = type(algorithm).__name__
+        raise ValueError(f"{name} is among the Trainer's algorithms twice, and acts once: list it once")
+
+
 def global_rank() -> int:
     """This process's rank among all of the run's."""
     return _distributed("get_rank", default=0)

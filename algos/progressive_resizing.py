@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from algos.base import Contract, Event, Logger, Resource, SpeedUp, State, world_size
+from algos.base import Contract, Event, Logger, Resource, SpeedUp, State, refuse_twice, world_size
 from algos.batches import split_batch
 from algos.learning_rate import require_schedule, run_epochs
 from algos.protocols import ResizableLoader
@@ -85,14 +85,13 @@ def ramp_stages(
     ):  # fmt: skip
         if value < 1:
             raise ValueError(f"{name} {value} must be at least 1")
-    rise = 1.0 - delay_fraction - finetune_fraction
+    rise = 1.0 - finetune_fraction - delay_fraction
 
     def size(epoch: int) -> int:
-        # The nudge keeps an epoch that stands right on the end of the rise from falling short by a rounding error.
-        elapsed = epoch / total_epochs - delay_fraction + 1e-9
-        share = min(max(elapsed / rise, 0.0), 1.0) if rise > 1e-9 else float(elapsed >= 0)
-        if share == 1.0:
+        elapsed = epoch / total_epochs - delay_fraction
+        if elapsed > rise - 1e-9:  # an epoch right at the end of the rise must not fall short by a rounding error
             return final_image_size
+        share = elapsed / rise if elapsed > 0 else 0.0
         scale = initial_scale + (1.0 - initial_scale) * share
         rounded = round(final_image_size * scale / size_multiple) * size_multiple
         return min(max(rounded, size_multiple), final_image_size)
@@ -244,6 +243,7 @@ class ProgressiveResizing(SpeedUp):
         self._loaded_stages = state.get("stages")
 
     def _bind(self, state: State) -> None:
+        refuse_twice(self, state)
         loader = state.dataloader
         image_size = getattr(loader, "image_size", None)
         if self.stages is None and image_size is None:

@@ -17,7 +17,18 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 
-from algos.base import Contract, Event, Logger, Resource, SpeedUp, State, act_last, precision_context, world_size
+from algos.base import (
+    Contract,
+    Event,
+    Logger,
+    Resource,
+    SpeedUp,
+    State,
+    act_last,
+    precision_context,
+    refuse_twice,
+    world_size,
+)
 
 Perturbation = Literal["global", "per_rank"]
 
@@ -284,9 +295,8 @@ def _refuse_unsynchronized(model: nn.Module) -> None:
 
 
 def _check_run(state: State, algorithm: SAM) -> None:
+    refuse_twice(algorithm, state)
     for other in state.algorithms:
-        if isinstance(other, SAM) and other is not algorithm:
-            raise ValueError("SAM is among the Trainer's algorithms twice; one perturbs the weights: list one")
         if getattr(other, "interpolate_loss", False):
             raise ValueError(
                 f"{type(other).__name__} interpolates the loss, which SAM's second pass cannot repeat; set its "

@@ -437,7 +437,7 @@ def test_composers_label_smoothing_holds_in_both_passes(sam_first):
 def test_what_it_cannot_do_is_refused_before_the_first_step():
     from composer.algorithms import MixUp as TheirMixUp
 
-    with pytest.raises(ValueError, match="twice; one perturbs the weights"):
+    with pytest.raises(ValueError, match="SAM is among the Trainer's algorithms twice"):
         train([SAM(), SAM()])
     with pytest.raises(ValueError, match="MixUp interpolates the loss"):
         train([SAM(), TheirMixUp(interpolate_loss=True)])
