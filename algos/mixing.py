@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from algos.base import Resource, SpeedUp, State
+from algos.base import Resource, SpeedUp, State, refuse_twice
 from algos.randomness import generator_at
 
 
@@ -27,11 +27,12 @@ def has_turn(algorithm: SpeedUp, state: State) -> bool:
     mixers = [other for other in state.algorithms if _mixes(other)]
     if len(mixers) < 2:
         return True
+    refuse_twice(algorithm, state)
     sharing = [other for other in mixers if hasattr(other, "switch_probability")]
     if len(mixers) > 2 or len(sharing) != 1 or not all(isinstance(other, SpeedUp) for other in mixers):
         raise ValueError(
-            f"{' and '.join(type(other).__name__ for other in mixers)} would all mix the same batches; "
-            "MixUp and CutMix, one of each, take turns: leave the others out"
+            f"{' and '.join(type(other).__name__ for other in mixers)} would mix the same batches; "
+            "this project's MixUp and CutMix take turns, and nothing else does: leave the other out"
         )
     step = state.timestamp.batch.value
     generator = generator_at(state.rank_zero_seed, rank=0, step=step, stream="mixing")  # rank 0: alike on every rank

@@ -231,8 +231,17 @@ def test_turns_differ_with_the_run_and_not_with_the_rank_or_the_algorithms_own_s
 @pytest.mark.parametrize("others", [[CutMix(), CutMix()], [MixUp(), MixUp()], [MixUp(), CutMix(), MixUp()]])
 def test_two_of_a_kind_are_refused_at_the_first_batch(others):
     state = state_at(0, others)
-    with pytest.raises(ValueError, match=r"would all mix the same batches; MixUp and CutMix, one of each, take turns"):
+    with pytest.raises(ValueError, match="among the Trainer's algorithms twice"):
         others[0].apply(None, state, None)
+
+
+def test_another_mixer_beside_cutmix_is_refused_at_the_first_batch():
+    from algos.registry import maker
+
+    cutmix = CutMix()
+    state = state_at(0, [cutmix, maker("composer.mixup")()])
+    with pytest.raises(ValueError, match=r"CutMix and MixUp would mix .*; this project.s MixUp and CutMix take turns"):
+        cutmix.apply(None, state, None)
 
 
 def test_contracts_order_augmentation_then_mixing_then_smoothing_and_allow_the_pair():

@@ -285,7 +285,9 @@ def test_two_averages_are_refused():
     from composer.algorithms import EMA as ComposersEMA
     from composer.algorithms import SWA
 
-    for other in (EMA(decay=0.9), ComposersEMA(), SWA()):
+    with pytest.raises(ValueError, match="EMA is among the Trainer's algorithms twice"):
+        make_trainer([EMA(decay=0.8), EMA(decay=0.9)])
+    for other in (ComposersEMA(), SWA()):
         with pytest.raises(ValueError, match="would both swap the weights for an average"):
             make_trainer([EMA(decay=0.8), other])
 

@@ -131,7 +131,7 @@ LOADER = SimpleNamespace(mean=MEAN, std=STD)
 
 def augmented(images, algorithm=None, *, step=5, loader=LOADER, run_seed=3):
     state = SimpleNamespace(
-        batch=(images, torch.arange(len(images))), dataloader=loader, rank_zero_seed=run_seed,
+        batch=(images, torch.arange(len(images))), dataloader=loader, rank_zero_seed=run_seed, algorithms=[],
         timestamp=SimpleNamespace(batch=SimpleNamespace(value=step)),
     )  # fmt: skip
     (algorithm or RandAugment()).apply(None, state, None)
@@ -168,6 +168,12 @@ def test_an_unknown_or_wrong_normalization_is_refused():
         augmented(images, loader=SimpleNamespace())
     with pytest.raises(ValueError, match=r"not within 0..255; give RandAugment the mean and std"):
         augmented(images * 4)
+
+
+def test_two_are_refused():
+    state = SimpleNamespace(algorithms=[RandAugment(), RandAugment()])
+    with pytest.raises(ValueError, match="RandAugment is among the Trainer's algorithms twice"):
+        state.algorithms[0].apply(None, state, None)
 
 
 def test_acts_before_mixing_whatever_the_listing():
