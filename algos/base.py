@@ -106,7 +106,13 @@ class SpeedUp(Algorithm):
             setattr(sys.modules[cls.__module__], cls.__qualname__, cls)  # named so, instances pickle
 
     def match(self, event: Event, state: State) -> bool:
-        """Whether to act at `event`: it is one of `events`."""
+        """Whether to act at `event`: it is one of `events`.
+
+        Raises ValueError at INIT when another one of this class is among the Trainer's algorithms: smoothed or mixed
+        twice is not what either says.
+        """
+        if event == Event.INIT:
+            refuse_twice(self, state)
         return event in self.events
 
 

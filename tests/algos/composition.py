@@ -1,0 +1,249 @@
+"""Small runs of any set of algorithms under any condition, for comparison with a plain run of the same set.
+
+Run as a script on several ranks (`python -m torch.distributed.run ... composition.py STRATEGY FOLDER`), it trains every
+case in turn and leaves each one's weights in FOLDER.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer import Trainer
+from composer.core import Algorithm, Callback, DataSpec, Event, State
+from composer.utils import dist
+from torch import Tensor, nn
+
+import algos.base
+from algos import LearningRate, arrange
+from algos.registry import find, names
+from data import Normalizer, build_loader
+from models.classifier import ImageClassifier
+from models.resnet import SmallResNet
+from training.checkpoints import Checkpoints
+from training.session import _LoaderPosition, _restore_random_state
+
+EPOCHS, STEPS_AN_EPOCH, GLOBAL_BATCH_SIZE, IMAGE_SIZE = 3, 4, 8, 16
+STOPPED_AT = {"resumed in mid-epoch": "batch 6", "resumed at an epoch's end": "epoch 2"}
+
+# The settings that each algorithm is tried with: strong enough to show within a dozen steps.
+EXAMPLES: dict[str, dict[str, Any]] = {
+    "blurpool": {},
+    "channels_last": {},
+    "cutmix": {"alpha": 1.0},
+    "ema": {"half_life_steps": 4},
+    "fixres": {"epochs": 1, "image_size": 16, "train": "classifier", "learning_rate": 0.01},
+    "label_smoothing": {"smoothing": 0.1},
+    "mixup": {"alpha": 0.5},
+    "progressive_resizing": {
+        "stages": [{"epochs": 1, "image_size": 12}, {"epochs": 2, "image_size": 16, "global_batch_size": 4}],
+    },
+    "randaugment": {"num_ops": 1},
+    "sam": {"rho": 0.05, "interval": 2},
+    "stochastic_depth": {"drop_rate": 0.3},
+}
+SETS: dict[str, list[str]] = {"nothing": [], **{name: [name] for name in names()}, "all together": names()}
+# Their draws are torch's own, of a process: as many ranks or microbatches, as many draws.
+DRAW_FROM_TORCH = {"stochastic_depth"}
+DRAW_PER_RANK = {"mixup", "cutmix", "randaugment"}
+
+
+def make(name: str) -> Algorithm:
+    """The algorithm with its example settings."""
+    settings = dict(EXAMPLES[name])
+    if "stages" in settings:
+        from algos import Stage
+
+        settings["stages"] = [Stage(**stage) for stage in settings["stages"]]
+    return find(name)(**settings)
+
+
+def arranged(chosen: Iterable[str]) -> list[Algorithm]:
+    """The algorithms in the order of their Contracts, with the learning rate's schedule."""
+    made = {"learning_rate": LearningRate(warmup_epochs=1), **{name: make(name) for name in chosen}}
+    return [made[name] for name in arrange({name: one.contract for name, one in made.items()})]
+
+
+class AsRanks(Algorithm):
+    """In one process, does to each half of the batch what `algorithm` would do to it on that rank."""
+
+    def __init__(self, algorithm: Any) -> None:
+        self.algorithm = algorithm
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["algorithm"], name)
+
+    def match(self, event: Event, state: State) -> bool:
+        return self.algorithm.match(event, state)
+
+    def apply(self, event: Event, state: State, logger: Any) -> None:
+        if event != Event.BATCH_START:
+            self.algorithm.apply(event, state, logger)
+            return
+        batch, halves = state.batch, []
+        whole = algos.base._distributed
+        try:
+            for rank in (0, 1):
+                algos.base._distributed = lambda what, default, rank=rank: rank if what == "get_rank" else 1
+                state.batch = tuple(part.chunk(2)[rank] for part in batch)
+                self.algorithm.apply(event, state, logger)
+                halves.append(state.batch)
+        finally:
+            algos.base._distributed = whole
+        state.batch = tuple(torch.cat(parts) for parts in zip(*halves, strict=True))
+
+
+class _Stop(Exception):
+    pass
+
+
+class _StopAt(Callback):
+    """Ends the run right after a checkpoint: "batch 6" after six steps, "epoch 2" after two epochs."""
+
+    def __init__(self, moment: str) -> None:
+        self.unit, count = moment.split()
+        self.count = int(count)
+
+    def batch_checkpoint(self, state: State, logger: Any) -> None:
+        if self.unit == "batch" and state.timestamp.batch.value == self.count:
+            raise _Stop
+
+    def epoch_checkpoint(self, state: State, logger: Any) -> None:
+        if self.unit == "epoch" and state.timestamp.epoch.value == self.count:
+            raise _Stop
+
+
+class _HalfLoss(ImageClassifier):
+    """Divides the loss by the number of ranks.
+
+    FSDP2 on gloo sums gradients over ranks where it should average them (torch 2.7.0, pytorch#162338); on other
+    backends this would be wrong.
+    """
+
+    def loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        return super().loss(outputs, batch) / dist.get_world_size()
+
+
+def network(num_classes: int) -> nn.Module:
+    """A small ResNet in float64 whose norm knows no batch, so that splitting a batch changes nothing by itself."""
+    torch.manual_seed(0)
+    model = SmallResNet(num_classes=num_classes, width=16, blocks_per_stage=1, activation=nn.SiLU)
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.BatchNorm2d):
+                setattr(module, name, nn.GroupNorm(4, child.num_features))
+    return model.double()
+
+
+def make_trainer(
+    algorithms: list[Algorithm],
+    *,
+    callbacks: Iterable[Callback] = (),
+    fsdp: bool = False,
+    **settings: Any,
+) -> Trainer:
+    """A Trainer of twelve steps in three epochs (more where a stage has smaller batches) on made-up images."""
+    rank, ranks = dist.get_global_rank(), dist.get_world_size()
+    loader = build_loader(
+        source="synthetic", source_settings={"num_samples": GLOBAL_BATCH_SIZE * STEPS_AN_EPOCH, "num_classes": 4},
+        split="train", loader="torch", per_device_batch_size=GLOBAL_BATCH_SIZE // ranks, image_size=IMAGE_SIZE,
+        num_workers=0, rank=rank, world_size=ranks, log=lambda text: None,
+    )  # fmt: skip
+    normalize = Normalizer(loader.mean, loader.std, dtype=torch.float64)
+    classifier = (_HalfLoss if fsdp else ImageClassifier)(network(4), num_classes=4)
+    if fsdp:
+        from composer.utils.parallelism import FSDP2Config
+
+        settings["parallelism_config"] = {"fsdp": FSDP2Config()}
+    return Trainer(
+        model=classifier,
+        train_dataloader=DataSpec(loader, batch_transforms=normalize, get_num_samples_in_batch=lambda b: len(b[1])),
+        max_duration=f"{EPOCHS}ep",
+        algorithms=algorithms,
+        optimizers=torch.optim.SGD(classifier.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3),
+        callbacks=[_LoaderPosition(loader), *callbacks],
+        progress_bar=False,
+        spin_dataloaders=False,
+        device="cpu",
+        seed=0,
+        auto_log_hparams=False,
+        **settings,
+    )
+
+
+def weights(trainer: Trainer) -> dict[str, Tensor]:
+    """Every parameter under its plain name, whole on every rank."""
+    for module in trainer.state.model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
+    whole = {}
+    for name, parameter in trainer.state.model.named_parameters():
+        tensor: Any = parameter.detach()
+        tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        plain = name.replace("_orig_mod.", "").removeprefix("module.")
+        whole[plain.removeprefix("module.")] = tensor.clone().contiguous()
+    return whole
+
+
+def train(chosen: list[str], *, as_two_ranks: bool = False, **settings: Any) -> dict[str, Tensor]:
+    """Weights after a whole run of these algorithms."""
+    algorithms = arranged(chosen)
+    if as_two_ranks:
+        drawing = tuple(find(name) for name in DRAW_PER_RANK)
+        algorithms = [AsRanks(one) if isinstance(one, drawing) else one for one in algorithms]
+    trainer = make_trainer(algorithms, **settings)
+    try:
+        trainer.fit()
+        return weights(trainer)
+    finally:
+        trainer.close()
+
+
+def train_interrupted(chosen: list[str], folder: Path, *, moment: str, **settings: Any) -> dict[str, Tensor]:
+    """The same, stopped at `moment` (see `_StopAt`) and begun again from the checkpoint."""
+    checkpoints = [Checkpoints(folder, every_steps=1, keep_best=False), _StopAt(moment)]
+    trainer = make_trainer(arranged(chosen), callbacks=checkpoints, **settings)
+    try:
+        trainer.fit()
+        raise AssertionError("was not stopped")
+    except _Stop:
+        trainer.close()
+    torch.manual_seed(99)
+    trainer = make_trainer(arranged(chosen), load_path=str(folder / "latest.pt"), **settings)
+    try:
+        _restore_random_state(trainer)
+        trainer.fit()
+        return weights(trainer)
+    finally:
+        trainer.close()
+
+
+def furthest(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
+    """Largest absolute difference of two runs' weights."""
+    assert one.keys() == other.keys(), one.keys() ^ other.keys()
+    return max((one[name].double() - other[name].double()).abs().max().item() for name in one)
+
+
+def main(strategy: str, folder: Path) -> None:
+    """Train every set on this rank; write its weights, or why it was refused."""
+    from composer.utils import get_device
+
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    dist.initialize_dist(get_device("cpu"), timeout=120.0)
+    rank, refused = dist.get_global_rank(), {}
+    for name, chosen in SETS.items():
+        try:
+            torch.save(train(chosen, fsdp=strategy == "fsdp"), folder / f"{name}.{rank}.pt")
+        except (ValueError, NotImplementedError) as error:
+            refused[name] = str(error)
+    (folder / f"refused.{rank}.json").write_text(json.dumps(refused))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -1,0 +1,133 @@
+"""Every algorithm, and all of them together, under every condition: equal to a plain run of the same.
+
+A cell is the largest difference of any weight after a whole run in float64. `make composition` writes the table of
+docs/composition.md from such runs, with Composer's own algorithms beside ours.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from composition import (
+    DRAW_FROM_TORCH,
+    EXAMPLES,
+    SETS,
+    STOPPED_AT,
+    furthest,
+    make_trainer,
+    train,
+    train_interrupted,
+)
+from composition import make as make_algorithm
+
+from algos.registry import find, names
+
+HERE = Path(__file__).parent
+ROUNDING = 1e-12  # float64, a dozen steps
+_references: dict[tuple[str, ...], dict[str, torch.Tensor]] = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    # The networks are so small that threads wait for each other longer than they work.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def reference(chosen: list[str]) -> dict[str, torch.Tensor]:
+    """A plain run on one process, once for all tests."""
+    key = tuple(sorted(chosen))
+    if key not in _references:
+        _references[key] = train(chosen)
+    return _references[key]
+
+
+def without(chosen: list[str], unwanted: set[str]) -> list[str]:
+    return [name for name in chosen if name not in unwanted]
+
+
+def test_every_algorithm_has_example_settings() -> None:
+    assert sorted(EXAMPLES) == names()
+
+
+NO_EFFECT_ON_WEIGHTS = {"channels_last", "ema"}
+
+
+@pytest.mark.parametrize("name", sorted(set(names()) - NO_EFFECT_ON_WEIGHTS))
+def test_it_changes_what_is_trained(name: str) -> None:
+    assert furthest(reference([name]), reference([])) > 1e-3
+
+
+@pytest.mark.parametrize("chosen", SETS.values(), ids=SETS)
+def test_microbatches_change_nothing(chosen: list[str]) -> None:
+    chosen = without(chosen, DRAW_FROM_TORCH)
+    assert furthest(train(chosen, device_train_microbatch_size=2), reference(chosen)) < ROUNDING
+
+
+@pytest.mark.parametrize("chosen", SETS.values(), ids=SETS)
+def test_compiling_changes_nothing(chosen: list[str]) -> None:
+    if len(chosen) > 1:
+        chosen = without(chosen, DRAW_FROM_TORCH)  # once shapes change, compiled code draws in another way
+    torch._dynamo.reset()
+    assert furthest(train(chosen, compile_config={"backend": "aot_eager"}), reference(chosen)) < ROUNDING
+
+
+@pytest.mark.parametrize("moment", STOPPED_AT.values(), ids=STOPPED_AT)
+@pytest.mark.parametrize("chosen", SETS.values(), ids=SETS)
+def test_resuming_is_exact(chosen: list[str], moment: str, tmp_path: Path) -> None:
+    assert furthest(train_interrupted(chosen, tmp_path, moment=moment), reference(chosen)) == 0.0
+
+
+@pytest.mark.parametrize("name", names())
+def test_listed_twice_it_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{find(name).__name__} is among .* twice"):
+        make_trainer([make_algorithm(name), make_algorithm(name)])
+
+
+@pytest.fixture(scope="session", params=["ddp", "fsdp"])
+def two_ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """Every set trained by two gloo ranks in one launch: the strategy, and the folder with their weights."""
+    folder = tmp_path_factory.mktemp(request.param)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*launcher, str(HERE / "composition.py"), request.param, str(folder)],
+        cwd=HERE.parents[1], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    return request.param, folder
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", SETS)
+def test_two_ranks_train_what_one_process_does(name: str, two_ranks: tuple[str, Path]) -> None:
+    strategy, folder = two_ranks
+    refused = json.loads((folder / "refused.0.json").read_text())
+    assert name not in refused, refused.get(name)
+    ranks = [torch.load(folder / f"{name}.{rank}.pt") for rank in (0, 1)]
+    assert furthest(*ranks) == 0.0, "the ranks drifted apart"
+    if set(SETS[name]) & DRAW_FROM_TORCH:
+        return  # each rank draws its own; there is no single process to compare with
+    # Composer's FSDP2 computes in float32.
+    tolerance = 1e-10 if strategy == "ddp" else 1e-5
+    assert furthest(ranks[0], train(SETS[name], as_two_ranks=True)) < tolerance
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pair", list(combinations(names(), 2)), ids="+".join)
+def test_every_pair_survives_microbatches_and_resuming(pair: tuple[str, str], tmp_path: Path) -> None:
+    chosen = list(pair)
+    assert furthest(train_interrupted(chosen, tmp_path, moment="batch 6"), reference(chosen)) == 0.0
+    chosen = without(chosen, DRAW_FROM_TORCH)
+    assert furthest(train(chosen, device_train_microbatch_size=2), reference(chosen)) < ROUNDING
