@@ -118,7 +118,7 @@ def format_plan(plan: Plan, baseline: Plan) -> str:
         f"{facts.num_classes} classes, {plan.parameters:,} parameters",
         "",
         "algorithms, in the order they act",
-        *(f"  {name:<22}{', '.join(events)}" for name, events in plan.algorithms),
+        *(f"  {name:<28}{', '.join(events)}" for name, events in plan.algorithms),
         "",
         f"{'epochs':>9}{'image':>8}{'batch':>8}{'steps':>9}{'learning rate':>22}{'MMACs/image':>14}  notes",
         *_phase_lines(plan),
