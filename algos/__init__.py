@@ -20,7 +20,10 @@ _MORE = {
     "draw_cutmix": ".cutmix",
     "draw_mixup": ".mixup",
     "draw_randaugment": ".randaugment",
+    "frozen_statistics": ".sam",
+    "phase_learning_rate": ".fixres",
     "ramp_stages": ".progressive_resizing",
+    "resize_images": ".progressive_resizing",
     "warmup_decay": ".learning_rate",
 }
 

@@ -1,10 +1,14 @@
 """The learning rate against torch's schedulers, across changes of the batch size, and on resuming."""
 
 import copy
+import inspect
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from fake_loader import FakeLoader
 from test_progressive_resizing import make_trainer, same, stages, train
 from torch.optim import lr_scheduler
@@ -102,6 +106,17 @@ def test_milestones_hit_when_they_are_reached():
 def test_settings_out_of_range_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         LearningRate(**settings)
+
+
+def test_its_page_runs_and_names_every_setting():
+    page = (Path(__file__).parents[2] / "docs" / "algorithms" / "learning_rate.md").read_text()
+    for block in re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL):
+        exec(compile(block, "learning_rate.md", "exec"), {})
+    (recipe,) = re.findall(r"^```yaml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    LearningRate(**yaml.safe_load(recipe)["schedule"])
+    for setting, parameter in inspect.signature(LearningRate).parameters.items():
+        (row,) = re.findall(rf"^\| `{setting}` \| (\S+) \|", page, re.MULTILINE)
+        assert row == (str(parameter.default) if parameter.default != () else "none")
 
 
 # --- in the Trainer ---

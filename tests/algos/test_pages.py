@@ -11,7 +11,19 @@ import yaml
 from algos import registry
 
 PAGES = Path(__file__).parents[2] / "docs" / "algorithms"
-NAMES = ["blurpool", "channels_last", "cutmix", "ema", "label_smoothing", "mixup", "randaugment", "stochastic_depth"]
+NAMES = [
+    "blurpool",
+    "channels_last",
+    "cutmix",
+    "ema",
+    "fixres",
+    "label_smoothing",
+    "mixup",
+    "progressive_resizing",
+    "randaugment",
+    "sam",
+    "stochastic_depth",
+]
 
 
 def blocks(name, language):
