@@ -2,7 +2,7 @@
 # make test   the test suite          make lint   ruff and pyright
 PY := .venv/bin/python
 
-.PHONY: help setup demo test test-fast lint format docs table lock clean
+.PHONY: help setup demo test test-fast lint format docs table composition lock clean
 .DEFAULT_GOAL := help
 
 help:
@@ -28,6 +28,10 @@ lint: setup
 
 format: setup
 	@.venv/bin/ruff check --fix . ; .venv/bin/ruff format .
+
+# docs/composition.md: what composes with what, ours and Composer's (several minutes).
+composition: setup
+	@$(PY) scripts/composition.py
 
 # Pins for every extra and every supported Python; names and versions only.
 lock: setup

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import algos.base
 from algos import LearningRate, arrange
-from algos.registry import find, names
+from algos.registry import find, maker, names
 from data import Normalizer, build_loader
 from models.classifier import ImageClassifier
 from models.resnet import SmallResNet
@@ -48,13 +48,32 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "stochastic_depth": {"drop_rate": 0.3},
 }
 SETS: dict[str, list[str]] = {"nothing": [], **{name: [name] for name in names()}, "all together": names()}
+# Composer's own, in recipes under composer.<name>, with settings as close to ours as they go.
+COMPOSER_EXAMPLES: dict[str, dict[str, Any]] = {
+    "composer.blurpool": {"replace_convs": True, "replace_maxpools": True, "blur_first": True},
+    "composer.channels_last": {},
+    "composer.cutmix": {"alpha": 1.0},
+    "composer.ema": {"half_life": "4ba"},
+    "composer.label_smoothing": {"smoothing": 0.1},
+    "composer.mixup": {"alpha": 0.5},
+    "composer.progressive_resizing": {"initial_scale": 0.75, "delay_fraction": 0.3, "finetune_fraction": 0.4},
+    "composer.sam": {"rho": 0.05, "interval": 2},
+}
 # Their draws are torch's own, of a process: as many ranks or microbatches, as many draws.
 DRAW_FROM_TORCH = {"stochastic_depth"}
 DRAW_PER_RANK = {"mixup", "cutmix", "randaugment"}
 
 
+def composer_sets() -> dict[str, list[str]]:
+    """Each of Composer's own alone, and those together that its notes recommend."""
+    together = ["blurpool", "label_smoothing", "mixup", "progressive_resizing", "sam"]
+    return {**{name: [name] for name in COMPOSER_EXAMPLES}, "five together": [f"composer.{name}" for name in together]}
+
+
 def make(name: str) -> Algorithm:
     """The algorithm with its example settings."""
+    if name in COMPOSER_EXAMPLES:
+        return maker(name)(**COMPOSER_EXAMPLES[name])
     settings = dict(EXAMPLES[name])
     if "stages" in settings:
         from algos import Stage
@@ -229,7 +248,7 @@ def furthest(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
     return max((one[name].double() - other[name].double()).abs().max().item() for name in one)
 
 
-def main(strategy: str, folder: Path) -> None:
+def main(strategy: str, folder: Path, *, with_composer: bool) -> None:
     """Train every set on this rank; write its weights, or why it was refused."""
     from composer.utils import get_device
 
@@ -237,13 +256,13 @@ def main(strategy: str, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.initialize_dist(get_device("cpu"), timeout=120.0)
     rank, refused = dist.get_global_rank(), {}
-    for name, chosen in SETS.items():
+    for name, chosen in {**SETS, **(composer_sets() if with_composer else {})}.items():
         try:
             torch.save(train(chosen, fsdp=strategy == "fsdp"), folder / f"{name}.{rank}.pt")
-        except (ValueError, NotImplementedError) as error:
-            refused[name] = str(error)
+        except Exception as error:  # whatever it is, it is what the cell says
+            refused[name] = type(error).__name__
     (folder / f"refused.{rank}.json").write_text(json.dumps(refused))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), with_composer="composer" in sys.argv[3:])

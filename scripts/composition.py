@@ -1,0 +1,141 @@
+"""Write docs/composition.md: every algorithm, ours and Composer's, under every condition. Takes several minutes.
+
+python scripts/composition.py
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tests" / "algos"))
+import composition as runs  # noqa: E402
+
+PAGE = ROOT / "docs" / "composition.md"
+STRATEGIES = {"ddp": "DDP, 2 ranks", "fsdp": "FSDP2, 2 ranks"}
+ROUNDING = 1e-10  # float64
+
+HEADER = """# What composes with what
+
+Each cell is a whole run of a small ResNet in float64, on gloo ranks where there are several, against a plain run of
+the same algorithm on one process: the largest difference of any weight at the end. **=** stands for a difference below
+1e-10 (below 1e-5 under FSDP2, where Composer computes in float32), and after resuming for none at all.
+
+`tests/algos/test_every.py` asserts the upper table at every change, and `make composition` writes this page.
+"""
+
+NOTES = """
+- "own draws": stochastic depth draws from torch's generator, once a forward pass of a process, so as many microbatches
+  or ranks, as many draws; the ranks' weights stay identical.
+- Ours that draw per rank (MixUp, CutMix, RandAugment) are compared with one process that draws for both halves of the
+  batch as those ranks do. Composer's cannot be told what to draw, so its cell under two ranks only says that it ran.
+- Composer's BlurPool cannot take a float64 model (it makes its filter in float32), which ends its row and the last.
+- Nothing is evaluated in these runs, which is where Composer's EMA fails under FSDP2.
+- An algorithm of ours that is listed twice is refused by name.
+"""
+
+
+def main() -> None:
+    """Run everything and write the page."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    tables = {"Brisk": runs.SETS, "Composer 0.32.1": runs.composer_sets()}
+    with tempfile.TemporaryDirectory() as folder:
+        for strategy in STRATEGIES:
+            _launch(strategy, Path(folder))
+        text = [HEADER, *(line for title, sets in tables.items() for line in _table(title, sets, Path(folder))), NOTES]
+    text.append(
+        f"Made on {datetime.date.today()} with torch {torch.__version__}, Python {sys.version.split()[0]}, on a CPU.\n"
+    )
+    PAGE.write_text("\n".join(text))
+    print(f"wrote {PAGE.relative_to(ROOT)}")
+
+
+def _launch(strategy: str, folder: Path) -> None:
+    (folder / strategy).mkdir()
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    script = [str(ROOT / "tests" / "algos" / "composition.py"), strategy, str(folder / strategy), "composer"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(
+        [*launcher, *script], cwd=ROOT, env=environment, timeout=900, check=False, capture_output=True, text=True
+    )
+    if done.returncode:
+        print(f"{strategy}: ended with status {done.returncode}\n{done.stderr[-2000:]}", file=sys.stderr)
+
+
+def _table(title: str, sets: dict[str, list[str]], folder: Path) -> list[str]:
+    columns = ["microbatches", "compiled", *runs.STOPPED_AT, *STRATEGIES.values()]
+    lines = [f"## {title}", "", f"| | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
+    for name, chosen in sets.items():
+        print(f"{title}: {name}", file=sys.stderr)
+        lines.append(f"| {name} | {' | '.join(_row(name, chosen, folder))} |")
+    return [*lines, ""]
+
+
+def _row(name: str, chosen: list[str], folder: Path) -> list[str]:
+    try:
+        reference = runs.train(chosen)
+    except Exception as error:
+        return [_failure(error)] * (2 + len(runs.STOPPED_AT) + len(STRATEGIES))
+    draws = bool(set(chosen) & runs.DRAW_FROM_TORCH)
+    cells = [
+        "own draws"
+        if draws
+        else _cell(lambda: runs.train(chosen, device_train_microbatch_size=2), reference, ROUNDING),
+        "own draws" if draws and len(chosen) > 1 else _cell(lambda: _compiled(chosen), reference, ROUNDING),
+    ]
+    for moment in runs.STOPPED_AT.values():
+        with tempfile.TemporaryDirectory() as checkpoints:
+            cells.append(
+                _cell(lambda m=moment, c=checkpoints: runs.train_interrupted(chosen, Path(c), moment=m), reference, 0.0)
+            )
+    return [*cells, *(_two_ranks(name, chosen, folder / strategy, strategy) for strategy in STRATEGIES)]
+
+
+def _compiled(chosen: list[str]) -> dict[str, torch.Tensor]:
+    torch._dynamo.reset()
+    return runs.train(chosen, compile_config={"backend": "aot_eager"})
+
+
+def _two_ranks(name: str, chosen: list[str], folder: Path, strategy: str) -> str:
+    refused = json.loads((folder / "refused.0.json").read_text()) if (folder / "refused.0.json").exists() else {}
+    if name in refused:
+        return refused[name]
+    files = [folder / f"{name}.{rank}.pt" for rank in (0, 1)]
+    if not all(file.exists() for file in files):
+        return "crash"
+    ranks = [torch.load(file) for file in files]
+    drift = runs.furthest(*ranks)
+    if drift:
+        return f"ranks drift {drift:.0e}"
+    if set(chosen) & runs.DRAW_FROM_TORCH:
+        return "own draws"
+    if any(one.startswith("composer.") and one.removeprefix("composer.") in runs.DRAW_PER_RANK for one in chosen):
+        return "runs"
+    return _cell(lambda: runs.train(chosen, as_two_ranks=True), ranks[0], ROUNDING if strategy == "ddp" else 1e-5)
+
+
+def _cell(run: Callable[[], dict[str, torch.Tensor]], reference: dict[str, torch.Tensor], tolerance: float) -> str:
+    try:
+        difference = runs.furthest(run(), reference)
+    except Exception as error:
+        return _failure(error)
+    return "=" if difference <= tolerance else f"{difference:.0e}"
+
+
+def _failure(error: Exception) -> str:
+    return type(error).__name__
+
+
+if __name__ == "__main__":
+    main()
