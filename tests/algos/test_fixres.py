@@ -23,6 +23,10 @@ from algos.sam import SAM
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # for networks as small as these more are slower, and very much so on a busy machine
+    yield
+    torch.set_num_threads(before)
 
 
 def network():

@@ -28,6 +28,10 @@ THEIRS = dict(rtol=0, atol=1e-7)  # pytorch_optimizer sums its norms in float32
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # for networks as small as these more are slower, and very much so on a busy machine
+    yield
+    torch.set_num_threads(before)
 
 
 def network(dtype=torch.float64, *, norm=None, dropout=0.0):
