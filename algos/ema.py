@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from algos.base import Contract, Event, Logger, Resource, SpeedUp, State, refuse_twice, world_size
+from algos.base import Contract, Event, Logger, Resource, SpeedUp, State, world_size
 
 Average = Mapping[str, Tensor]  # name of a parameter or a buffer -> its average
 
@@ -307,7 +307,6 @@ def _is_sharded(tensor: Tensor) -> bool:
 
 
 def _refuse_other_averages(algorithm: EMA, state: State) -> None:
-    refuse_twice(algorithm, state)
     for other in state.algorithms:
         # Composer's EMA and SWA have these names too. Each would put the other's average back as the weights.
         if other is not algorithm and type(other).__name__ in ("EMA", "SWA"):

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from algos.base import Contract, Event, Logger, Resource, SpeedUp, State, act_last, refuse_twice
+from algos.base import Contract, Event, Logger, Resource, SpeedUp, State, act_last
 from algos.learning_rate import require_schedule, run_epochs
 from algos.protocols import CropSwitchingLoader, ResizableLoader
 
@@ -145,7 +145,6 @@ class FixRes(SpeedUp):
             loader.set_image_size(self.image_size)
 
     def _check_run(self, state: State) -> None:
-        refuse_twice(self, state)
         loader = state.dataloader
         if not isinstance(loader, CropSwitchingLoader):
             raise ValueError(

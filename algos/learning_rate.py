@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from algos.base import Contract, Event, Logger, Resource, SpeedUp, State, refuse_twice
+from algos.base import Contract, Event, Logger, Resource, SpeedUp, State
 from algos.protocols import LearningRateModifier
 
 Decay = Literal["cosine", "linear", "step", "polynomial", "constant"]
@@ -143,7 +143,6 @@ class LearningRate(SpeedUp):
                     group["lr"] = learning_rate
 
     def _check_run(self, state: State, total_epochs: int) -> None:
-        refuse_twice(self, state)
         if self.warmup_epochs > total_epochs:
             raise ValueError(
                 f"warmup_epochs is {self.warmup_epochs:g}, longer than the run of {total_epochs} epochs; shorten it"

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from algos.base import Resource, SpeedUp, State, refuse_twice
+from algos.base import Resource, SpeedUp, State
 from algos.randomness import generator_at
 
 
@@ -27,7 +27,6 @@ def has_turn(algorithm: SpeedUp, state: State) -> bool:
     mixers = [other for other in state.algorithms if _mixes(other)]
     if len(mixers) < 2:
         return True
-    refuse_twice(algorithm, state)
     sharing = [other for other in mixers if hasattr(other, "switch_probability")]
     if len(mixers) > 2 or len(sharing) != 1 or not all(isinstance(other, SpeedUp) for other in mixers):
         raise ValueError(

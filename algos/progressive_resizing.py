@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from algos.base import Contract, Event, Logger, Resource, SpeedUp, State, refuse_twice, world_size
+from algos.base import Contract, Event, Logger, Resource, SpeedUp, State, world_size
 from algos.batches import split_batch
 from algos.learning_rate import require_schedule, run_epochs
 from algos.protocols import ResizableLoader
@@ -243,7 +243,6 @@ class ProgressiveResizing(SpeedUp):
         self._loaded_stages = state.get("stages")
 
     def _bind(self, state: State) -> None:
-        refuse_twice(self, state)
         loader = state.dataloader
         image_size = getattr(loader, "image_size", None)
         if self.stages is None and image_size is None:

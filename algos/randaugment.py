@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from algos.base import Contract, Event, Logger, Resource, SpeedUp, State, global_rank, refuse_twice
+from algos.base import Contract, Event, Logger, Resource, SpeedUp, State, global_rank
 from algos.batches import split_batch
 from algos.mixing import check_seed
 from algos.randomness import generator_at
@@ -112,7 +112,6 @@ class RandAugment(SpeedUp):
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         """Replace the batch's images by augmented ones."""
-        refuse_twice(self, state)
         images, targets = split_batch(state.batch)
         seed = state.rank_zero_seed if self.seed is None else self.seed
         generator = generator_at(seed, rank=global_rank(), step=state.timestamp.batch.value, stream="randaugment")

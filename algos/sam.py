@@ -26,7 +26,6 @@ from algos.base import (
     State,
     act_last,
     precision_context,
-    refuse_twice,
     world_size,
 )
 
@@ -295,7 +294,6 @@ def _refuse_unsynchronized(model: nn.Module) -> None:
 
 
 def _check_run(state: State, algorithm: SAM) -> None:
-    refuse_twice(algorithm, state)
     for other in state.algorithms:
         if getattr(other, "interpolate_loss", False):
             raise ValueError(

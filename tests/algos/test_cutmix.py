@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
-from algos.base import Contract, Resource
+from algos.base import Contract, Event, Resource
 from algos.cutmix import CutMix, cutmix_batch, draw_cutmix
 from algos.label_smoothing import LabelSmoothing
 from algos.mixing import has_turn
@@ -229,10 +229,10 @@ def test_turns_differ_with_the_run_and_not_with_the_rank_or_the_algorithms_own_s
 
 
 @pytest.mark.parametrize("others", [[CutMix(), CutMix()], [MixUp(), MixUp()], [MixUp(), CutMix(), MixUp()]])
-def test_two_of_a_kind_are_refused_at_the_first_batch(others):
+def test_two_of_a_kind_are_refused_at_the_start(others):
     state = state_at(0, others)
     with pytest.raises(ValueError, match="among the Trainer's algorithms twice"):
-        others[0].apply(None, state, None)
+        others[0].match(Event.INIT, state)
 
 
 def test_another_mixer_beside_cutmix_is_refused_at_the_first_batch():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
+from algos.base import Event
 from algos.mixup import MixUp
 from algos.ordering import arrange
 from algos.randaugment import OPERATIONS, RandAugment, draw_randaugment, randaugment_batch
@@ -173,7 +174,7 @@ def test_an_unknown_or_wrong_normalization_is_refused():
 def test_two_are_refused():
     state = SimpleNamespace(algorithms=[RandAugment(), RandAugment()])
     with pytest.raises(ValueError, match="RandAugment is among the Trainer's algorithms twice"):
-        state.algorithms[0].apply(None, state, None)
+        state.algorithms[0].match(Event.INIT, state)
 
 
 def test_acts_before_mixing_whatever_the_listing():
