@@ -1,0 +1,59 @@
+"""Hugging Face Accelerate: handwritten digits in an ordinary DataLoader; `accelerate launch` runs it on more."""
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from sklearn.datasets import load_digits
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset, random_split
+
+import algos
+from algos.progressive_resizing import resize_images
+from algos.sam import frozen_statistics
+from models.resnet import resnet_digits
+
+STAGES = [algos.Stage(epochs=4, image_size=12), algos.Stage(epochs=8, image_size=16)]
+EPOCHS, PEAK_LEARNING_RATE, SAM_INTERVAL = 12, 0.2, 4
+
+
+def main() -> None:
+    accelerator = Accelerator()
+    set_seed(0)
+    chance = torch.Generator().manual_seed(accelerator.process_index)  # every process mixes in its own way
+    pixels, labels = (torch.from_numpy(array) for array in load_digits(return_X_y=True))
+    images = ((pixels.float() - 4.9) / 6.0).view(-1, 1, 8, 8).expand(-1, 3, -1, -1)
+    parts = random_split(TensorDataset(images, labels), (0.8, 0.2), generator=torch.Generator().manual_seed(0))
+    model = algos.apply_channels_last(algos.apply_blurpool(resnet_digits(num_classes=10)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=PEAK_LEARNING_RATE, momentum=0.9, weight_decay=5e-4)
+    train = DataLoader(parts[0], 64 // accelerator.num_processes, shuffle=True, drop_last=True)
+    held_out = DataLoader(parts[1], 120)
+    model, optimizer, train, held_out = accelerator.prepare(model, optimizer, train, held_out)
+
+    for epoch in range(EPOCHS):
+        image_size = algos.stage_at(epoch, STAGES).image_size
+        for step, (images, labels) in enumerate(train):
+            lam, permutation = algos.draw_mixup(len(images), alpha=0.2, generator=chance)
+            images, targets = algos.mixup_batch(images, labels, lam=lam, permutation=permutation, num_classes=10)
+            images, targets = resize_images(images, image_size=image_size), algos.smooth_labels(targets, smoothing=0.1)
+            share = algos.warmup_decay(epoch + step / len(train), total_epochs=EPOCHS, warmup_epochs=1)
+            optimizer.param_groups[0]["lr"] = PEAK_LEARNING_RATE * share
+
+            def backward(images=images, targets=targets) -> None:
+                accelerator.backward(F.cross_entropy(model(images), targets))
+
+            backward()
+            if step % SAM_INTERVAL == 0:
+                with frozen_statistics(model):  # batch norm is not to count this batch twice
+                    algos.sam_gradients(model.parameters(), backward, rho=0.1)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    model.eval()
+    with torch.no_grad():
+        pairs = ((model(resize_images(images, image_size=16)).argmax(1), labels) for images, labels in held_out)
+        right = sum(int((x == y).sum()) for x, y in map(accelerator.gather_for_metrics, pairs))
+    accelerator.print(f"top-1: {right / len(parts[1]):.2%}")
+
+
+if __name__ == "__main__":
+    main()
