@@ -74,7 +74,7 @@ class FixRes(SpeedUp):
         writes=[Resource.LOADER_SHAPE],
         after=[Resource.MODEL, Resource.LOADER_SHAPE],
     )
-    events = (Event.INIT, Event.FIT_START, Event.EPOCH_START, Event.BATCH_START)
+    events = (Event.INIT, Event.FIT_START, Event.EPOCH_START)
 
     def __init__(
         self,
@@ -120,12 +120,6 @@ class FixRes(SpeedUp):
         if event == Event.FIT_START:
             self._check_run(state)
         in_phase = state.timestamp.epoch.value >= self.start_epoch(run_epochs(state))
-        if event == Event.BATCH_START:
-            if in_phase:
-                # An evaluation within the epoch left every norm in training mode. The hook mends that as well, but
-                # torch.compile does not see hooks that came after it.
-                _keep_frozen(state.model)
-            return
         self._set_loader(state.dataloader, in_phase=in_phase)
         if in_phase:
             freeze_for_fixres(state.model, train=self.train)
@@ -184,22 +178,13 @@ def _kept_modules(model: nn.Module, *, with_norm: bool) -> set[nn.Module]:
 
 def _freeze_statistics(norm: _BatchNorm) -> None:
     norm.eval()
-    if not _is_frozen(norm):
+    if not any(hook is _stay_in_eval for hook in norm._forward_pre_hooks.values()):
         norm.register_forward_pre_hook(_stay_in_eval)
-
-
-def _is_frozen(norm: _BatchNorm) -> bool:
-    return any(hook is _stay_in_eval for hook in norm._forward_pre_hooks.values())
-
-
-def _keep_frozen(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, _BatchNorm) and _is_frozen(module):
-            module.eval()
 
 
 def _stay_in_eval(norm: nn.Module, inputs: Any) -> None:
     # model.train() runs before every epoch of any loop; a hook outlives it where a call of norm.eval() would not.
+    # torch.compile does not watch for new hooks, but compiles anew since the parameters' requires_grad has changed.
     norm.training = False
 
 
