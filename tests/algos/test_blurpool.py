@@ -5,6 +5,7 @@ import io
 import math
 import pickle
 import warnings
+from types import SimpleNamespace
 
 import antialiased_cnns
 import numpy as np
@@ -503,7 +504,7 @@ def test_class_is_public_pickles_and_acts_at_init():
     assert PublicBlurPool is BlurPool
     algorithm = pickle.loads(pickle.dumps(BlurPool(filter_size=5)))
     assert algorithm.settings.filter_size == 5
-    assert [event for event in Event if algorithm.match(event, None)] == [Event.INIT]
+    assert [event for event in Event if algorithm.match(event, SimpleNamespace(algorithms=[algorithm]))] == [Event.INIT]
 
 
 def test_trainer_blurs_saves_and_resumes_without_warning(tmp_path):

@@ -97,7 +97,7 @@ def test_class_acts_at_init_and_spares_sharded_weights():
     from composer.core import Event
 
     algorithm = ChannelsLast()
-    assert [event for event in Event if algorithm.match(event, None)] == [Event.INIT]
+    assert [event for event in Event if algorithm.match(event, SimpleNamespace(algorithms=[algorithm]))] == [Event.INIT]
     for config, converted in ((None, True), (object(), False)):
         model = small_net()
         algorithm.apply(Event.INIT, SimpleNamespace(model=model, fsdp_config=config), None)

@@ -110,7 +110,9 @@ def test_class_smooths_the_batch_with_the_models_classes():
     from composer.core import Event
 
     algorithm = LabelSmoothing(smoothing=0.2)
-    assert [event for event in Event if algorithm.match(event, None)] == [Event.BATCH_START]
+    assert [event for event in Event if algorithm.match(event, SimpleNamespace(algorithms=[algorithm]))] == [
+        Event.BATCH_START
+    ]
     images, targets = torch.randn(2, 3, 4, 4), torch.tensor([0, 1])
     inner = nn.Identity()
     inner.num_classes = 4

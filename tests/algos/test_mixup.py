@@ -218,7 +218,7 @@ def test_class_draws_at_the_runs_seed_rank_and_batch(monkeypatch):
 def test_class_acts_once_a_batch():
     from composer.core import Event
 
-    assert [event for event in Event if MixUp().match(event, None)] == [Event.BATCH_START]
+    assert [event for event in Event if MixUp().match(event, SimpleNamespace(algorithms=[]))] == [Event.BATCH_START]
 
 
 class _Loss:
