@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from fake_loader import FakeLoader
-from test_progressive_resizing import _seeded, make_trainer, same, stages, train  # noqa: F401
+from test_progressive_resizing import make_trainer, same, stages, train
 from torch.optim import lr_scheduler
 
 from algos.fixres import FixRes

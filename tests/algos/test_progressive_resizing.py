@@ -18,10 +18,6 @@ from algos.protocols import CropSwitchingLoader, ResizableLoader
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # for networks as small as these more are slower, and very much so on a busy machine
-    yield
-    torch.set_num_threads(before)
 
 
 # --- stages ---

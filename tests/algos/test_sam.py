@@ -28,10 +28,6 @@ THEIRS = dict(rtol=0, atol=1e-7)  # pytorch_optimizer sums its norms in float32
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # for networks as small as these more are slower, and very much so on a busy machine
-    yield
-    torch.set_num_threads(before)
 
 
 def network(dtype=torch.float64, *, norm=None, dropout=0.0):
@@ -595,7 +591,7 @@ def on_two_ranks(tmp_path, call):
         f"tests.{call}({str(tmp_path)!r})\n"
     )
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    environment = {**os.environ, "NODE_RANK": "0", "OMP_NUM_THREADS": "1"}  # Composer asks for what torchrun leaves out
+    environment = {**os.environ, "NODE_RANK": "0"}  # Composer asks for what torchrun leaves out
     done = subprocess.run(launch, check=False, timeout=240, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-6000:]
     return [torch.load(tmp_path / f"rank{rank}.pt", weights_only=False) for rank in (0, 1)]
