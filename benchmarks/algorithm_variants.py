@@ -1,0 +1,389 @@
+"""What benchmarks/algorithms.py compares: a training step without an algorithm, and with it as each library offers it.
+
+A variant is a function that makes a step, given the `Bench`; a step trains the model once on the bench's batch.
+Libraries are imported inside the functions, so that one which is missing takes its own variants away and nothing else.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Step = Callable[[], None]
+Prepare = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (images, labels) -> what the model and the loss get
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+NUM_CLASSES = 1000
+OURS = "brisk"
+
+
+@dataclass
+class Bench:
+    """One batch on one device, and the models that train on it."""
+
+    model_name: str
+    image_size: int
+    batch_size: int
+    device: torch.device
+    memory_format: torch.memory_format
+    compiled: bool
+
+    def __post_init__(self) -> None:
+        shape = (self.batch_size, 3, self.image_size, self.image_size)
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn(shape, generator=generator).to(self.device)
+        self.images = images.contiguous(memory_format=self.memory_format)
+        self.labels = torch.randint(NUM_CLASSES, (self.batch_size,), generator=generator).to(self.device)
+
+    def new_model(self) -> nn.Module:
+        """torchvision's model, as it comes."""
+        torch.manual_seed(0)
+        return getattr(torchvision.models, self.model_name)(num_classes=NUM_CLASSES)
+
+    def ready(self, model: nn.Module, *, memory_format: torch.memory_format | None = None) -> Any:
+        """`model` on the device, in the bench's memory format unless another is given."""
+        model = model.to(self.device, memory_format=memory_format or self.memory_format)  # pyright: ignore
+        return torch.compile(model) if self.compiled else model
+
+    @functools.cached_property
+    def plain_model(self) -> Any:
+        """One for all variants that leave the model alone, so that they differ in nothing but the algorithm."""
+        return self.ready(self.new_model())
+
+    def pass_once(self, model: nn.Module, images: Tensor, targets: Tensor, loss: Loss = F.cross_entropy) -> Tensor:
+        """Forward and backward; gradients add up in the parameters."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            outputs = model(images)
+            value = loss(outputs, targets)
+        value.backward()
+        return value
+
+    def step(
+        self,
+        model: nn.Module,
+        *,
+        prepare: Prepare | None = None,
+        loss: Loss = F.cross_entropy,
+        images: Tensor | None = None,
+        after: Callable[[], Any] | None = None,
+    ) -> Step:
+        """A step of SGD with momentum on `model`."""
+        optimizer = sgd(model)
+        given = self.images if images is None else images
+
+        def train_once() -> None:
+            x, y = (given, self.labels) if prepare is None else prepare(given, self.labels)
+            self.pass_once(model, x, y, loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            if after is not None:
+                after()
+
+        return train_once
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of every variant; a rate so small that the weights hardly move while they are timed."""
+    return torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9)
+
+
+def baseline(bench: Bench) -> Step:
+    """The step without any algorithm."""
+    return bench.step(bench.plain_model)
+
+
+def contiguous_baseline(bench: Bench) -> Step:
+    """The step in NCHW, against which channels-last is measured."""
+    model = bench.ready(bench.new_model(), memory_format=torch.contiguous_format)
+    return bench.step(model, images=bench.images.contiguous())
+
+
+# --- blurpool ------------------------------------------------------------------------------------------------------
+
+
+def our_blurpool(bench: Bench, **settings: Any) -> Step:
+    from algos import apply_blurpool
+
+    return bench.step(bench.ready(apply_blurpool(bench.new_model(), **settings)))
+
+
+def composer_blurpool(bench: Bench) -> Step:
+    from composer.functional import apply_blurpool
+
+    model = bench.new_model()
+    apply_blurpool(model)
+    return bench.step(bench.ready(model))
+
+
+def authors_blurpool(bench: Bench) -> Step:
+    import antialiased_cnns
+
+    make = getattr(antialiased_cnns, bench.model_name)
+    return bench.step(bench.ready(make(filter_size=3, num_classes=NUM_CLASSES)))
+
+
+# --- channels-last -------------------------------------------------------------------------------------------------
+
+
+def _channels_last(bench: Bench, apply: Callable[[nn.Module], Any]) -> Step:
+    model = bench.new_model().to(bench.device)
+    apply(model)
+    # Batches come as loaders make them: NCHW, which the first convolution turns round.
+    return bench.step(torch.compile(model) if bench.compiled else model, images=bench.images.contiguous())  # pyright: ignore
+
+
+def our_channels_last(bench: Bench) -> Step:
+    from algos import apply_channels_last
+
+    return _channels_last(bench, apply_channels_last)
+
+
+def composer_channels_last(bench: Bench) -> Step:
+    from composer.functional import apply_channels_last
+
+    return _channels_last(bench, apply_channels_last)
+
+
+# --- label smoothing -----------------------------------------------------------------------------------------------
+
+
+def our_label_smoothing(bench: Bench) -> Step:
+    from algos import smooth_labels
+
+    def prepare(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return images, smooth_labels(labels, smoothing=0.1, num_classes=NUM_CLASSES)
+
+    return bench.step(bench.plain_model, prepare=prepare)
+
+
+def composer_label_smoothing(bench: Bench) -> Step:
+    from composer.functional import smooth_labels
+
+    def loss(outputs: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(outputs, smooth_labels(outputs, labels, smoothing=0.1))
+
+    return bench.step(bench.plain_model, loss=loss)
+
+
+def torch_label_smoothing(bench: Bench) -> Step:
+    return bench.step(bench.plain_model, loss=functools.partial(F.cross_entropy, label_smoothing=0.1))
+
+
+# --- mixing samples ------------------------------------------------------------------------------------------------
+
+
+def our_mixup(bench: Bench) -> Step:
+    from algos import draw_mixup, mixup_batch
+
+    generator = torch.Generator().manual_seed(0)
+
+    def prepare(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        lam, permutation = draw_mixup(len(images), alpha=0.2, generator=generator)
+        return mixup_batch(images, labels, lam=lam, permutation=permutation, num_classes=NUM_CLASSES)
+
+    return bench.step(bench.plain_model, prepare=prepare)
+
+
+def our_cutmix(bench: Bench) -> Step:
+    from algos import cutmix_batch, draw_cutmix
+
+    generator = torch.Generator().manual_seed(0)
+    size = bench.image_size
+
+    def prepare(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        box, permutation = draw_cutmix(len(images), height=size, width=size, alpha=1.0, generator=generator)
+        return cutmix_batch(images, labels, box=box, permutation=permutation, num_classes=NUM_CLASSES)
+
+    return bench.step(bench.plain_model, prepare=prepare)
+
+
+def composer_mixing(bench: Bench, *, name: str) -> Step:
+    from composer import functional
+
+    mixing = {"mixup": functional.mixup_batch, "cutmix": functional.cutmix_batch}[name]
+
+    def prepare(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        # As its algorithms do: MixUp's weight is the partner's, CutMix's the sample's own.
+        mixed, partners, weight = mixing(images, labels)[:3]
+        first, second = (labels, partners) if name == "cutmix" else (partners, labels)
+        rows = [F.one_hot(indices, NUM_CLASSES).float() for indices in (first, second)]
+        return mixed, weight * rows[0] + (1 - weight) * rows[1]
+
+    return bench.step(bench.plain_model, prepare=prepare)
+
+
+def torchvision_mixing(bench: Bench, *, name: str) -> Step:
+    from torchvision.transforms import v2
+
+    alpha = {"mixup": 0.2, "cutmix": 1.0}[name]
+    mix = {"mixup": v2.MixUp, "cutmix": v2.CutMix}[name](alpha=alpha, num_classes=NUM_CLASSES)
+    return bench.step(bench.plain_model, prepare=mix)
+
+
+# --- the rest ------------------------------------------------------------------------------------------------------
+
+
+def our_ema(bench: Bench) -> Step:
+    from algos import ema_update
+
+    average = copy.deepcopy(_bare(bench.plain_model))
+    model = _bare(bench.plain_model)
+    return bench.step(bench.plain_model, after=lambda: ema_update(average, model, decay=0.999))
+
+
+def composer_ema(bench: Bench) -> Step:
+    from composer.functional import compute_ema
+
+    average = copy.deepcopy(_bare(bench.plain_model))
+    model = _bare(bench.plain_model)
+    return bench.step(bench.plain_model, after=lambda: compute_ema(model, average, smoothing=0.999))
+
+
+def torch_ema(bench: Bench) -> Step:
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    model = _bare(bench.plain_model)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999), use_buffers=True)
+    return bench.step(bench.plain_model, after=lambda: average.update_parameters(model))
+
+
+def our_resizing(bench: Bench) -> Step:
+    from algos.progressive_resizing import resize_images
+
+    def prepare(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return resize_images(images, image_size=bench.image_size // 2), labels
+
+    return bench.step(bench.plain_model, prepare=prepare)
+
+
+def composer_resizing(bench: Bench) -> Step:
+    from composer.functional import resize_batch
+
+    prepare = functools.partial(resize_batch, scale_factor=0.5, mode="resize")
+    return bench.step(bench.plain_model, prepare=prepare)
+
+
+def our_stochastic_depth(bench: Bench) -> Step:
+    from algos import apply_stochastic_depth
+
+    return bench.step(bench.ready(apply_stochastic_depth(bench.new_model(), drop_rate=0.1)))
+
+
+def composer_stochastic_depth(bench: Bench) -> Step:
+    from composer.functional import apply_stochastic_depth
+
+    model = bench.new_model()
+    apply_stochastic_depth(model, "ResNetBottleneck", stochastic_method="sample", drop_rate=0.1)
+    return bench.step(bench.ready(model))
+
+
+def our_sam(bench: Bench) -> Step:
+    from algos import sam_gradients
+    from algos.sam import frozen_statistics
+
+    model = bench.plain_model
+    optimizer = sgd(model)
+    parameters = list(model.parameters())
+
+    def train_once() -> None:
+        bench.pass_once(model, bench.images, bench.labels)
+        with frozen_statistics(model):
+            sam_gradients(parameters, lambda: bench.pass_once(model, bench.images, bench.labels))
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return train_once
+
+
+def composer_sam(bench: Bench) -> Step:
+    from composer.algorithms.sam.sam import SAMOptimizer
+
+    optimizer = SAMOptimizer(sgd(bench.plain_model))
+
+    def closure(**_: Any) -> Tensor:
+        optimizer.zero_grad()
+        return bench.pass_once(bench.plain_model, bench.images, bench.labels)
+
+    def train_once() -> None:
+        optimizer.step(closure)
+        optimizer.zero_grad()
+
+    return train_once
+
+
+def pytorch_optimizer_sam(bench: Bench) -> Step:
+    from pytorch_optimizer import SAM
+
+    optimizer = SAM(bench.plain_model.parameters(), torch.optim.SGD, lr=1e-6, momentum=0.9)
+
+    def closure() -> Any:
+        return bench.pass_once(bench.plain_model, bench.images, bench.labels)
+
+    def train_once() -> None:
+        closure()
+        optimizer.step(closure)  # drops the first pass's gradients itself
+        optimizer.zero_grad()
+
+    return train_once
+
+
+def _bare(model: Any) -> nn.Module:
+    return getattr(model, "_orig_mod", model)  # below torch.compile
+
+
+# --- the list ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row: an algorithm as `who` offers it. bottleneck_only: it knows no residual blocks but ResNet-50's."""
+
+    algorithm: str
+    who: str
+    how: str
+    make: Callable[[Bench], Step]
+    bottleneck_only: bool = False
+
+
+_p = functools.partial
+
+VARIANTS = [
+    # The noise: a step against itself.
+    Variant("(nothing)", OURS, "the baseline once more", baseline),
+    Variant("blurpool", OURS, "apply_blurpool", our_blurpool),
+    Variant("blurpool", OURS, "apply_blurpool(pad='zeros')", _p(our_blurpool, pad="zeros")),
+    Variant("blurpool", "composer", "apply_blurpool", composer_blurpool),
+    Variant("blurpool_after", OURS, "apply_blurpool(placement='after')", _p(our_blurpool, placement="after")),
+    Variant("blurpool_after", "antialiased_cnns", "its own model, filter_size=3", authors_blurpool),
+    Variant("channels_last", OURS, "apply_channels_last", our_channels_last),
+    Variant("channels_last", "composer", "apply_channels_last", composer_channels_last),
+    Variant("label_smoothing", OURS, "smooth_labels", our_label_smoothing),
+    Variant("label_smoothing", "composer", "smooth_labels", composer_label_smoothing),
+    Variant("label_smoothing", "torch", "cross_entropy(label_smoothing=)", torch_label_smoothing),
+    Variant("mixup", OURS, "draw_mixup, mixup_batch", our_mixup),
+    Variant("mixup", "composer", "mixup_batch", _p(composer_mixing, name="mixup")),
+    Variant("mixup", "torchvision", "v2.MixUp", _p(torchvision_mixing, name="mixup")),
+    Variant("cutmix", OURS, "draw_cutmix, cutmix_batch", our_cutmix),
+    Variant("cutmix", "composer", "cutmix_batch", _p(composer_mixing, name="cutmix")),
+    Variant("cutmix", "torchvision", "v2.CutMix", _p(torchvision_mixing, name="cutmix")),
+    Variant("ema", OURS, "ema_update", our_ema),
+    Variant("ema", "composer", "compute_ema", composer_ema),
+    Variant("ema", "torch", "swa_utils.AveragedModel", torch_ema),
+    Variant("progressive_resizing", OURS, "resize_images, to half", our_resizing),
+    Variant("progressive_resizing", "composer", "resize_batch, to half", composer_resizing),
+    Variant("stochastic_depth", OURS, "apply_stochastic_depth", our_stochastic_depth),
+    Variant("stochastic_depth", "composer", "apply_stochastic_depth", composer_stochastic_depth, bottleneck_only=True),
+    Variant("sam", OURS, "sam_gradients, frozen_statistics", our_sam),
+    Variant("sam", "composer", "SAMOptimizer", composer_sam),
+    Variant("sam", "pytorch_optimizer", "SAM", pytorch_optimizer_sam),
+]
+PEERS = ("composer", "antialiased_cnns", "pytorch_optimizer")  # beside torch and torchvision, which are always there
+BASELINES = {"channels_last": contiguous_baseline}  # of the others: `baseline`

@@ -1,0 +1,394 @@
+"""What an algorithm costs: a training step with it over one without, ours beside other libraries', in one run.
+
+    python -m benchmarks.algorithms                                    # from the checkout; needs torch and torchvision
+    python -m benchmarks.algorithms --device cuda --image-size 224 --batch-size 256 --compile
+    python -m benchmarks.algorithms --only blurpool sam --rounds 60
+
+Every round measures the groups (an algorithm's variants and a baseline of their own) in a new random order, and the
+members of a group in a new random order. A ratio divides two measurements of the same round and group, so that what
+slows the machine down for a while slows both. Reported are medians over rounds with their quartiles; a goal is met or
+missed when the median's 95 % confidence interval lies on one side of it, and open when it does not.
+
+The cost of a step is CPU-seconds of this process on a CPU (other processes cannot add to it, though they can slow
+memory down), and the device's own time between two events on a GPU, where steps run in bfloat16 autocast and, unless
+said otherwise, channels-last. The baseline of channels_last is in NCHW either way. GMAC are the multiply-adds of
+convolutions and matrices in a step, forward and backward, counted and free of noise.
+
+RandAugment is not here, since others work on PIL images in a loader's workers, before the step; nor is FixRes, which
+makes a step cheaper and has no peer. A library that is not installed is named and left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import importlib
+import importlib.metadata
+import json
+import math
+import platform
+import random
+import statistics
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.algorithm_variants import BASELINES, OURS, PEERS, VARIANTS, Bench, Step, Variant, baseline
+
+GOAL_OVER_PEER = 1.02  # our step over that of the cheapest peer
+GOAL_BLURPOOL = 0.5  # our BlurPool's overhead over that of Composer's
+FORMATS = {"cpu": "contiguous_format", "cuda": "channels_last"}  # unless another is asked for
+LIBRARIES = ("torch", "torchvision", "mosaicml", "antialiased_cnns", "pytorch_optimizer")
+
+
+@dataclass
+class Row:
+    """A variant's measurements, one a round; the baseline's are those of its own group in the same round."""
+
+    variant: Variant
+    step: Step
+    gmac: float | None = None
+    cost_ms: list[float] = field(default_factory=list)
+    wall_ms: list[float] = field(default_factory=list)
+    baseline_ms: list[float] = field(default_factory=list)
+
+    def ratios(self) -> list[float]:
+        """To the baseline, round by round."""
+        return [cost / base for cost, base in zip(self.cost_ms, self.baseline_ms, strict=True)]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print the table, and write the JSON file that was asked for."""
+    options = parse(arguments)
+    device = torch.device(options.device)
+    if device.type == "cpu":
+        torch.set_num_threads(options.threads)
+    absent = absent_peers()
+    for name, reason in absent.items():
+        print(f"{name} is left out: {reason}", file=sys.stderr)
+    memory_format = getattr(torch, options.memory_format)
+    bench = Bench(options.model, options.image_size, options.batch_size, device, memory_format, options.compile)
+    groups = build_groups(bench, chosen_variants(options.model, options.only, absent))
+    measure(groups, bench, rounds=options.rounds, steps=options.steps)
+    rows = [row for group in groups for row in group.rows]
+    report = {
+        "date": time.strftime("%Y-%m-%d"),
+        "hardware": hardware(device),
+        "versions": versions(),
+        "settings": {name: value for name, value in vars(options).items() if name != "json"},
+        "absent": absent,
+        "variants": [described(row) for row in rows],
+        "comparisons": comparisons(rows),
+        "goals": goals(rows),
+    }
+    print(table(report))
+    if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line, with "auto" resolved."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.algorithms", description=(__doc__ or "").split("\n")[0])
+    known = sorted({variant.algorithm for variant in VARIANTS})
+    parser.add_argument("--model", default="resnet50", help="name in torchvision.models")
+    parser.add_argument("--image-size", type=int, default=64, help="px")
+    parser.add_argument("--batch-size", type=int, default=16, help="images a step")
+    parser.add_argument("--rounds", type=int, default=20, help="measurements of each variant")
+    parser.add_argument("--steps", type=int, default=None, help="steps a measurement; 1 on a CPU, 5 on a GPU")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--memory-format", choices=("auto", *FORMATS.values()), default="auto", help="of all models")
+    parser.add_argument("--threads", type=int, default=1, help="of torch on a CPU; several spin and blur CPU-seconds")
+    parser.add_argument("--compile", action="store_true", help="torch.compile every model")
+    parser.add_argument("--only", nargs="+", choices=known, metavar="NAME", help=f"of {', '.join(known)}")
+    parser.add_argument("--quick", action="store_true", help="two rounds of a small model, to see that it runs")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
+    options = parser.parse_args(arguments)
+    if options.quick:
+        options.model, options.image_size, options.batch_size, options.rounds = "resnet18", 32, 2, 2
+    if options.device == "auto":
+        options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.memory_format == "auto":
+        options.memory_format = FORMATS[options.device]
+    options.steps = options.steps or (5 if options.device == "cuda" else 1)
+    return options
+
+
+def absent_peers() -> dict[str, str]:
+    """Libraries that cannot be imported, each with the reason."""
+    absent = {}
+    for name in PEERS:
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # a library too old for this torch may fail in any way
+            absent[name] = f"{type(error).__name__}: {error}"
+    return absent
+
+
+def chosen_variants(model: str, only: Iterable[str] | None, absent: Iterable[str]) -> list[Variant]:
+    """Those that were asked for, that can be imported and that know the model."""
+    has_bottlenecks = model in ("resnet50", "resnet101", "resnet152")
+    return [
+        variant
+        for variant in VARIANTS
+        if variant.who not in absent
+        and (only is None or variant.algorithm in only)
+        and (has_bottlenecks or not variant.bottleneck_only)
+    ]
+
+
+# --- measuring -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Group:
+    """What is measured side by side: an algorithm's variants and the step without it."""
+
+    baseline: Step
+    rows: list[Row]
+
+
+def build_groups(bench: Bench, variants: Iterable[Variant]) -> list[Group]:
+    """Make every step, count its work and run it until it is warm."""
+    groups: dict[str, Group] = {}
+    for variant in variants:
+        progress(f"preparing {variant.algorithm} ({variant.who})")
+        if variant.algorithm not in groups:
+            groups[variant.algorithm] = Group(BASELINES.get(variant.algorithm, baseline)(bench), [])
+            warm_up(groups[variant.algorithm].baseline, bench)
+        step = variant.make(bench)
+        gmac = warm_up(step, bench)
+        groups[variant.algorithm].rows.append(Row(variant, step, gmac))
+    return list(groups.values())
+
+
+def warm_up(step: Step, bench: Bench) -> float | None:
+    """Run `step` some times; returns its multiply-adds in units of 10⁹, unless it is compiled."""
+    counter = FlopCounterMode(display=False)
+    with contextlib.nullcontext() if bench.compiled else counter:
+        step()
+    for _ in range(3 if bench.device.type == "cuda" else 1):
+        step()
+    return None if bench.compiled else counter.get_total_flops() / 2e9
+
+
+def measure(groups: list[Group], bench: Bench, *, rounds: int, steps: int) -> None:
+    """Fill in every row's measurements, one a round."""
+    order = random.Random(0)
+    begin = time.monotonic()
+    for index in range(rounds):
+        gc.collect()
+        for group in order.sample(groups, len(groups)):
+            base = Row(Variant("", "", "", baseline), group.baseline)
+            for row in order.sample([base, *group.rows], len(group.rows) + 1):
+                cost_ms, wall_ms = time_step(row.step, bench, steps)
+                row.cost_ms.append(cost_ms)
+                row.wall_ms.append(wall_ms)
+            for row in group.rows:
+                row.baseline_ms.append(base.cost_ms[0])
+        elapsed = time.monotonic() - begin
+        progress(f"round {index + 1} of {rounds}, {elapsed / (index + 1) * (rounds - index - 1):.0f} s to go")
+    progress("")
+
+
+def time_step(step: Step, bench: Bench, steps: int) -> tuple[float, float]:
+    """(cost, wall time) of a step in ms, the mean of `steps`."""
+    on_gpu = bench.device.type == "cuda"
+    events: list[Any] = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if on_gpu else []
+    gc.disable()
+    try:
+        if on_gpu:
+            torch.cuda.synchronize()
+            events[0].record()
+        wall, cpu = time.perf_counter(), time.process_time()
+        for _ in range(steps):
+            step()
+        if on_gpu:
+            events[1].record()
+            torch.cuda.synchronize()
+        cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    finally:
+        gc.enable()
+    cost_ms = events[0].elapsed_time(events[1]) if on_gpu else cpu * 1e3
+    return cost_ms / steps, wall * 1e3 / steps
+
+
+def progress(text: str) -> None:
+    """One line on stderr, written over where there is a terminal."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+    elif text:
+        print(text, file=sys.stderr, flush=True)
+
+
+# --- reporting -----------------------------------------------------------------------------------------------------
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, its 95 % confidence interval, quartiles and range."""
+    ordered = sorted(values)
+    quartiles = statistics.quantiles(ordered, n=4, method="inclusive") if len(ordered) > 1 else ordered * 3
+    low, high = median_interval(len(ordered))
+    numbers = {
+        "median": quartiles[1],
+        "low": ordered[low],
+        "high": ordered[high],
+        "q1": quartiles[0],
+        "q3": quartiles[2],
+        "min": ordered[0],
+        "max": ordered[-1],
+    }
+    return {name: round(value, 4) for name, value in numbers.items()}
+
+
+def median_interval(count: int) -> tuple[int, int]:
+    """Indices into `count` sorted values between which the true median lies with a probability of 95 % or more.
+
+    All of them where they are fewer than six, which cannot be that sure.
+    """
+    # The number of values below the median is binomial: cut off at most 2.5 % at either end.
+    low, below = 0, 0.5**count
+    while below + math.comb(count, low + 1) * 0.5**count <= 0.025:
+        low += 1
+        below += math.comb(count, low) * 0.5**count
+    return low, count - 1 - low
+
+
+def verdict(values: dict[str, float], goal: float) -> str:
+    """Whether a `spread` is at most `goal`: met, missed or open."""
+    if values["high"] <= goal:
+        return "met"
+    return "missed" if values["low"] > goal else "open"
+
+
+def described(row: Row) -> dict[str, Any]:
+    """A row for the JSON file."""
+    return {
+        "algorithm": row.variant.algorithm,
+        "who": row.variant.who,
+        "how": row.variant.how,
+        "n": len(row.cost_ms),
+        "gmac": None if row.gmac is None else round(row.gmac, 4),
+        "cost_ms": spread(row.cost_ms),
+        "wall_ms": spread(row.wall_ms),
+        "ratio_to_baseline": spread(row.ratios()),
+    }
+
+
+def comparisons(rows: list[Row]) -> list[dict[str, Any]]:
+    """Each of our variants over the cheapest peer of its algorithm, round by round."""
+    found = []
+    for ours in rows:
+        peers = [row for row in rows if row.variant.algorithm == ours.variant.algorithm and row.variant.who != OURS]
+        if ours.variant.who != OURS or not peers:
+            continue
+        cheapest = min(peers, key=lambda row: statistics.median(row.cost_ms))
+        ratio = spread([a / b for a, b in zip(ours.cost_ms, cheapest.cost_ms, strict=True)])
+        found.append(
+            {
+                "algorithm": ours.variant.algorithm,
+                "how": ours.variant.how,
+                "cheapest_peer": cheapest.variant.who,
+                "ratio": ratio,
+                "goal": GOAL_OVER_PEER,
+                "verdict": verdict(ratio, GOAL_OVER_PEER),
+            }
+        )
+    return found
+
+
+def goals(rows: list[Row]) -> list[dict[str, Any]]:
+    """BlurPool's overhead beside that of Composer's; none without Composer."""
+    blurpools = [row for row in rows if row.variant.algorithm == "blurpool"]
+    composers = next((row for row in blurpools if row.variant.who == "composer"), None)
+    if composers is None:
+        return []
+    found = []
+    for ours in blurpools:
+        if ours.variant.who == OURS:
+            pairs = zip(ours.ratios(), composers.ratios(), strict=True)
+            excess = spread([(mine - 1) - GOAL_BLURPOOL * (theirs - 1) for mine, theirs in pairs])
+            found.append(
+                {
+                    "goal": f"{ours.variant.how}: overhead at most {GOAL_BLURPOOL:g} of Composer's",
+                    "overhead": round(statistics.median(ours.ratios()) - 1, 4),
+                    "composers_overhead": round(statistics.median(composers.ratios()) - 1, 4),
+                    "verdict": verdict(excess, 0.0),
+                }
+            )
+    return found
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report for people."""
+    unit = "ms" if report["settings"]["device"] == "cuda" else "CPU-ms"
+    head = ["algorithm", "who", "how", "GMAC", f"{unit}/step", "over baseline", "quartiles", "over cheapest peer"]
+    beside = {(one["algorithm"], one["how"]): one for one in report["comparisons"]}
+    lines = [head]
+    for row in report["variants"]:
+        ratio, one = row["ratio_to_baseline"], beside.get((row["algorithm"], row["how"]))
+        mine = one is not None and row["who"] == OURS
+        lines.append(
+            [
+                row["algorithm"],
+                row["who"],
+                row["how"],
+                "" if row["gmac"] is None else f"{row['gmac']:.2f}",
+                f"{row['cost_ms']['median']:.1f}",
+                f"{ratio['median']:.3f}",
+                f"{ratio['q1']:.3f} to {ratio['q3']:.3f}",
+                f"{one['ratio']['median']:.3f} {one['cheapest_peer']}" if one and mine else "",
+            ]
+        )
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    said = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join([*said, "", *verdicts(report)])
+
+
+def verdicts(report: dict[str, Any]) -> list[str]:
+    """Each goal, and whether it was met."""
+    lines = [f"n = {report['variants'][0]['n']} rounds" if report["variants"] else "nothing was measured"]
+    for one in report["comparisons"]:
+        ratio = one["ratio"]
+        lines.append(
+            f"{one['verdict']:6}  {one['algorithm']}, {one['how']}: {ratio['median']:.3f} of {one['cheapest_peer']}'s "
+            f"cost (95 %: {ratio['low']:.3f} to {ratio['high']:.3f}); goal {one['goal']:g}"
+        )
+    for goal in report["goals"]:
+        lines.append(
+            f"{goal['verdict']:6}  blurpool, {goal['goal']}: {goal['overhead']:+.1%} of a step, "
+            f"Composer's {goal['composers_overhead']:+.1%}"
+        )
+    return lines
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    """What the figures were measured on."""
+    model = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    found: dict[str, Any] = {"cpu": model, "cpu_capability": torch.backends.cpu.get_cpu_capability()}
+    if device.type == "cuda":
+        found |= {"gpu": torch.cuda.get_device_name(), "cuda": getattr(torch, "version").cuda}  # noqa: B009 (its stubs lack it)
+    return found
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of every library that takes part."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+if __name__ == "__main__":
+    main()
