@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data.beton import write_beton
-from data.decode import find_libffcv, require_libffcv
+from data.decode import make_decoder, present_decoders
 from data.ffcv_loader import FFCVLoader
 from data.loader import Loader
 from data.sources import build_source, source_stamp
@@ -97,11 +97,12 @@ def _choose(loader: str, path: str | Path | None, log: Callable[[str], None]) ->
     if path is not None and loader == "torch":
         raise ValueError(f"loader 'torch' cannot read {path}: a .beton file needs loader 'ffcv'")
     if loader == "ffcv" or path is not None:
-        require_libffcv()
+        make_decoder()
         return "ffcv"
     if loader == "auto":
-        loader = "ffcv" if find_libffcv() else "torch"
-        log(f"loader: {loader} (chosen because FFCV is {'' if loader == 'ffcv' else 'not '}installed)")
+        decoders = present_decoders()
+        loader = "ffcv" if decoders else "torch"
+        log(f"loader: {loader} ({f'decoder: {decoders[0]}' if decoders else 'no decoder of .beton files is there'})")
     return loader
 
 

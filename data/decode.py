@@ -1,158 +1,55 @@
-"""Stored bytes -> a square crop at its final size, by FFCV's C library. Releases the GIL, so threads suffice.
-
-The library is loaded by itself: importing the `ffcv` package would also import numba and compile for seconds.
-"""
+"""Which decoder makes pixels of what a .beton file stores."""
 
 from __future__ import annotations
 
-import ctypes
-import threading
-from functools import cache
-from importlib.util import find_spec
-from pathlib import Path
-from types import ModuleType
+from typing import Protocol
 
 import numpy as np
 
-_INTER_AREA = 3  # OpenCV's number; libffcv 1.0 always uses it and ignores the argument, later ones read it
-_JPEG_DENOMINATORS = (8, 4, 2)  # the reductions for which libjpeg-turbo has vectorized transforms
-
-_scratch = threading.local()
-
-
-def find_libffcv() -> Path | None:
-    """Where FFCV's compiled library lies, or None where FFCV is not installed. Imports nothing."""
-    spec = find_spec("ffcv")
-    for folder in (spec.submodule_search_locations or ()) if spec else ():
-        for found in sorted(Path(folder).glob("_libffcv*.so")):
-            return found
-    return None
+from data.beton import Beton
+from data.libffcv_decode import LibffcvDecoder, find_libffcv
+from data.native_decode import NativeDecoder, find_native
 
 
-def require_libffcv() -> None:
-    """Load the library now.
+class Decoder(Protocol):
+    """Makes the crops of a batch. Releases the interpreter's lock, so threads suffice to use all cores."""
 
-    Raises:
-        ModuleNotFoundError: FFCV is not installed, or does not load; says what to do.
-    """
-    _library()
-    _opencv()
+    name: str
+
+    def decode(self, beton: Beton, indices: np.ndarray, crops: np.ndarray, out: np.ndarray, *, exact: bool) -> None:
+        """Decode images, cut `crops` out of them, and write them to `out` at its size.
+
+        Args:
+            indices: of the images [B].
+            crops: int32 [B, 5]: top, left, height, width in px of the whole image, and 1 for a left-right flip.
+            out: uint8 [B, S, S, 3], contiguous.
+            exact: False may decode a JPEG that is much larger than needed at 1/2, 1/4 or 1/8 of its size, which
+                averages blocks of pixels nearly as the resizing would.
+
+        Raises:
+            ValueError: stored bytes are not a whole image of the size that the file says.
+        """
+        ...
 
 
-def decode_into(
-    stored: np.ndarray,
-    *,
-    is_jpeg: bool,
-    height: int,
-    width: int,
-    crop: np.ndarray,
-    destination: np.ndarray,
-    exact: bool,
-    index: int,
-) -> None:
-    """Decode one image, cut `crop` out of it and write it to `destination` at its size.
+DECODERS = {"native": NativeDecoder, "libffcv": LibffcvDecoder}
 
-    Args:
-        stored: uint8 [size], a JPEG file, or pixels [height, width, 3] in one row.
-        height, width: of the whole image, in px.
-        crop: top, left, height, width in px, and 1 for a left-right flip.
-        destination: uint8 [S, S, 3], contiguous.
-        exact: False may decode a JPEG that is much larger than needed at 1/2, 1/4 or 1/8 of its size, which is a
-            quarter cheaper at 128 px and moves the edges of the crop by up to half a pixel of the result.
-        index: the image's, for the error message.
+
+def present_decoders() -> list[str]:
+    """The names of those that are installed, the best first. Loads nothing."""
+    found = {"native": find_native(), "libffcv": find_libffcv()}
+    return [name for name, path in found.items() if path is not None]
+
+
+def make_decoder(name: str = "auto") -> Decoder:
+    """The decoder of this name; "auto" is the best one that is installed.
 
     Raises:
-        ValueError: the bytes are not a whole JPEG of this size.
+        ValueError: no such name.
+        ModuleNotFoundError: it is not installed, or none is; says what to do.
     """
-    top, left, crop_height, crop_width, flip = (int(v) for v in crop)
-    size = destination.shape[0]
-    if is_jpeg:
-        denominator = 1 if exact else _jpeg_denominator(crop_height, crop_width, size)
-        pixels = _decode_jpeg(stored, height, width, denominator, index)
-        if denominator > 1:
-            height, width = pixels.shape[:2]
-            top, crop_height = _scaled(top, crop_height, denominator, height)
-            left, crop_width = _scaled(left, crop_width, denominator, width)
-    else:
-        pixels = stored.reshape(height, width, 3)
-    if crop_height >= size and crop_width >= size:
-        _library().resize(
-            *(0, pixels.ctypes.data, height, width),
-            *(top, top + crop_height, left, left + crop_width),
-            *(destination.ctypes.data, size, size, _INTER_AREA),
-        )
-    else:
-        # libffcv's area interpolation repeats pixels when it enlarges; bilinear is what torchvision does.
-        cut = pixels[top : top + crop_height, left : left + crop_width]
-        cv2 = _opencv()
-        cv2.resize(cut, (size, size), dst=destination, interpolation=cv2.INTER_LINEAR)
-    if flip:
-        destination[:] = destination[:, ::-1].copy()
-
-
-def _jpeg_denominator(crop_height: int, crop_width: int, size: int) -> int:
-    shorter = min(crop_height, crop_width)
-    return next((d for d in _JPEG_DENOMINATORS if shorter // d >= size), 1)
-
-
-def _scaled(start: int, length: int, denominator: int, limit: int) -> tuple[int, int]:
-    length = min(round(length / denominator), limit)
-    return min(round(start / denominator), limit - length), length
-
-
-def _decode_jpeg(stored: np.ndarray, height: int, width: int, denominator: int, index: int) -> np.ndarray:
-    scaled_height, scaled_width = -(-height // denominator), -(-width // denominator)
-    pixels = _scratch_pixels(scaled_height, scaled_width)
-    status = _library().imdecode(
-        *(stored.ctypes.data, stored.size, height, width, pixels.ctypes.data),
-        *(height, width, 0, 0, 1, denominator, False, False),
-    )
-    if status != 0:
-        raise ValueError(
-            f"image {index} is not a whole JPEG of {height}x{width} px: the .beton file is damaged; convert it again"
-        )
-    return pixels
-
-
-def _scratch_pixels(height: int, width: int) -> np.ndarray:
-    # One buffer a thread, as large as its largest image so far.
-    needed = height * width * 3
-    buffer = getattr(_scratch, "buffer", None)
-    if buffer is None or buffer.size < needed:
-        buffer = _scratch.buffer = np.empty(needed, dtype=np.uint8)
-    return buffer[:needed].reshape(height, width, 3)
-
-
-@cache
-def _library() -> ctypes.CDLL:
-    path = find_libffcv()
-    if path is None:
-        raise ModuleNotFoundError(
-            "the FFCV loader needs FFCV, which is not installed: pip install 'brisk-vision[ffcv]' (see "
-            "docs/installation.md), or use the loader 'torch'",
-            name="ffcv",
-        )
-    try:
-        library = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise ModuleNotFoundError(
-            f"FFCV's library {path} does not load ({error}): install OpenCV and libturbojpeg as docs/installation.md "
-            "says, or use the loader 'torch'",
-            name="ffcv",
-        ) from error
-    library.resize.argtypes = [ctypes.c_int64] * 12
-    library.resize.restype = None
-    library.imdecode.argtypes = (
-        [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint32, ctypes.c_void_p]
-        + [ctypes.c_uint32] * 6
-        + [ctypes.c_bool] * 2
-    )
-    library.imdecode.restype = ctypes.c_int
-    return library
-
-
-@cache
-def _opencv() -> ModuleType:
-    import cv2  # comes with FFCV, which requires it
-
-    return cv2
+    if name != "auto" and name not in DECODERS:
+        raise ValueError(f"decoder {name!r}: give auto or one of {', '.join(DECODERS)}")
+    if name == "auto":
+        name = next(iter(present_decoders()), "native")
+    return DECODERS[name]()

@@ -1,4 +1,4 @@
-"""Batches from a .beton file, decoded by FFCV's C library in threads."""
+"""Batches from a .beton file, decoded in threads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from data.beton import Beton
-from data.decode import decode_into, require_libffcv
+from data.decode import Decoder, make_decoder
 from data.loader import Batch, Loader, Pass, empty_images
 from data.prefetch import PrefetchIterator
 
@@ -24,25 +24,28 @@ class FFCVLoader(Loader):
 
     Args:
         path: the .beton file.
+        decoder: "native", "libffcv", or "auto" for the best one installed (see `data.decode`).
         settings: those of `Loader`, but for `num_samples` and `class_names`, which the file knows.
 
     Attributes:
+        decoder_name: which decoder it came to.
         described: whether the file has a sidecar; without it, class names are numbers, mean and std ImageNet's.
 
     Raises:
         FileNotFoundError, ValueError: no such file, or it is not whole (see `Beton`).
-        ModuleNotFoundError: FFCV is not installed.
+        ModuleNotFoundError: the decoder is not installed.
     """
 
-    def __init__(self, path: str | Path, **settings: Any) -> None:
-        require_libffcv()
+    def __init__(self, path: str | Path, *, decoder: str = "auto", **settings: Any) -> None:
+        self._decoder = make_decoder(decoder)
+        self.decoder_name = self._decoder.name
         self._beton = Beton(path)
         super().__init__(num_samples=len(self._beton), class_names=self._beton.class_names, **settings)
         self.mean, self.std = self._beton.mean, self._beton.std
         self.described = self._beton.described
 
     def _decode(self, batches: list[np.ndarray], this_pass: Pass) -> Generator[Batch, None, None]:
-        tasks = (partial(_decode_batch, self._beton, indices, this_pass) for indices in batches)
+        tasks = (partial(_decode_batch, self._decoder, self._beton, indices, this_pass) for indices in batches)
         iterator = PrefetchIterator(tasks, num_workers=self.num_workers)
         try:
             yield from iterator
@@ -50,19 +53,8 @@ class FFCVLoader(Loader):
             iterator.close()
 
 
-def _decode_batch(beton: Beton, indices: np.ndarray, this_pass: Pass) -> Batch:
-    heights, widths = beton.heights[indices], beton.widths[indices]
-    crops = this_pass.crop_rows(indices, heights, widths)
+def _decode_batch(decoder: Decoder, beton: Beton, indices: np.ndarray, this_pass: Pass) -> Batch:
+    crops = this_pass.crop_rows(indices, beton.heights[indices], beton.widths[indices])
     images, memory = empty_images(len(indices), this_pass.image_size)
-    for destination, index, height, width, crop in zip(memory, indices, heights, widths, crops, strict=True):
-        decode_into(
-            beton.image_bytes(index),
-            is_jpeg=beton.is_jpeg(index),
-            height=int(height),
-            width=int(width),
-            crop=crop,
-            destination=destination,
-            exact=not this_pass.augment,
-            index=int(index),
-        )
+    decoder.decode(beton, indices, crops, memory, exact=not this_pass.augment)
     return images, torch.from_numpy(beton.labels[indices])

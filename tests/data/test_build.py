@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,9 +15,12 @@ import pytest
 
 import data.build
 import data.decode
+import data.libffcv_decode
+import data.native_decode
 from data import FFCVLoader, TorchLoader
 from data.build import build_loader
 from data.convert import main
+from data.decode import make_decoder
 from data.sources import digits
 
 pytestmark = pytest.mark.timeout(60)
@@ -33,7 +37,7 @@ def build(tmp_path: Path, **settings):
 def test_a_source_is_converted_once(tmp_path: Path):
     first, log = build(tmp_path)
     assert isinstance(first, FFCVLoader)
-    assert any("chosen because FFCV is installed" in line for line in log)
+    assert any("loader: ffcv (decoder: native)" in line for line in log)
     assert any("converting 1438 images" in line for line in log)
     (beton,) = tmp_path.glob("*.beton")
     written = beton.stat().st_mtime_ns
@@ -47,15 +51,40 @@ def test_a_source_is_converted_once(tmp_path: Path):
     assert len(list(tmp_path.glob("*.beton"))) == 4
 
 
-def test_auto_takes_torch_where_ffcv_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(data.decode, "find_libffcv", lambda: None)
-    monkeypatch.setattr(data.build, "find_libffcv", lambda: None)
-    data.decode._library.cache_clear()
+@pytest.fixture
+def absent(monkeypatch: pytest.MonkeyPatch):
+    """Makes decoders that are installed look as if they were not."""
+
+    def hide(*names: str) -> None:
+        for name in names:
+            module = {"native": data.native_decode, "libffcv": data.libffcv_decode}[name]
+            for place in (module, data.decode):
+                monkeypatch.setattr(place, f"find_{name}", lambda: None)
+            module._library.cache_clear()
+            monkeypatch.setattr(module, "_library", module._library.__wrapped__)
+
+    return hide
+
+
+def test_auto_takes_libffcv_where_ours_was_not_built(tmp_path: Path, absent: Callable[..., None]):
+    absent("native")
+    loader, log = build(tmp_path)
+    assert isinstance(loader, FFCVLoader)
+    assert loader.decoder_name == "libffcv"
+    assert any("loader: ffcv (decoder: libffcv)" in line for line in log)
+    with pytest.raises(ModuleNotFoundError, match=r"was not built.*C\+\+ compiler and libjpeg-turbo"):
+        make_decoder("native")
+
+
+def test_auto_takes_torch_where_there_is_no_decoder(tmp_path: Path, absent: Callable[..., None]):
+    absent("native", "libffcv")
     loader, log = build(tmp_path)
     assert isinstance(loader, TorchLoader)
-    assert any("torch (chosen because FFCV is not installed)" in line for line in log)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'brisk-vision\[ffcv\]'.*loader 'torch'"):
+    assert any("loader: torch (no decoder of .beton files is there)" in line for line in log)
+    with pytest.raises(ModuleNotFoundError, match=r"C\+\+ compiler.*loader 'torch'"):
         build(tmp_path, loader="ffcv")
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'brisk-vision\[ffcv\]'.*loader 'torch'"):
+        make_decoder("libffcv")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -136,7 +165,7 @@ def test_mistakes_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_importing_the_package_costs_neither_torch_nor_ffcv():
     script = (
         "import sys; from data import Beton, digits, write_beton, random_resized_crops, train_batches; "
-        "import data.decode; data.decode.find_libffcv(); "
+        "import data.decode; data.decode.present_decoders(); "
         "print([m for m in ('torch', 'numba', 'ffcv', 'torchvision', 'sklearn', 'algos', 'models', 'training') "
         "if m in sys.modules])"
     )
