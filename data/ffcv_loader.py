@@ -45,7 +45,8 @@ class FFCVLoader(Loader):
         self.described = self._beton.described
 
     def _decode(self, batches: list[np.ndarray], this_pass: Pass) -> Generator[Batch, None, None]:
-        tasks = (partial(_decode_batch, self._decoder, self._beton, indices, this_pass) for indices in batches)
+        decode = partial(_decode_batch, self._decoder, self._beton, this_pass, pinned=self.device.type == "cuda")
+        tasks = (partial(decode, indices) for indices in batches)
         iterator = PrefetchIterator(tasks, num_workers=self.num_workers)
         try:
             yield from iterator
@@ -53,8 +54,8 @@ class FFCVLoader(Loader):
             iterator.close()
 
 
-def _decode_batch(decoder: Decoder, beton: Beton, indices: np.ndarray, this_pass: Pass) -> Batch:
+def _decode_batch(decoder: Decoder, beton: Beton, this_pass: Pass, indices: np.ndarray, *, pinned: bool) -> Batch:
     crops = this_pass.crop_rows(indices, beton.heights[indices], beton.widths[indices])
-    images, memory = empty_images(len(indices), this_pass.image_size)
+    images, memory = empty_images(len(indices), this_pass.image_size, pinned=pinned)
     decoder.decode(beton, indices, crops, memory, exact=not this_pass.augment)
     return images, torch.from_numpy(beton.labels[indices])

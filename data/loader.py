@@ -11,8 +11,7 @@ import torch
 
 from data.crops import CropSettings
 from data.order import eval_batches, train_batches
-
-Batch = tuple[torch.Tensor, torch.Tensor]
+from data.to_device import Batch, to_device
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,7 @@ class Loader(ABC):
         crop_aspect: range of a training crop's width / height.
         flip_probability: of a left-right flip in training.
         eval_crop_ratio: side of the evaluation crop over the image's shorter side.
+        device: where batches are handed out. On CUDA they are copied ahead of the step, on a stream of their own.
 
     Attributes:
         batch_size, image_size: of the next pass.
@@ -78,6 +78,7 @@ class Loader(ABC):
         crop_aspect: tuple[float, float] = (3 / 4, 4 / 3),
         flip_probability: float = 0.5,
         eval_crop_ratio: float = 0.875,
+        device: torch.device | str = "cpu",
     ) -> None:
         if num_workers < 0:
             raise ValueError(f"num_workers {num_workers}: give a whole number of at least 0")
@@ -86,6 +87,7 @@ class Loader(ABC):
         self.train = train
         self.num_workers = num_workers
         self.position = (0, 0)
+        self.device = torch.device(device)
         self._seed = seed
         self._rank = rank
         self._world_size = world_size
@@ -161,7 +163,7 @@ class Loader(ABC):
         self.position = (this_pass.epoch + 1, 0)
         decoding = self._decoding = self._decode(batches, this_pass)
         try:
-            for batch in decoding:
+            for batch in to_device(decoding, self.device):
                 yield batch
                 if self._decoding is not decoding:
                     raise RuntimeError("this pass over the data is over: a newer one over the same loader has begun")
@@ -191,10 +193,13 @@ class Loader(ABC):
         """The batches of one pass, given the image indices of each. Closing it ends what works for it."""
 
 
-def empty_images(num_images: int, image_size: int) -> tuple[torch.Tensor, np.ndarray]:
-    """Fresh memory for a batch, twice: as the tensor [B, 3, S, S] to hand out and as the array [B, S, S, 3] to fill."""
-    memory = np.empty((num_images, image_size, image_size, 3), dtype=np.uint8)
-    return torch.from_numpy(memory).permute(0, 3, 1, 2), memory
+def empty_images(num_images: int, image_size: int, *, pinned: bool = False) -> tuple[torch.Tensor, np.ndarray]:
+    """Fresh memory for a batch, twice: as the tensor [B, 3, S, S] to hand out and as the array [B, S, S, 3] to fill.
+
+    pinned: in memory that a GPU reads by itself; torch keeps it for the next batch once the copy is done.
+    """
+    memory = torch.empty((num_images, image_size, image_size, 3), dtype=torch.uint8, pin_memory=pinned)
+    return memory.permute(0, 3, 1, 2), memory.numpy()
 
 
 def _whole(value: int, what: str, unit: str) -> int:

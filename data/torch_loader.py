@@ -37,6 +37,7 @@ class TorchLoader(Loader):
             batch_sampler=self._sampler,  # pyright: ignore[reportArgumentType] (items are not plain indices)
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
+            pin_memory=self.device.type == "cuda",
             collate_fn=_collate,
             generator=torch.Generator().manual_seed(0),  # for the workers' seeds, which nothing here uses
         )

@@ -26,6 +26,8 @@ from training.schema import RecipeError
 
 log = logging.getLogger(__name__)
 
+_TORCH_DEVICES = {"cpu": "cpu", "gpu": "cuda", "mps": "mps"}
+
 
 @dataclass(frozen=True)
 class DataFacts:
@@ -113,6 +115,7 @@ def build_loaders(recipe: Recipe, *, rank: int, world_size: int, say: Callable[[
         seed=recipe.seed,
         rank=rank,
         world_size=world_size,
+        device=_TORCH_DEVICES[resolve_device(recipe)],
         log=say,
     )
     with _users_mistake("data.train"):
@@ -158,7 +161,7 @@ def build_trainer(
     train, evaluation = loaders
     normalize = Normalizer(train.mean, train.std)  # of what the network was trained on, for what it is judged on too
     network = build_network(recipe, facts)
-    torch_device = {"cpu": "cpu", "gpu": "cuda", "mps": "mps"}[device]
+    torch_device = _TORCH_DEVICES[device]
     if recipe.parallelism.sync_batchnorm and world_size > 1:
         network = synchronize_batchnorm(network, device_type=torch_device)
     with _users_mistake("optimizer"):

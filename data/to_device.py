@@ -1,0 +1,44 @@
+"""Batches on their way to the GPU: copied on a stream of their own while the step before them is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable
+
+import torch
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+
+
+def to_device(batches: Iterable[Batch], device: torch.device) -> Generator[Batch, None, None]:
+    """The same batches on `device`, each copied while whoever asked for the one before works on it.
+
+    On CUDA the copies run on a side stream, so that they neither wait for the step nor hold it up; the memory format
+    stays. The images should be in pinned memory (see `empty_images`), or the copy waits for the host.
+    """
+    if device.type != "cuda":
+        yield from (_copied(batch, device) for batch in batches)
+        return
+    stream = torch.cuda.Stream(device)
+    ahead: tuple[Batch, torch.cuda.Event] | None = None
+    for batch in batches:
+        with torch.cuda.stream(stream):
+            begun = _copied(batch, device), stream.record_event()
+        if ahead is not None:
+            yield _arrived(*ahead)
+        ahead = begun
+    if ahead is not None:
+        yield _arrived(*ahead)
+
+
+def _copied(batch: Batch, device: torch.device) -> Batch:
+    images, labels = batch
+    return images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+
+def _arrived(batch: Batch, copied: torch.cuda.Event) -> Batch:
+    # The step waits for this copy alone, and the memory is not given to the side stream again while the step uses it.
+    step = torch.cuda.current_stream(batch[0].device)
+    copied.wait(step)
+    for part in batch:
+        part.record_stream(step)
+    return batch
