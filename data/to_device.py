@@ -21,8 +21,10 @@ def to_device(batches: Iterable[Batch], device: torch.device) -> Generator[Batch
     stream = torch.cuda.Stream(device)
     ahead: tuple[Batch, torch.cuda.Event] | None = None
     for batch in batches:
+        copied = torch.cuda.Event()
         with torch.cuda.stream(stream):
-            begun = _copied(batch, device), stream.record_event()
+            begun = _copied(batch, device), copied
+        copied.record(stream)
         if ahead is not None:
             yield _arrived(*ahead)
         ahead = begun
