@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable
+from typing import Any
 
 import torch
 
@@ -18,10 +19,10 @@ def to_device(batches: Iterable[Batch], device: torch.device) -> Generator[Batch
     if device.type != "cuda":
         yield from (_copied(batch, device) for batch in batches)
         return
-    stream = torch.cuda.Stream(device)
-    ahead: tuple[Batch, torch.cuda.Event] | None = None
+    stream: Any = torch.cuda.Stream(device)  # torch's stubs know neither streams nor events without CUDA
+    ahead: tuple[Batch, Any] | None = None
     for batch in batches:
-        copied = torch.cuda.Event()
+        copied: Any = torch.cuda.Event()
         with torch.cuda.stream(stream):
             begun = _copied(batch, device), copied
         copied.record(stream)
@@ -37,7 +38,7 @@ def _copied(batch: Batch, device: torch.device) -> Batch:
     return images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
 
-def _arrived(batch: Batch, copied: torch.cuda.Event) -> Batch:
+def _arrived(batch: Batch, copied: Any) -> Batch:
     # The step waits for this copy alone, and the memory is not given to the side stream again while the step uses it.
     step = torch.cuda.current_stream(batch[0].device)
     copied.wait(step)
