@@ -19,9 +19,9 @@ find_python() {
     fail "no Python 3.10, 3.11 or 3.12 was found; install one (Debian: apt-get install python3 python3-venv) or set PYTHON=/path/to/python3"
 }
 
-# FFCV is compiled from source, and antlr and friends may be; a fresh Debian has none of these.
+# The native decoder and FFCV are compiled from source, and antlr and friends may be; a fresh Debian has none of these.
 install_system_packages() {
-    local wanted=(libopencv-dev libturbojpeg0-dev pkg-config)
+    local wanted=(libjpeg-dev libopencv-dev libturbojpeg0-dev pkg-config)
     command -v g++ >/dev/null 2>&1 || wanted+=(build-essential)
     case "$1" in  # Debian splits ensurepip and the headers off its own interpreter only
         /usr/bin/*) wanted+=("$2-venv" "$2-dev") ;;
@@ -56,4 +56,7 @@ say "installing the project (about 6 GB of packages the first time; torch brings
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 .venv/bin/python -m pip install --quiet --constraint constraints.txt uv setuptools
 .venv/bin/uv pip install --quiet --python .venv/bin/python --constraint constraints.txt --editable ".[${EXTRAS:-dev}]"
+if ! .venv/bin/python -c "from data.native_decode import NativeDecoder; NativeDecoder()" 2>/dev/null; then
+    say "the native decoder was not built; another one stands in, at twice the CPU time. It needs g++ and libjpeg-turbo's headers; to see why: .venv/bin/uv pip install --python .venv/bin/python --no-deps --verbose --editable ."
+fi
 say "ready: .venv/bin/python run.py --help"
