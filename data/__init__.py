@@ -18,6 +18,8 @@ _PUBLIC = {
     "TorchLoader": ".torch_loader",
     "build_loader": ".build",
     "build_source": ".sources",
+    "cifar10": ".cifar",
+    "cifar100": ".cifar",
     "center_crops": ".crops",
     "channel_statistics": ".sources",
     "digits": ".sources",
@@ -27,7 +29,7 @@ _PUBLIC = {
     "random_resized_crops": ".crops",
     "synthetic": ".sources",
     "train_batches": ".order",
-    "write_beton": ".beton",
+    "write_beton": ".write",
 }
 
 

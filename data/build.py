@@ -9,11 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from data.beton import write_beton
 from data.decode import make_decoder, present_decoders
 from data.ffcv_loader import FFCVLoader
 from data.loader import Loader
 from data.sources import build_source, source_stamp
+from data.write import write_beton
 
 LOADERS = ("auto", "ffcv", "torch")
 _CACHE_VERSION = 1  # raise it when the same settings come to mean other bytes

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data.beton import write_beton
 from data.build import default_write_settings
 from data.sources import SOURCES, build_source
+from data.write import write_beton
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

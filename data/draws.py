@@ -21,6 +21,7 @@ class Operation(IntEnum):
     FLIP = 3
     SPLIT = 4
     PIXELS = 5
+    STORAGE = 6
 
 
 def random_bits(indices: np.ndarray, *, seed: int, epoch: int, operation: Operation, num_draws: int = 1) -> np.ndarray:

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.beton import Beton, sidecar_path, write_beton
+from data.beton import Beton, sidecar_path
 from data.sources import ArraySource, channel_statistics, digits
+from data.write import write_beton
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -154,7 +155,7 @@ def test_a_sidecar_of_another_file_is_refused(tmp_path: Path, digits_beton: Path
         (np.zeros((4, 4, 3), np.float32), "not float32"),
         (np.zeros((0, 4, 3), np.uint8), r"not uint8 \[0, 4, 3\]"),
         (np.zeros((1, 70_000, 3), np.uint8), "a side of 70000 px"),
-        (np.zeros((1700, 1700, 3), np.uint8), "set max_side_px, or write_mode='jpg'"),
+        (np.zeros((1700, 1700, 3), np.uint8), "give a max_side_px, or write_mode 'jpg'"),
     ],
 )
 def test_an_image_that_cannot_be_stored_leaves_nothing(tmp_path: Path, image, message, num_workers):

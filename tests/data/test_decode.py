@@ -15,11 +15,12 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional
 
-from data.beton import Beton, write_beton
+from data.beton import Beton
 from data.crops import center_crops, random_resized_crops
 from data.decode import Decoder, make_decoder
 from data.native_decode import NativeDecoder
 from data.sources import ArraySource
+from data.write import write_beton
 
 pytestmark = pytest.mark.timeout(120)
 NATIVE = Path(__file__).parents[2] / "data" / "native"

@@ -12,9 +12,9 @@ import torch
 
 from algos.protocols import CropSwitchingLoader, ResizableLoader
 from data import FFCVLoader, Loader, TorchLoader, digits
-from data.beton import write_beton
 from data.crops import center_crops
 from data.sources import ArraySource
+from data.write import write_beton
 
 pytestmark = pytest.mark.timeout(60)
 
