@@ -22,9 +22,10 @@ class Operation(IntEnum):
     SPLIT = 4
     PIXELS = 5
     STORAGE = 6
+    AUGMENTATION = 100  # and the numbers after it, one a place in the list of augmentations
 
 
-def random_bits(indices: np.ndarray, *, seed: int, epoch: int, operation: Operation, num_draws: int = 1) -> np.ndarray:
+def random_bits(indices: np.ndarray, *, seed: int, epoch: int, operation: int, num_draws: int = 1) -> np.ndarray:
     """uint64 array [len(indices), num_draws], every bit of which is fair."""
     key = np.zeros(1, dtype=np.uint64)
     for part in (seed, epoch, operation):
@@ -34,7 +35,7 @@ def random_bits(indices: np.ndarray, *, seed: int, epoch: int, operation: Operat
     return _mix(per_image[:, None] + draws[None, :])
 
 
-def uniforms(indices: np.ndarray, *, seed: int, epoch: int, operation: Operation, num_draws: int = 1) -> np.ndarray:
+def uniforms(indices: np.ndarray, *, seed: int, epoch: int, operation: int, num_draws: int = 1) -> np.ndarray:
     """float64 array [len(indices), num_draws], uniform in [0, 1)."""
     bits = random_bits(indices, seed=seed, epoch=epoch, operation=operation, num_draws=num_draws)
     return (bits >> np.uint64(11)) * 2.0**-53

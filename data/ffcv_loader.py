@@ -58,4 +58,5 @@ def _decode_batch(decoder: Decoder, beton: Beton, this_pass: Pass, indices: np.n
     crops = this_pass.crop_rows(indices, beton.heights[indices], beton.widths[indices])
     images, memory = empty_images(len(indices), this_pass.image_size, pinned=pinned)
     decoder.decode(beton, indices, crops, memory, exact=not this_pass.augment)
+    this_pass.augment_images(indices, memory)
     return images, torch.from_numpy(beton.labels[indices])

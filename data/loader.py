@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
+from data.augment import Augmentation, augment_batch, build_augmentations
 from data.crops import CropSettings
 from data.order import eval_batches, train_batches
 from data.to_device import Batch, to_device
@@ -23,10 +25,16 @@ class Pass:
     image_size: int
     augment: bool
     crops: CropSettings
+    augmentations: tuple[Augmentation, ...] = ()
 
     def crop_rows(self, indices: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
         """int32 [B, 5]: top, left, height, width in px, and the flip."""
         return self.crops.rows(indices, heights, widths, seed=self.seed, epoch=self.epoch, augment=self.augment)
+
+    def augment_images(self, indices: np.ndarray, images: np.ndarray) -> None:
+        """Augment uint8 [B, S, S, 3] in place; nothing where the pass does not augment."""
+        if self.augment:
+            augment_batch(images, indices, self.augmentations, seed=self.seed, epoch=self.epoch)
 
 
 class Loader(ABC):
@@ -49,6 +57,8 @@ class Loader(ABC):
         crop_aspect: range of a training crop's width / height.
         flip_probability: of a left-right flip in training.
         eval_crop_ratio: side of the evaluation crop over the image's shorter side.
+        augmentations: what else is done in training, in this order, each a name in `data.augment.AUGMENTATIONS` and
+            its settings: `[{"name": "color_jitter", "brightness": 0.4}]`.
         device: where batches are handed out. On CUDA they are copied ahead of the step, on a stream of their own.
 
     Attributes:
@@ -78,6 +88,7 @@ class Loader(ABC):
         crop_aspect: tuple[float, float] = (3 / 4, 4 / 3),
         flip_probability: float = 0.5,
         eval_crop_ratio: float = 0.875,
+        augmentations: Sequence[Mapping[str, Any]] = (),
         device: torch.device | str = "cpu",
     ) -> None:
         if num_workers < 0:
@@ -100,6 +111,7 @@ class Loader(ABC):
             flip_probability=flip_probability,
             eval_crop_ratio=eval_crop_ratio,
         )
+        self._augmentations = build_augmentations(augmentations)
         self.set_image_size(image_size)
         self.set_batch_size(per_device_batch_size)
 
@@ -151,7 +163,7 @@ class Loader(ABC):
                 f"position (epoch {epoch}, batch {first}): an epoch has {len(batches)} batches of {self.batch_size}; "
                 "give a smaller batch number, or the batch size that the position was taken at"
             )
-        this_pass = Pass(epoch, self._seed, self.image_size, not self._test_crop, self._crops)
+        this_pass = Pass(epoch, self._seed, self.image_size, not self._test_crop, self._crops, self._augmentations)
         if self._decoding is not None:
             self._decoding.close()
             self._decoding = None

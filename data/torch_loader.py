@@ -89,7 +89,9 @@ class _CroppedImages(Dataset[tuple[torch.Tensor, int]]):
         pixels = functional.resized_crop(pixels, top, left, crop_height, crop_width, size, antialias=True)
         if flip:
             pixels = functional.horizontal_flip(pixels)
-        return pixels, self._source.label(index)
+        images = pixels.permute(1, 2, 0).contiguous()
+        this_pass.augment_images(np.array([index]), images[None].numpy())
+        return images.permute(2, 0, 1), self._source.label(index)
 
 
 def _collate(samples: list[tuple[torch.Tensor, int]]) -> Batch:
