@@ -367,11 +367,14 @@ def _check(augmentation: Any, **ranges: tuple[float, float]) -> None:
         parts = list(value) if pair else [value]
         if not all(_is_number(part) and least <= part <= most for part in parts):
             raise ValueError(f"{name} {value!r}: give {'numbers' if pair else 'a number'} from {least:g} to {most:g}")
+        default = type(augmentation).__dataclass_fields__[name].default
+        if pair != isinstance(default, tuple):
+            raise ValueError(f"{name} {value!r}: give {'a number' if pair else '(least, largest)'}")
         if pair:
             if len(parts) != 2 or not 0 < parts[0] <= parts[1]:
                 raise ValueError(f"{name} {value!r}: give (least, largest), above 0 and in this order")
             object.__setattr__(augmentation, name, tuple(parts))
-        elif isinstance(type(augmentation).__dataclass_fields__[name].default, int) and value != int(value):
+        elif isinstance(default, int) and value != int(value):
             raise ValueError(f"{name} {value!r}: give a whole number")
     if hasattr(augmentation, "fill"):
         fill = augmentation.fill
