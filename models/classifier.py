@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from composer.models import ComposerModel
@@ -12,20 +12,33 @@ from torch.nn import functional as F
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
+Loss = Literal["cross_entropy", "binary_cross_entropy"]
 Batch = tuple[Tensor, Tensor]  # images [N, 3, S, S], targets [N] class indices or [N, K] probabilities
 
 
 class ImageClassifier(ComposerModel):
-    """Cross entropy over a network's logits; top-1 and loss as metrics.
+    """Cross entropy or binary cross entropy over a network's logits; top-1 and loss as metrics.
 
     Targets may be class indices [N] or probabilities [N, K] (after MixUp or label smoothing). Accuracy against soft
     targets counts the heavier class, so training accuracy under MixUp is that of the heavier label.
 
     num_classes: K, what algorithms read to turn indices into probabilities.
+    loss: "cross_entropy" is -sum_k t_k log softmax(z)_k a sample, "binary_cross_entropy" the sum over classes of
+        -t_k log sigmoid(z_k) - (1 - t_k) log(1 - sigmoid(z_k)); both are means over samples.
     """
 
-    def __init__(self, module: nn.Module, *, num_classes: int, class_names: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        num_classes: int,
+        class_names: Sequence[str] | None = None,
+        loss: Loss = "cross_entropy",
+    ) -> None:
         super().__init__()
+        if loss not in get_args(Loss):
+            raise ValueError(f"loss {loss!r} must be one of {', '.join(get_args(Loss))}")
+        self.loss_name = loss
         self.module = module
         self.num_classes = num_classes
         self.class_names = tuple(class_names or ())
@@ -36,8 +49,10 @@ class ImageClassifier(ComposerModel):
         return self.module(batch[0])
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """Mean over samples of -sum_k target_k log softmax(outputs)_k."""
-        return F.cross_entropy(outputs, batch[1])
+        """Mean over samples of the loss that the model was made with; logits [N, K] to a scalar."""
+        if self.loss_name == "cross_entropy":
+            return F.cross_entropy(outputs, batch[1])
+        return _binary_cross_entropy(outputs, batch[1]).mean()
 
     def eval_forward(self, batch: Batch, outputs: Tensor | None = None) -> Tensor:
         return self.forward(batch) if outputs is None else outputs
@@ -48,10 +63,15 @@ class ImageClassifier(ComposerModel):
     def update_metric(self, batch: Any, outputs: Tensor, metric: Metric) -> None:
         targets = batch[1]
         if isinstance(metric, MeanMetric):
-            losses = F.cross_entropy(outputs.float(), targets, reduction="none")
-            metric.update(losses)
+            metric.update(self._eval_losses(outputs.float(), targets))
             return
         metric.update(outputs, targets if targets.ndim == 1 else targets.argmax(dim=1))
+
+    def _eval_losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Of each sample, [N]: an epoch's batches may differ in size, and the mean is over its samples."""
+        if self.loss_name == "cross_entropy":
+            return F.cross_entropy(outputs, targets, reduction="none")
+        return _binary_cross_entropy(outputs, targets)
 
 
 def count_parameters(module: nn.Module) -> int:
@@ -73,6 +93,14 @@ def count_forward_macs(module: nn.Module, *, image_size: int) -> int:
     with FlopCounterMode(display=False) as counter:
         shadow(torch.empty(1, 3, image_size, image_size, device="meta"))
     return counter.get_total_flops() // 2
+
+
+def _binary_cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Sum over classes for each sample: logits [N, K], targets [N] or [N, K] -> [N]."""
+    if targets.ndim == 1:
+        targets = F.one_hot(targets, outputs.shape[1])
+    losses = F.binary_cross_entropy_with_logits(outputs, targets.to(outputs.dtype), reduction="none")
+    return losses.sum(dim=1)
 
 
 def _top1(num_classes: int) -> Metric:

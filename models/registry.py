@@ -10,43 +10,36 @@ from torch import nn
 
 # name -> (module, function). Every function takes num_classes and keyword arguments that a recipe may set.
 _MODELS: dict[str, tuple[str, str]] = {
-    name: (".resnet", name) for name in ("resnet_digits", "resnet20", "resnet18", "resnet34", "resnet50", "resnet101")
+    **{
+        name: (".resnet", name)
+        for name in ("resnet_digits", "resnet20", "resnet18", "resnet34", "resnet50", "resnet101")
+    },
+    **{name: (".alexnet", name) for name in ("alexnet", "alexnet_torchvision", "alexnetish")},
+    **{name: (".vit", name) for name in ("vit_b16", "vit_digits")},
 }
-_TORCHVISION = "torchvision."
+# prefix -> module whose `find` takes what follows the prefix.
+_LIBRARIES = {"torchvision.": ".torchvision_models", "timm.": ".timm_models", "hf.": ".hugging_face"}
 
 
 def names() -> list[str]:
-    """Every built-in model's name, sorted; `torchvision.<name>` reaches torchvision's classifiers besides."""
+    """Every built-in model's name, sorted; `torchvision.`, `timm.` and `hf.` reach those libraries' besides."""
     return sorted(_MODELS)
 
 
 def find(name: str) -> Callable[..., nn.Module]:
     """The function that builds model `name`, called with num_classes and the recipe's other settings.
 
-    Raises ValueError with the nearest match when there is none.
+    Raises ValueError with the nearest match when there is none, and for a library that is not installed.
     """
-    if name.startswith(_TORCHVISION):
-        return _find_torchvision(name)
+    for prefix, module in _LIBRARIES.items():
+        if name.startswith(prefix):
+            return import_module(module, __package__).find(name.removeprefix(prefix))
     if name not in _MODELS:
         near = difflib.get_close_matches(name, _MODELS, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"unknown model {name!r}; known: {', '.join(names())}, torchvision.<name>{hint}")
+        raise ValueError(
+            f"unknown model {name!r}; known: {', '.join(names())}, torchvision.<name>, timm.<name>, "
+            f"hf.<id or folder>{hint}"
+        )
     module, function = _MODELS[name]
     return getattr(import_module(module, __package__), function)
-
-
-def _find_torchvision(name: str) -> Callable[..., nn.Module]:
-    import torchvision.models
-
-    known = torchvision.models.list_models(module=torchvision.models)
-    short = name.removeprefix(_TORCHVISION)
-    if short not in known:
-        near = difflib.get_close_matches(short, known, n=1)
-        hint = f"; did you mean torchvision.{near[0]}?" if near else ""
-        raise ValueError(f"torchvision has no classifier {short!r}{hint}")
-
-    def build(*, num_classes: int, dropout: float | None = None) -> nn.Module:
-        settings = {} if dropout is None else {"dropout": dropout}
-        return torchvision.models.get_model(short, weights=None, num_classes=num_classes, **settings)
-
-    return build

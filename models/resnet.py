@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
-from torchvision.models import resnet as torchvision_resnet
 from torchvision.models.resnet import BasicBlock
+
+from models.torchvision_models import build_torchvision
+from models.weights import finish
 
 
 class SmallResNet(nn.Module):
@@ -36,7 +41,14 @@ class SmallResNet(nn.Module):
         return self.fc(torch.flatten(self.avgpool(features), 1))
 
 
-def resnet_digits(*, num_classes: int, width: int = 16, blocks_per_stage: int = 1) -> nn.Module:
+def resnet_digits(
+    *,
+    num_classes: int,
+    width: int = 16,
+    blocks_per_stage: int = 1,
+    weights: str | None = None,
+    gradient_checkpointing: bool = False,
+) -> nn.Module:
     """A ResNet-8 with SiLU for images of 8 to 32 px; about 78,000 parameters at width 16.
 
     With ReLU, a rounding difference that flips the sign of one activation changes the gradient by a jump, and two runs
@@ -44,35 +56,53 @@ def resnet_digits(*, num_classes: int, width: int = 16, blocks_per_stage: int = 
     A smooth activation keeps runs on different machines and numbers of ranks comparable.
 
     width: channels of the first stage (16 or more lets BlurPool see every strided convolution).
+    weights, gradient_checkpointing: as for `resnet50`; weights are a file.
     """
     if width < 1 or blocks_per_stage < 1:
         raise ValueError(f"width {width} and blocks_per_stage {blocks_per_stage} must both be at least 1")
-    return SmallResNet(num_classes=num_classes, width=width, blocks_per_stage=blocks_per_stage, activation=nn.SiLU)
+    model = SmallResNet(num_classes=num_classes, width=width, blocks_per_stage=blocks_per_stage, activation=nn.SiLU)
+    return finish(model, weights, gradient_checkpointing=gradient_checkpointing)
 
 
-def resnet20(*, num_classes: int) -> nn.Module:
-    """The CIFAR ResNet-20 (He 2016), with projection shortcuts; about 0.27 M parameters."""
-    return SmallResNet(num_classes=num_classes, width=16, blocks_per_stage=3)
+def resnet20(*, num_classes: int, weights: str | None = None, gradient_checkpointing: bool = False) -> nn.Module:
+    """The CIFAR ResNet-20 (He 2016), with projection shortcuts; about 0.27 M parameters at 10 classes.
+
+    weights, gradient_checkpointing: as for `resnet50`; weights are a file.
+    """
+    model = SmallResNet(num_classes=num_classes, width=16, blocks_per_stage=3)
+    return finish(model, weights, gradient_checkpointing=gradient_checkpointing)
 
 
-def resnet18(*, num_classes: int, zero_gamma: bool = False) -> nn.Module:
-    """torchvision's ResNet-18 without weights. zero_gamma starts each block as the identity (Goyal 2017)."""
-    return torchvision_resnet.resnet18(num_classes=num_classes, zero_init_residual=zero_gamma)
+def _torchvision_resnet(name: str, parameters: str) -> Callable[..., nn.Module]:
+    def build(
+        *,
+        num_classes: int,
+        zero_init_residual: bool = False,
+        bce_head_bias: bool = False,
+        weights: str | None = None,
+        gradient_checkpointing: bool = False,
+    ) -> nn.Module:
+        model = build_torchvision(name, num_classes=num_classes, zero_init_residual=zero_init_residual)
+        if bce_head_bias:
+            nn.init.constant_(model.get_parameter("fc.bias"), -math.log(num_classes))
+        return finish(model, weights, architecture=name, gradient_checkpointing=gradient_checkpointing)
+
+    build.__name__ = build.__qualname__ = name
+    build.__doc__ = f"""torchvision's {name} (v1.5 where it has bottlenecks): {parameters} parameters for 1000 classes.
+
+    zero_init_residual: start each block as the identity, with zeros in its last norm's weight (Goyal 2017).
+    bce_head_bias: start the classifier's bias at -log(num_classes), so that under binary cross entropy each class has
+        a probability of 1 / (1 + num_classes) at first, where it would be 1/2.
+    weights: torchvision's name for them (IMAGENET1K_V1 ...) or a file; see `models.weights.load_weights`.
+    gradient_checkpointing: compute each block's activations again in the backward pass.
+    """
+    return build
 
 
-def resnet34(*, num_classes: int, zero_gamma: bool = False) -> nn.Module:
-    """torchvision's ResNet-34 without weights. zero_gamma starts each block as the identity (Goyal 2017)."""
-    return torchvision_resnet.resnet34(num_classes=num_classes, zero_init_residual=zero_gamma)
-
-
-def resnet50(*, num_classes: int, zero_gamma: bool = False) -> nn.Module:
-    """torchvision's ResNet-50 (v1.5) without weights. zero_gamma starts each block as the identity (Goyal 2017)."""
-    return torchvision_resnet.resnet50(num_classes=num_classes, zero_init_residual=zero_gamma)
-
-
-def resnet101(*, num_classes: int, zero_gamma: bool = False) -> nn.Module:
-    """torchvision's ResNet-101 (v1.5) without weights. zero_gamma starts each block as the identity (Goyal 2017)."""
-    return torchvision_resnet.resnet101(num_classes=num_classes, zero_init_residual=zero_gamma)
+resnet18 = _torchvision_resnet("resnet18", "11,689,512")
+resnet34 = _torchvision_resnet("resnet34", "21,797,672")
+resnet50 = _torchvision_resnet("resnet50", "25,557,032")
+resnet101 = _torchvision_resnet("resnet101", "44,549,160")
 
 
 def _stage(in_channels: int, channels: int, *, stride: int, num_blocks: int) -> nn.Sequential:

@@ -1,0 +1,102 @@
+"""Gradient checkpointing of residual blocks: less memory for activations, at about a third more arithmetic.
+
+A block is given a subclass of its own class, in place. Parameters, their names, hooks, optimizers and checkpoints never
+notice: the same weights load before and after.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+# torchvision's residual blocks and those of the networks here; by name, so that importing this imports none of them.
+_BLOCKS = {
+    "torchvision.models.resnet.BasicBlock",
+    "torchvision.models.resnet.Bottleneck",
+    "torchvision.models.vision_transformer.EncoderBlock",
+    "torchvision.models.swin_transformer.SwinTransformerBlock",
+    "torchvision.models.swin_transformer.SwinTransformerBlockV2",
+    "torchvision.models.convnext.CNBlock",
+    "torchvision.models.efficientnet.MBConv",
+    "torchvision.models.efficientnet.FusedMBConv",
+    "torchvision.models.regnet.ResBottleneckBlock",
+    "torchvision.models.mobilenetv2.InvertedResidual",
+    "torchvision.models.mobilenetv3.InvertedResidual",
+    "torchvision.models.shufflenetv2.InvertedResidual",
+}
+
+
+def checkpoint_blocks(model: nn.Module) -> nn.Module:
+    """Let every residual block of `model` keep its input alone, and compute the rest again in the backward pass.
+
+    In place; returns the same model. Outputs, gradients, dropout's draws and batch norm's running statistics are what
+    they are without: the second forward pass draws alike, and moves no statistics. Applying it again changes nothing.
+
+    Raises ValueError when the model has no block that is known.
+
+    Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost".
+    """
+    blocks = [module for module in model.modules() if _is_block(module)]
+    if not blocks:
+        raise ValueError(
+            f"gradient_checkpointing is true and {type(model).__name__} has no residual blocks to checkpoint; "
+            "set it to false, or make per_device_microbatch_size smaller to save memory"
+        )
+    for block in blocks:
+        if not isinstance(block, _Checkpointed):
+            block.__class__ = _checkpointed_class(type(block))
+    return model
+
+
+class _Checkpointed(nn.Module):
+    """First base of every changed block's class; the block's former class is the second."""
+
+    def forward(self, values: Tensor) -> Any:
+        if not self.training:
+            return super().forward(values)
+        again = functools.partial(_running_statistics_at_rest, self)
+        return checkpoint(
+            super().forward, values, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), again())
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Classes made at run time cannot be found by name: rebuild this one from the block's former class. Someone
+        # else's subclass of it (a sharding's) is theirs to copy.
+        first, *others = type(self).__bases__
+        if first is not _Checkpointed:
+            return super().__reduce_ex__(protocol)
+        return _rebuild, tuple(others), self.__dict__.copy()
+
+
+def _is_block(module: nn.Module) -> bool:
+    return any(f"{cls.__module__}.{cls.__qualname__}" in _BLOCKS for cls in type(module).__mro__)
+
+
+@contextlib.contextmanager
+def _running_statistics_at_rest(block: nn.Module) -> Iterator[None]:
+    """Batch norms normalize by the batch as before, and leave their running mean and variance alone."""
+    norms = [module for module in block.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    moving = [norm for norm in norms if norm.training]
+    for norm in moving:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in moving:
+            norm.track_running_stats = True
+
+
+@functools.cache
+def _checkpointed_class(cls: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Checkpointed{cls.__name__}", (_Checkpointed, cls), {"__module__": __name__})
+
+
+def _rebuild(cls: type[nn.Module]) -> nn.Module:
+    checkpointed = _checkpointed_class(cls)
+    return checkpointed.__new__(checkpointed)
