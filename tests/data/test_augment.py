@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.transforms.v2 import InterpolationMode, functional
+from torchvision.transforms.v2 import InterpolationMode, TrivialAugmentWide, functional
 from torchvision.transforms.v2 import RandAugment as TorchvisionRandAugment
-from torchvision.transforms.v2 import TrivialAugmentWide
 
 from data import FFCVLoader, Loader, TorchLoader, digits
 from data.augment import (
