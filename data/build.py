@@ -5,18 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from data.beton import report_path
 from data.decode import make_decoder, present_decoders
 from data.ffcv_loader import FFCVLoader
 from data.loader import Loader
+from data.partial import partial_files
 from data.sources import build_source, source_stamp
 from data.write import write_beton
 
 LOADERS = ("auto", "ffcv", "torch")
-_CACHE_VERSION = 1  # raise it when the same settings come to mean other bytes
+_CACHE_VERSION = 2  # raise it when the same settings come to mean other bytes
 _POLL_SECONDS = 0.2
 
 
@@ -29,6 +31,7 @@ def build_loader(
     cache_dir: str | Path = ".cache/brisk",
     path: str | Path | None = None,
     write_settings: dict[str, Any] | None = None,
+    class_names: Sequence[str] | None = None,
     stall_timeout_seconds: float = 300,
     rank: int = 0,
     log: Callable[[str], None] = print,
@@ -44,8 +47,10 @@ def build_loader(
         cache_dir: where the FFCV loader's files go. A source is converted the first time that it is asked for with
             these settings.
         path: a .beton file to use as it is. The source is then not looked at.
-        write_settings: `write_mode`, `max_side_px` and `jpeg_quality` of the conversion. By default pixels for
-            sources that are small by nature, and JPEGs of up to 500 px for image folders.
+        write_settings: `write_mode`, `jpeg_share`, `max_side_px` and `jpeg_quality` of the conversion. By default
+            pixels for sources that are small by nature, and JPEGs of up to 500 px for image folders. Images that
+            cannot be used are left out, and `log` says where they are listed.
+        class_names: those that the model tells apart; data with other classes are refused. None takes any.
         stall_timeout_seconds: rank 0 converts and the other ranks wait; they give up when nothing has been written
             for so long.
         settings: see `Loader`.
@@ -62,13 +67,16 @@ def build_loader(
     if chosen == "torch":
         from data.torch_loader import TorchLoader  # imports torchvision, which the other loader does not need
 
-        return TorchLoader(build_source(source, **source_settings), **settings)
+        images = build_source(source, **source_settings)
+        _refuse_other_classes(images.class_names, class_names, images.name)
+        return TorchLoader(images, **settings)
     if path is None:
         path = _converted(
             source, source_settings, write_settings or default_write_settings(source), Path(cache_dir),
             rank=rank, stall_timeout_seconds=stall_timeout_seconds, log=log,
         )  # fmt: skip
     made = FFCVLoader(path, **settings)
+    _refuse_other_classes(made.class_names, class_names, str(path), named=made.described)
     if not made.described and rank == 0:
         log(f"{path} has no description beside it: using class numbers as names, and ImageNet's mean and std")
     return made
@@ -106,6 +114,21 @@ def _choose(loader: str, path: str | Path | None, log: Callable[[str], None]) ->
     return loader
 
 
+def _refuse_other_classes(
+    found: Sequence[str], expected: Sequence[str] | None, what: str, *, named: bool = True
+) -> None:
+    if expected is None or (tuple(found) == tuple(expected) if named else len(found) <= len(expected)):
+        return
+    repair = "give data of the same classes, or the model as many as the data has"
+    if len(found) != len(expected):
+        raise ValueError(f"{what} has labels of {len(found)} classes, and the model has {len(expected)}: {repair}")
+    label = next(i for i, names in enumerate(zip(found, expected, strict=True)) if names[0] != names[1])
+    raise ValueError(
+        f"{what} has other classes than the model: label {label} is {found[label]!r} there and {expected[label]!r} "
+        f"here: {repair}"
+    )
+
+
 def _converted(
     source: str,
     source_settings: dict[str, Any],
@@ -123,7 +146,11 @@ def _converted(
         images = build_source(source, **source_settings)
         log(f"converting {len(images)} images of {images.name} to {path}")
         # Two processes that get here together write the same bytes under names of their own; the later one wins.
-        return write_beton(images, path, about={"built_from": source, "settings": source_settings}, **write_settings)
+        about = {"built_from": source, "settings": source_settings}
+        write_beton(images, path, strict=False, about=about, **write_settings)
+        if report_path(path).is_file():
+            log(f"some images cannot be used and are left out; they are listed in {report_path(path)}")
+        return path
     _wait_for(path, stall_timeout_seconds=stall_timeout_seconds)
     return path
 
@@ -131,7 +158,7 @@ def _converted(
 def _wait_for(path: Path, *, stall_timeout_seconds: float) -> None:
     last_change, last_size = time.monotonic(), -1
     while not path.is_file():
-        size = sum(_size_or_zero(p) for p in path.parent.glob(f"{path.name}.*.partial"))
+        size = sum(_size_or_zero(p) for p in partial_files(path))
         if size != last_size:
             last_change, last_size = time.monotonic(), size
         if time.monotonic() - last_change > stall_timeout_seconds:

@@ -5,51 +5,94 @@ from __future__ import annotations
 import argparse
 import ast
 import sys
+import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from data.beton import Beton, report_path
 from data.build import default_write_settings
-from data.sources import SOURCES, build_source
-from data.write import write_beton
+from data.sources import SOURCES, SPLITS, FolderSource, build_source
+from data.write import WRITE_MODES, write_beton
+
+INTERRUPTED = 130  # exit status: 128 and the number of SIGINT
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Convert a source to a .beton file; returns the exit status: 0, or 2 for a mistake that the message explains."""
+    """Convert a source to a .beton file; returns the exit status: 0, 2 for a mistake that the message explains, 130
+    for Ctrl-C."""
     args = _parser().parse_args(arguments)
+    warnings.filterwarnings("ignore", module="PIL")  # of files that are found wanting anyway, one line each
     try:
-        name, settings = _source(args)
-        source = build_source(name, **settings)
-        written_as = default_write_settings(name) | _given(args)
-        print(f"{source.name}: {len(source)} images of {len(source.class_names)} classes", flush=True)
-        path = write_beton(
-            source, args.out, num_workers=args.workers, about={"built_from": name, "settings": settings}, **written_as
-        )
-    except (ValueError, OSError, ModuleNotFoundError) as error:
+        _convert(args)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted: {args.out} was not written", file=sys.stderr)
+        return INTERRUPTED
+    except OSError as error:
+        print(f"error: {_os_error(error, args.out)}", file=sys.stderr)
+        return 2
+    except (ValueError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, description in {path}.json")
     return 0
+
+
+def _convert(args: argparse.Namespace) -> None:
+    name, settings = _source(args)
+    source = build_source(name, **settings)
+    written_as = default_write_settings(name) | _given(args)
+    print(f"{source.name}: {len(source)} images of {len(source.class_names)} classes", flush=True)
+    if isinstance(source, FolderSource) and source.passed_over:
+        print(f"{source.passed_over} files are no images by their names and are passed over", flush=True)
+    start = time.perf_counter()
+    path = write_beton(
+        source,
+        args.out,
+        num_workers=args.workers,
+        strict=args.strict,
+        about={"built_from": name, "settings": settings},
+        **written_as,
+    )
+    print(_summary(path, time.perf_counter() - start))
+
+
+def _summary(path: Path, seconds: float) -> str:
+    sidecar = Beton(path).sidecar
+    num_images, stored = sidecar["num_samples"], sidecar["stored"]
+    words = {"as it was": "JPEGs stored as they were", "jpeg": "encoded as JPEGs", "raw": "stored as pixels"}
+    lines = [
+        f"{path}: {num_images} images, {path.stat().st_size / 1e6:.1f} MB, in {seconds:.1f} s "
+        f"({num_images / seconds:.0f} images/s); " + ", ".join(f"{stored[how]} {words[how]}" for how in sorted(stored))
+    ]
+    if sidecar["converted"]:
+        lines.append("made RGB: " + ", ".join(f"{count} {kind}" for kind, count in sidecar["converted"].items()))
+    if sidecar["left_out"]:
+        lines.append(f"{sidecar['left_out']} images left out, listed with the reasons in {report_path(path)}")
+    return "\n".join(lines)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m data.convert",
-        description="Write images to a .beton file for the FFCV loader.",
+        description="Write images to a .beton file for the FFCV loader. JPEGs that need no change are stored as they "
+        "are. Images that cannot be used are left out and listed in OUT.report.txt.",
         epilog="example: python -m data.convert /data/imagenet imagenet-train.beton --split train --max-side 500",
     )
     parser.add_argument("source", help=f"a folder with one folder a class, or one of: {', '.join(sorted(SOURCES))}")
     parser.add_argument("out", type=Path, help="the file to write, usually ending in .beton")
-    parser.add_argument(
-        "--split", choices=("train", "eval"), help="of a folder: its train/, or its val/ (eval/, test/)"
-    )
+    parser.add_argument("--split", choices=SPLITS, help="of a folder: its train/, its val/ (valid/, eval/), its test/")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the source")
-    parser.add_argument("--write-mode", choices=("raw", "jpg"), help="default: jpg for folders, raw for the others")
+    parser.add_argument("--write-mode", choices=WRITE_MODES, help="default: jpg for folders, raw for the others")
+    parser.add_argument(
+        "--jpeg-share", type=float, metavar="SHARE", help="store this share as JPEGs and the rest as pixels (0..1)"
+    )
     parser.add_argument(
         "--max-side", type=int, metavar="PX", help="make larger images smaller (folders: 500; 0: never)"
     )
-    parser.add_argument("--jpeg-quality", type=int, metavar="Q", help="1..100 (default 90)")
-    parser.add_argument("--workers", type=int, default=2, metavar="N", help="threads (default 2)")
+    parser.add_argument("--jpeg-quality", type=int, metavar="Q", help="1..100 (default 90), of what is encoded")
+    parser.add_argument("--workers", type=int, metavar="N", help="threads (default: one a core)")
+    parser.add_argument("--strict", action="store_true", help="refuse images that cannot be used")
     return parser
 
 
@@ -70,9 +113,20 @@ def _source(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
 
 def _given(args: argparse.Namespace) -> dict[str, Any]:
-    given = {"write_mode": args.write_mode, "jpeg_quality": args.jpeg_quality}
+    given = {"write_mode": args.write_mode, "jpeg_share": args.jpeg_share, "jpeg_quality": args.jpeg_quality}
     given = {key: value for key, value in given.items() if value is not None}
+    if args.jpeg_share is not None:
+        if args.write_mode not in (None, "proportion"):
+            raise ValueError(f"--jpeg-share and --write-mode {args.write_mode}: give one of them")
+        given["write_mode"] = "proportion"
     return given if args.max_side is None else given | {"max_side_px": args.max_side or None}
+
+
+def _os_error(error: OSError, out: Path) -> str:
+    if error.errno is None:  # one of ours, which says everything
+        return str(error)
+    where = f" ({error.filename})" if error.filename else ""
+    return f"{out} cannot be written: {error.strerror}{where}. Nothing was written; free space, or write elsewhere"
 
 
 if __name__ == "__main__":

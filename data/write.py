@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import zlib
 from collections import Counter
 from collections.abc import Iterable
@@ -62,7 +63,7 @@ def write_beton(
     source: Source,
     path: str | Path,
     *,
-    num_workers: int = 2,
+    num_workers: int | None = None,
     write_mode: str = "raw",
     jpeg_share: float = 0.5,
     max_side_px: int | None = None,
@@ -77,7 +78,7 @@ def write_beton(
     decoded whole. All others are decoded (see `data.image_file`), made smaller where that is asked for, and encoded.
 
     Args:
-        num_workers: threads that read, resize and encode; 0 does it in this one.
+        num_workers: threads that read, resize and encode; 0 does it in this one, None takes one a core.
         write_mode: "raw" keeps pixels (largest, fastest to read), "jpg" compresses them, "proportion" compresses a
             share of the images, chosen by a hash of their number.
         jpeg_share: that share, 0..1.
@@ -94,6 +95,7 @@ def write_beton(
         OSError: `path` cannot be written, the disk is full.
     """
     path = Path(path)
+    num_workers = _num_cores() if num_workers is None else num_workers
     settings = {
         "write_mode": write_mode,
         "jpeg_share": {"raw": 0.0, "jpg": 1.0}.get(write_mode, jpeg_share),
@@ -385,6 +387,11 @@ def _write_report(path: Path, left_out: list[_LeftOut]) -> None:
         for item in left_out:
             what = item.what.replace("\n", "\\n").replace("\t", "\\t")
             file.write(f"{what}\t{' '.join(item.reason.split())}\n".encode(errors="backslashreplace"))
+
+
+def _num_cores() -> int:
+    # Those that this process may use, which on a shared machine may be fewer than there are.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _least_median_most(values: np.ndarray) -> list[int]:
