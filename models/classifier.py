@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
-import torch
 from composer.models import ComposerModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
+
+from models.summary import count_forward_macs as count_forward_macs
+from models.summary import count_parameters as count_parameters
 
 Loss = Literal["cross_entropy", "binary_cross_entropy"]
 Batch = tuple[Tensor, Tensor]  # images [N, 3, S, S], targets [N] class indices or [N, K] probabilities
@@ -72,27 +74,6 @@ class ImageClassifier(ComposerModel):
         if self.loss_name == "cross_entropy":
             return F.cross_entropy(outputs, targets, reduction="none")
         return _binary_cross_entropy(outputs, targets)
-
-
-def count_parameters(module: nn.Module) -> int:
-    """Number of scalars in the parameters of `module`, shared ones once."""
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-@torch.no_grad()
-def count_forward_macs(module: nn.Module, *, image_size: int) -> int:
-    """Multiply-adds of one image's forward pass at `image_size` px: those of convolutions and matrix products.
-
-    Counted by running the network on meta tensors, so it costs no memory and leaves the network as it is.
-    """
-    from copy import deepcopy
-
-    from torch.utils.flop_counter import FlopCounterMode
-
-    shadow = deepcopy(module).to("meta").eval()
-    with FlopCounterMode(display=False) as counter:
-        shadow(torch.empty(1, 3, image_size, image_size, device="meta"))
-    return counter.get_total_flops() // 2
 
 
 def _binary_cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:

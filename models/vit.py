@@ -48,7 +48,7 @@ class VisionTransformer(nn.Module):
         self.conv_proj = nn.Conv2d(3, hidden_dim, patch_size, stride=patch_size)
         self.class_token = nn.Parameter(torch.zeros(1, 1, hidden_dim))
         blocks = (EncoderBlock(num_heads, hidden_dim, mlp_dim, dropout, attention_dropout) for _ in range(num_layers))
-        self.encoder = _Encoder(blocks, num_tokens=1 + (image_size // patch_size) ** 2, dim=hidden_dim, dropout=dropout)
+        self.encoder = Encoder(blocks, num_tokens=1 + (image_size // patch_size) ** 2, dim=hidden_dim, dropout=dropout)
         self.heads = nn.Sequential(OrderedDict(head=nn.Linear(hidden_dim, num_classes)))
         _initialize(self)
 
@@ -64,7 +64,7 @@ class VisionTransformer(nn.Module):
         return self.heads(self.encoder(tokens, (rows, columns))[:, 0])
 
 
-class _Encoder(nn.Module):
+class Encoder(nn.Module):
     """Adds positions to tokens [N, T, D], and runs the blocks."""
 
     def __init__(self, blocks: Iterable[nn.Module], *, num_tokens: int, dim: int, dropout: float) -> None:
