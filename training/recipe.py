@@ -23,7 +23,8 @@ class TrainData:
     image_size: int = MISSING  # px, where no algorithm sets another
     global_batch_size: int | None = None
     per_device_batch_size: int | None = None
-    per_device_microbatch_size: int | None = None  # images of one forward pass; null: the whole batch
+    # Images of one forward pass. null: the whole batch; auto: halved until it fits the GPU's memory.
+    per_device_microbatch_size: int | str | None = None
     loader: LoaderName = "auto"
     path: str | None = None  # a .beton of one's own; null: converted from the source at first use
     num_workers: int = 2
@@ -62,21 +63,44 @@ class Duration:
 
 
 @dataclass
-class Parallelism:
-    """none: one process. ddp: as many as the launcher starts. sync_batchnorm: statistics over all ranks' images."""
+class FSDP:
+    """How `strategy: fsdp` shards; see training/parallel.py."""
 
-    strategy: Literal["none", "ddp"] = "ddp"
+    version: Literal[1, 2] = 2
+    replicas: int = 1  # HSDP: whole copies of the model; ranks / replicas shard each. 1: all ranks shard one copy
+    reshard_after_forward: bool = True  # false: keep the gathered weights until backward; more memory, less traffic
+    # What weights are gathered, and gradients reduced, in. full: float32. default: the run's precision, and float32.
+    # pure: the run's precision, both.
+    mixed_precision: Literal["full", "default", "pure"] = "full"
+
+
+@dataclass
+class Parallelism:
+    """The engine, and nothing else: the rest of a recipe means the same under each.
+
+    strategy: none is one process; ddp as many as the launcher starts; fsdp shards weights, gradients and optimizer
+        state over them; deepspeed does so with ZeRO. sync_batchnorm: statistics over all ranks' images.
+    """
+
+    strategy: Literal["none", "ddp", "fsdp", "deepspeed"] = "ddp"
     sync_batchnorm: bool = False
+    fsdp: FSDP = field(default_factory=FSDP)
+    deepspeed: Any = None  # DeepSpeed's own JSON settings, less what the recipe says elsewhere
+    lost_rank_timeout_seconds: float = 40.0  # how long a rank may be silent before the others end the run
 
 
 @dataclass
 class Checkpoints:
-    """latest.pt at every interval, best.pt by held-out top-1, ep<N>.pt every keep_every_epochs."""
+    """latest.pt at every interval, best.pt by held-out top-1, ep<N>.pt every keep_every_epochs.
+
+    sharded: each rank writes its part, and the names stand for folders; needs a file system that all ranks share.
+    """
 
     every_epochs: int = 1
     every_steps: int | None = None
     keep_every_epochs: int | None = None
     keep_best: bool = True
+    sharded: bool = False
 
 
 @dataclass
@@ -172,7 +196,7 @@ def recipe_from(raw: dict[str, Any]) -> Recipe:
         epochs=top["duration"]["epochs"],
         precision=top["precision"],
         device=top["device"],
-        parallelism=Parallelism(**top["parallelism"]),
+        parallelism=Parallelism(**{**top["parallelism"], "fsdp": FSDP(**top["parallelism"]["fsdp"])}),
         logging=Logging(**top["logging"]),
         checkpoints=Checkpoints(**top["checkpoints"]),
         seed=top["seed"],
@@ -307,11 +331,13 @@ def _check_ranges(top: dict[str, Any]) -> None:
         "data.train.num_workers": train["num_workers"],
         "data.train.global_batch_size": train["global_batch_size"],
         "data.train.per_device_batch_size": train["per_device_batch_size"],
-        "data.train.per_device_microbatch_size": train["per_device_microbatch_size"],
+        "data.train.per_device_microbatch_size": _unless_auto(train["per_device_microbatch_size"]),
         "data.eval.image_size": evaluation["image_size"],
         "data.eval.num_workers": evaluation["num_workers"],
         "data.eval.per_device_batch_size": evaluation["per_device_batch_size"],
         "data.eval.every_epochs": evaluation["every_epochs"],
+        "parallelism.fsdp.replicas": top["parallelism"]["fsdp"]["replicas"],
+        "parallelism.lost_rank_timeout_seconds": top["parallelism"]["lost_rank_timeout_seconds"],
         **{
             f"checkpoints.{key}": top["checkpoints"][key]
             for key in ("every_epochs", "every_steps", "keep_every_epochs")
@@ -328,6 +354,17 @@ def _check_ranges(top: dict[str, Any]) -> None:
         raise RecipeError("data.eval.crop_ratio", f"is {evaluation['crop_ratio']}; it must lie in (0, 1]")
     if not 0 <= train["flip_probability"] <= 1:
         raise RecipeError("data.train.flip_probability", f"is {train['flip_probability']}; it must lie in [0, 1]")
+
+
+def _unless_auto(microbatch_size: int | str | None) -> int | None:
+    if not isinstance(microbatch_size, str):
+        return microbatch_size
+    if microbatch_size != "auto":
+        raise RecipeError(
+            "data.train.per_device_microbatch_size",
+            f"is {microbatch_size!r}; it must be a whole number, auto, or null for the whole batch",
+        )
+    return None
 
 
 def _plain(value: Any) -> Any:

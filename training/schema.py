@@ -138,6 +138,8 @@ def _described(hint: Any) -> str:
         inner = [arg for arg in get_args(hint) if arg is not Ellipsis]
         count = "any number" if Ellipsis in get_args(hint) else str(len(inner))
         text = f"a list of {count} values, each {_described(inner[0])}"
+    elif get_origin(hint) in (Union, types.UnionType):
+        text = " or ".join(_described(part) for part in get_args(hint))
     elif get_origin(hint) is list:
         text = f"a list, each item {_described(get_args(hint)[0])}"
     else:

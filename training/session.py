@@ -19,7 +19,7 @@ from composer.loggers import Logger
 from composer.utils import dist, get_device, reproducibility
 
 from training import report
-from training.build import build_loaders, build_trainer, data_facts, resolve_device
+from training.build import DataFacts, build_loaders, build_trainer, data_facts, resolve_device
 from training.checkpoints import Checkpoints, find_latest
 from training.plan import Plan, format_plan, make_plan, without_algorithms
 from training.progress import ProgressBar
@@ -59,10 +59,28 @@ def train(recipe: Recipe, *, say: Callable[[str], None] = print) -> Result:
     """
     _start_distributed(recipe)
     say = say if dist.get_global_rank() == 0 else _silent
+    engine = _deepspeed_engine() if recipe.parallelism.strategy == "deepspeed" else _train_with_composer
     facts = data_facts(recipe)
     plan = make_plan(recipe, facts, world_size=dist.get_world_size())
     load_path = _prepare_run_dir(recipe, say)
     loaders = build_loaders(recipe, rank=dist.get_global_rank(), world_size=dist.get_world_size(), say=say)
+    history, seconds = engine(recipe, plan, facts, loaders, load_path=load_path, say=say)
+    result = _result(recipe, plan, history, seconds=seconds, resumed=load_path is not None)
+    if dist.get_global_rank() == 0:
+        _write_results(recipe, result)
+    return result
+
+
+def _train_with_composer(
+    recipe: Recipe,
+    plan: Plan,
+    facts: DataFacts,
+    loaders: tuple[Any, Any],
+    *,
+    load_path: str | None,
+    say: Callable[[str], None],
+) -> tuple[History, float]:
+    """Returns what was recorded, and the seconds that training took. Every engine's function has this signature."""
     recorder = Recorder(recipe.run_dir)
     trainer = build_trainer(
         recipe,
@@ -73,10 +91,18 @@ def train(recipe: Recipe, *, say: Callable[[str], None] = print) -> Result:
         world_size=dist.get_world_size(),
     )
     seconds = _fit(trainer, recipe, say)
-    result = _result(recipe, plan, recorder, seconds=seconds, resumed=load_path is not None)
-    if dist.get_global_rank() == 0:
-        _write_results(recipe, result)
-    return result
+    return recorder.history, seconds
+
+
+def _deepspeed_engine() -> Callable[..., tuple[History, float]]:
+    try:
+        from training.deepspeed import train_deepspeed  # pyright: ignore[reportMissingImports]
+    except ModuleNotFoundError as error:
+        raise RecipeError(
+            "parallelism.strategy",
+            f"is deepspeed, and {error.name} is not installed; pip install 'brisk-vision[deepspeed]', or use fsdp",
+        ) from None
+    return train_deepspeed
 
 
 def compare(recipe: Recipe, *, say: Callable[[str], None] = print) -> str:
@@ -155,9 +181,9 @@ def _restore_random_state(trainer: Trainer) -> None:
         trainer._rng_state = None
 
 
-def _result(recipe: Recipe, plan: Plan, recorder: Recorder, *, seconds: float, resumed: bool) -> Result:
+def _result(recipe: Recipe, plan: Plan, history: History, *, seconds: float, resumed: bool) -> Result:
     summary = report.summarize(
-        recorder.history,
+        history,
         run_name=recipe.run_name,
         seconds=seconds,
         parameters=plan.parameters,
@@ -167,7 +193,7 @@ def _result(recipe: Recipe, plan: Plan, recorder: Recorder, *, seconds: float, r
         resumed=resumed,
         forward_macs=plan.forward_macs,
     )
-    return Result(history=recorder.history, summary=summary)
+    return Result(history=history, summary=summary)
 
 
 def _write_results(recipe: Recipe, result: Result) -> None:
