@@ -51,7 +51,8 @@ def open_image(data: bytes) -> Image:
 def rgb_pixels(image: Image, *, max_side_px: int | None = None) -> np.ndarray:
     """Decode to uint8 [height, width, 3], upright, its longer side at most `max_side_px`.
 
-    A JPEG of at least twice that size is decoded at 1/2, 1/4 or 1/8; the rest of the way is averaging.
+    Smaller images are averages of whole ones: decoding a JPEG at 1/2 of its size would be faster, and differs from the
+    average by up to 6 levels of 255 in the mean on photographs with fine detail, for as long as the file is used.
 
     Raises:
         UnusableImage: the file is cut short or damaged, or its values have no known range.
@@ -60,8 +61,6 @@ def rgb_pixels(image: Image, *, max_side_px: int | None = None) -> np.ndarray:
 
     size = fitted_size(image.size, max_side_px)
     try:
-        if image.format == "JPEG" and image.mode in ("L", "RGB") and size != image.size:
-            image.draft(image.mode, size)
         # Turning moves whole pixels, so it can wait until there are fewer.
         upright = ImageOps.exif_transpose(shrink(_rgb(image), size))
         return np.array(upright)

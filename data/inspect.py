@@ -86,7 +86,7 @@ def verify(beton: Beton, *, num_workers: int = 2) -> str:
         return f"all {len(beton):,} images decode; there is no checksum to compare them with"
     checksum = 0
     for index in indices:
-        checksum = zlib.crc32(memoryview(beton.image_bytes(int(index))), checksum)
+        checksum = zlib.crc32(beton.image_bytes(int(index)).data, checksum)
     if checksum != expected:
         raise ValueError(
             f"the images of {beton.path} decode, but are not those that {sidecar_path(beton.path)} describes: checksum "

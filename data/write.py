@@ -240,7 +240,7 @@ def _encode_file(path: Path, store: Any, as_jpeg: bool, max_side_px: int | None,
     kept = as_jpeg and fitted_size(image.size, max_side_px) == image.size and len(data) <= PAGE_BYTES
     kept = kept and is_plain_jpeg(image, data) and _decodes_whole(image, data)
     if not kept:
-        # Statistics are of images as they are, so those that are looked at are not decoded at a smaller size.
+        # Statistics are of images as they are, not as they are stored.
         pixels = rgb_pixels(image, max_side_px=None if sample else max_side_px)
         return store(pixels, needed, channel_sums(pixels) if sample else None)
     sums = channel_sums(rgb_pixels(image)) if sample else None
