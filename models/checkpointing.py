@@ -80,16 +80,19 @@ def _is_block(module: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def _running_statistics_at_rest(block: nn.Module) -> Iterator[None]:
-    """Batch norms normalize by the batch as before, and leave their running mean and variance alone."""
-    norms = [module for module in block.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
-    moving = [norm for norm in norms if norm.training]
-    for norm in moving:
-        norm.track_running_stats = False
+    """Batch norms move copies of their running mean and variance, which are dropped.
+
+    Without running statistics a norm would save fewer tensors than it did the first time, which torch refuses.
+    """
+    norms = [module for module in block.modules() if isinstance(module, _BatchNorm)]
+    own = [dict(norm._buffers) for norm in norms]
+    for norm, buffers in zip(norms, own, strict=True):
+        norm._buffers.update({name: None if b is None else b.clone() for name, b in buffers.items()})
     try:
         yield
     finally:
-        for norm in moving:
-            norm.track_running_stats = True
+        for norm, buffers in zip(norms, own, strict=True):
+            norm._buffers.update(buffers)
 
 
 @functools.cache
