@@ -210,8 +210,12 @@ def empty_images(num_images: int, image_size: int, *, pinned: bool = False) -> t
 
     pinned: in memory that a GPU reads by itself; torch keeps it for the next batch once the copy is done.
     """
-    memory = torch.empty((num_images, image_size, image_size, 3), dtype=torch.uint8, pin_memory=pinned)
-    return memory.permute(0, 3, 1, 2), memory.numpy()
+    shape = (num_images, image_size, image_size, 3)
+    if pinned:
+        images = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+    else:
+        images = torch.from_numpy(np.empty(shape, dtype=np.uint8))  # numpy asks for huge pages, torch does not
+    return images.permute(0, 3, 1, 2), images.numpy()
 
 
 def _whole(value: int, what: str, unit: str) -> int:

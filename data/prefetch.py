@@ -9,29 +9,28 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
-_AHEAD = 2  # results that wait for the consumer, beside the one that each worker is busy with
-
 
 class PrefetchIterator(Generic[T]):
     """Results of `tasks` in their order, `num_workers` of them worked on at a time.
 
-    At most `num_workers + 2` results exist ahead of the consumer. What a task raises is raised by `next()`, after
-    which the iterator is closed. Threads end when the tasks do, on `close()`, and when the iterator is dropped; each
-    finishes the one task that it is busy with.
+    At most `num_workers + num_ahead` results exist ahead of the consumer. What a task raises is raised by `next()`,
+    after which the iterator is closed. Threads end when the tasks do, on `close()`, and when the iterator is dropped;
+    each finishes the one task that it is busy with.
 
     Args:
         tasks: functions without arguments. Asked for the next one in the consumer's thread.
         num_workers: threads; 0 runs each task when its result is asked for.
+        num_ahead: results that may wait for the consumer, beside the one that each worker is busy with.
     """
 
-    def __init__(self, tasks: Iterable[Callable[[], T]], *, num_workers: int) -> None:
+    def __init__(self, tasks: Iterable[Callable[[], T]], *, num_workers: int, num_ahead: int = 2) -> None:
         self._tasks = iter(tasks)
         self._pending: deque[Future[T]] = deque()
         self._state = "open"
         self._pool = ThreadPoolExecutor(num_workers, thread_name_prefix="brisk-data") if num_workers else None
         if self._pool is not None:
             try:
-                for _ in range(num_workers + _AHEAD):
+                for _ in range(num_workers + num_ahead):
                     self._submit(self._pool)
             except BaseException:
                 self.close()

@@ -73,7 +73,7 @@ def test_epochs_differ_and_repeat_with_the_seed(make: Make):
     assert not torch.equal(next(iter(make(seed=6)))[1], first[0][1])
 
 
-@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize("num_workers", [1, 2, 7])
 def test_workers_do_not_matter(make: Make, num_workers: int):
     here, elsewhere = make(), make(num_workers=num_workers)
     for size in (16, 8):  # the second pass meets workers that are alive already
