@@ -15,7 +15,7 @@ from data.ffcv_loader import FFCVLoader
 from data.loader import Loader
 from data.partial import partial_files
 from data.sources import build_source, source_stamp
-from data.write import write_beton
+from data.write import default_write_settings, write_beton
 
 LOADERS = ("auto", "ffcv", "torch")
 _CACHE_VERSION = 2  # raise it when the same settings come to mean other bytes
@@ -80,13 +80,6 @@ def build_loader(
     if not made.described and rank == 0:
         log(f"{path} has no description beside it: using class numbers as names, and ImageNet's mean and std")
     return made
-
-
-def default_write_settings(source: str) -> dict[str, Any]:
-    """How `source` is stored unless it is said: photographs as JPEGs of up to 500 px, small images as pixels."""
-    if source == "folder":
-        return {"write_mode": "jpg", "max_side_px": 500, "jpeg_quality": 90}
-    return {"write_mode": "raw", "max_side_px": None}
 
 
 def cached_beton_path(

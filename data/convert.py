@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from data.beton import Beton, report_path
-from data.build import default_write_settings
 from data.sources import SOURCES, SPLITS, FolderSource, build_source
-from data.write import WRITE_MODES, write_beton
+from data.write import WRITE_MODES, default_write_settings, write_beton
 
 INTERRUPTED = 130  # exit status: 128 and the number of SIGINT
 

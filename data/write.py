@@ -145,6 +145,13 @@ def write_beton(
     return path
 
 
+def default_write_settings(source: str) -> dict[str, Any]:
+    """How `source` is stored unless it is said: photographs as JPEGs of up to 500 px, small images as pixels."""
+    if source == "folder":
+        return {"write_mode": "jpg", "max_side_px": 500, "jpeg_quality": 90}
+    return {"write_mode": "raw", "max_side_px": None}
+
+
 class _Encoded(NamedTuple):
     stored: bytes
     how: str  # "as it was", "jpeg" or "raw"
