@@ -106,30 +106,27 @@ def load_pickle(data: bytes) -> Any:
         raise ValueError(f"the pickle cannot be read: {error}") from error
 
 
-class _Unpickler(pickle.Unpickler):
-    # How numpy's arrays pickle themselves, in its old and its new module.
-    _ARRAYS = frozenset(
-        {
-            ("numpy", "dtype"),
-            ("numpy", "ndarray"),
-            ("numpy.core.multiarray", "_reconstruct"),
-            ("numpy._core.multiarray", "_reconstruct"),
-        }
-    )
+_ARRAY = object()  # stands for numpy's class, which a pickle must name, and could otherwise call
 
+
+class _Unpickler(pickle.Unpickler):
     def find_class(self, module_name: str, global_name: str, /) -> Any:
-        if (module_name, global_name) not in self._ARRAYS:
-            raise ValueError(f"it wants {module_name}.{global_name}, and only arrays of numbers are read")
-        if global_name == "_reconstruct":
+        name = f"{module_name}.{global_name}"
+        # How numpy's arrays pickle themselves, in its old and its new module.
+        if name in ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct"):
             return _empty_array
-        return getattr(np, global_name)
+        if name == "numpy.ndarray":
+            return _ARRAY
+        if name == "numpy.dtype":
+            return np.dtype
+        raise ValueError(f"it wants {name}, and only arrays of numbers are read")
 
 
 def _empty_array(kind: Any, shape: Any, dtype: Any) -> np.ndarray:
     # numpy's own would take any shape and type here; its arrays write (0,) and b"b", and say the real ones afterwards.
-    if kind is not np.ndarray or shape != (0,):
-        raise ValueError(f"an array of kind {kind} and shape {shape} is not how numpy writes one")
-    return np.ndarray.__new__(np.ndarray, (0,), np.int8)
+    if kind is not _ARRAY or shape != (0,):
+        raise ValueError(f"an array of shape {shape} is not how numpy writes one")
+    return np.ndarray((0,), np.int8)
 
 
 def _archive(files: _Files, root: Path, *, download: bool) -> Path:
