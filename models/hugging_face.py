@@ -5,8 +5,10 @@ Shapes: N images, K classes.
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -88,7 +90,7 @@ def build_hugging_face(
             if not _is_folder(name):
                 find_file(name, _WEIGHTS)
             model = _load(AutoModelForImageClassification, name, folder, settings)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:  # transformers has no error of its own
         raise ValueError(f"hf.{name} cannot be built: {_first_sentence(error)}") from None
     if gradient_checkpointing:
         if not model.supports_gradient_checkpointing:
@@ -125,10 +127,13 @@ def find_file(name: str, file: str) -> Path:
 
 
 def _load(kind: Any, name: str, folder: Path, settings: dict[str, Any]) -> Any:
-    model, info = kind.from_pretrained(
-        folder, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True, **settings
-    )
-    fresh = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
+    with _quiet_transformers():  # it says in four lines what is said below in one
+        model, info = kind.from_pretrained(
+            folder, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True, **settings
+        )
+    # Names, which came with their shapes before transformers 4.51.
+    misshapen = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]
+    fresh = [*info["missing_keys"], *misshapen]
     head = {id(parameter) for parameter in _classifier_parameters(model)}
     parameters = dict(model.named_parameters())
     wrong = [key for key in fresh if key not in parameters or id(parameters[key]) not in head]
@@ -139,6 +144,18 @@ def _load(kind: Any, name: str, folder: Path, settings: dict[str, Any]) -> Any:
     return model
 
 
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    from transformers.utils import logging as transformers_logging
+
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+
+
 def _classifier_parameters(model: nn.Module) -> list[nn.Parameter]:
     # The architectures call it classifier, or cls_classifier and distillation_classifier (DeiT, LeViT).
     heads = [child for name, child in model.named_children() if "classifier" in name or name in ("head", "fc")]
@@ -146,8 +163,6 @@ def _classifier_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def _interpolates(network: nn.Module) -> bool:
-    import inspect
-
     return "interpolate_pos_encoding" in inspect.signature(network.forward).parameters
 
 
