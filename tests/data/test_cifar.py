@@ -123,7 +123,7 @@ def test_a_share_of_the_training_images_for_evaluation(published):
 
 
 def test_the_archive_is_fetched_and_unpacked(published, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    name, root, images, _ = published
+    name, _, images, _ = published
     fresh = tmp_path / "fresh"
     assert np.array_equal(held(source(name, fresh))[0], images[:NUM_TRAIN])
     files = data.cifar._CIFAR[name]
@@ -137,13 +137,11 @@ def test_without_files_and_network(published, tmp_path: Path, monkeypatch: pytes
     name, _, _, _ = published
     files = data.cifar._CIFAR[name]
     empty = tmp_path / "empty"
-    with pytest.raises(
-        FileNotFoundError, match=f"no {files.title} in .*empty, and download is off: put {files.archive}"
-    ):
+    with pytest.raises(FileNotFoundError, match=f"no {files.title} in .*, and download is off: put {files.archive}"):
         source(name, empty, download=False)
     missing = dataclasses.replace(files, url=(tmp_path / "nowhere" / files.archive).as_uri())
     monkeypatch.setitem(data.cifar._CIFAR, name, missing)
-    with pytest.raises(FileNotFoundError, match="cannot be downloaded .*No such file.*: put .* into .*empty, from"):
+    with pytest.raises(FileNotFoundError, match=r"cannot be downloaded .*No such file.*: put .* into .*empty, from"):
         source(name, empty)
     assert list(empty.iterdir()) == []
 
@@ -181,7 +179,7 @@ class Runs:
 def test_pickles_of_strangers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     for value in (Runs(), {b"data": [Runs()]}):
-        with pytest.raises(ValueError, match="it wants .*system, and only arrays of numbers are read"):
+        with pytest.raises(ValueError, match=r"it wants .*system, and only arrays of numbers are read"):
             load_pickle(pickle.dumps(value))
     huge = b"\x80\x02cnumpy\nndarray\nJ\x00\x00\x00\x7f\x85R."  # numpy.ndarray(2**31 - 2**24) outright
     shaped = b"\x80\x02cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nJ\x00\x00\x00\x7f\x85U\x01b\x87R."

@@ -10,7 +10,16 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from data.sources import ArraySource, build_source, channel_statistics, digits, folder, source_stamp, synthetic
+from data.sources import (
+    ArraySource,
+    FolderSource,
+    build_source,
+    channel_statistics,
+    digits,
+    folder,
+    source_stamp,
+    synthetic,
+)
 
 
 def image_folder(root: Path, *, classes: tuple[str, ...] = ("bee", "ant"), images: int = 2) -> Path:
@@ -79,6 +88,91 @@ def test_folder_splits(tmp_path: Path):
     assert len(folder(tmp_path, split="eval")) == 2
     with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere.val"):
         folder(tmp_path / "nowhere", split="eval")
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation", "eval", "test"])
+def test_names_of_the_evaluation_folder(tmp_path: Path, name: str):
+    image_folder(tmp_path / "train", images=3)
+    image_folder(tmp_path / name, images=1)
+    assert folder(tmp_path, split="eval").name == f"folder {tmp_path / name}"
+    assert len(folder(tmp_path, split="train")) == 6
+
+
+def test_train_valid_and_test_folders(tmp_path: Path):
+    for number, name in enumerate(("train", "valid", "test"), start=1):
+        image_folder(tmp_path / name, images=number)
+    assert [len(folder(tmp_path, split=split)) for split in ("train", "eval", "test")] == [2, 4, 6]
+
+
+def test_splits_whose_classes_differ_are_refused(tmp_path: Path):
+    image_folder(tmp_path / "train", classes=("ant", "bee", "cat"))
+    image_folder(tmp_path / "valid", classes=("ant", "bee", *(f"x{i}" for i in range(7))))
+    train, valid = tmp_path / "train", tmp_path / "valid"
+    message = (
+        f"{valid} alone has x0, x1, x2, x3, x4 and 2 more; {train} alone has cat. Both need the same class folders"
+    )
+    with pytest.raises(ValueError, match=f"the classes of {valid} and {train} differ: {message}"):
+        folder(tmp_path, split="eval")
+    with pytest.raises(ValueError, match=f"the classes of {train} and {valid} differ"):
+        folder(tmp_path, split="train")
+    assert folder(train).class_names == ("ant", "bee", "cat")
+
+
+def names(source: FolderSource) -> set[str]:
+    return {"/".join(source.path(i).parts[-2:]) for i in range(len(source))}
+
+
+def test_one_folder_divided_in_three(tmp_path: Path):
+    root = image_folder(tmp_path / "all", images=20)
+    shares = {"eval_fraction": 0.2, "test_fraction": 0.1}
+    parts = {split: folder(root, split=split, **shares) for split in ("train", "eval", "test")}
+    assert {split: len(part) for split, part in parts.items()} == {"train": 28, "eval": 8, "test": 4}
+    assert all(np.bincount([p.label(i) for i in range(len(p))]).tolist() == [len(p) // 2] * 2 for p in parts.values())
+    assert set.union(*map(names, parts.values())) == names(folder(root))
+    assert names(folder(root, split="eval", **shares, split_seed=1)) != names(parts["eval"])
+
+    Image.new("RGB", (2, 2)).save(root / "ant" / "0 comes first.png")
+    moved = names(folder(root, split="eval", **shares)) ^ names(parts["eval"])
+    assert len(moved - {"ant/0 comes first.png"}) <= 1
+
+
+def test_a_training_folder_divided_beside_a_test_folder(tmp_path: Path):
+    image_folder(tmp_path / "train", images=10)
+    image_folder(tmp_path / "test", images=3)
+    sizes = [len(folder(tmp_path, split=split, eval_fraction=0.3)) for split in ("train", "eval", "test")]
+    assert sizes == [14, 6, 6]
+
+
+def test_fractions_that_are_refused(tmp_path: Path):
+    root = image_folder(tmp_path / "all", images=2)
+    for fractions, message in [
+        ({"eval_fraction": 0.0}, "eval_fraction 0.0: give a number between 0 and 1"),
+        ({"eval_fraction": 0.5, "test_fraction": -0.1}, "test_fraction -0.1"),
+        ({"eval_fraction": 0.5, "test_fraction": 0.5}, "leave nothing to train on"),
+        ({"eval_fraction": 0.1}, "class ant of .* has 2 images, too few for one of them to be in the split eval"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            folder(root, split="eval", **fractions)
+    with pytest.raises(ValueError, match="split 'test' has no images: give a test_fraction"):
+        digits(split="test")
+
+
+def test_digits_in_three_parts():
+    sizes = [len(digits(split=split, test_fraction=0.1)) for split in ("train", "eval", "test")]
+    assert sum(sizes) == 1797
+    assert sizes[2] == pytest.approx(180, abs=5)
+    plain = digits(split="eval")
+    assert sizes[1] == len(plain)
+
+
+def test_hidden_and_foreign_files_are_passed_over(tmp_path: Path):
+    image_folder(tmp_path, images=2)
+    (tmp_path / "ant" / "._0.png").write_bytes(b"")
+    (tmp_path / "ant" / "notes.txt").write_text("")
+    (tmp_path / "bee" / "deeper").mkdir()
+    Image.new("RGB", (2, 2)).save(tmp_path / "bee" / "deeper" / "1.PNG")
+    source = folder(tmp_path)
+    assert (len(source), source.passed_over) == (5, 1)
 
 
 def test_folder_errors(tmp_path: Path):
