@@ -17,7 +17,7 @@ from torch import Tensor
 from algos.base import Contract, Event, Logger, Resource, SpeedUp, State
 from algos.protocols import LearningRateModifier
 
-Decay = Literal["cosine", "linear", "step", "polynomial", "constant"]
+Decay = Literal["cosine", "linear", "step", "polynomial", "constant", "piecewise_linear"]
 
 
 def warmup_decay(
@@ -31,6 +31,7 @@ def warmup_decay(
     power: float = 2.0,
     milestones_epochs: tuple[float, ...] = (),
     step_factor: float = 0.1,
+    points: tuple[tuple[float, float], ...] = (),
 ) -> float:
     """Factor on the peak learning rate after `epoch` epochs (fractions within an epoch count).
 
@@ -43,9 +44,15 @@ def warmup_decay(
         step        step_factor^(number of milestones_epochs reached)
         constant    1
 
-    Raises ValueError for another `decay`.
+    piecewise_linear is neither: `points` are (epoch, factor) in rising order of epochs, joined by straight lines, and
+    beyond the first and the last the factor stays what it is there. A warm-up beside them is refused.
+
+    Raises ValueError for another `decay`, and for piecewise_linear without points.
     """
     _check_decay(decay)
+    if decay == "piecewise_linear":
+        _check_points(points, decay=decay, warmup_epochs=warmup_epochs)
+        return _interpolate(epoch, points)
     if epoch < warmup_epochs:
         return warmup_start_factor + (1.0 - warmup_start_factor) * epoch / warmup_epochs
     if decay == "step":
@@ -84,6 +91,7 @@ class LearningRate(SpeedUp):
         power: float = 2.0,
         milestones_epochs: tuple[float, ...] = (),
         step_factor: float = 0.1,
+        points: tuple[tuple[float, float], ...] = (),
     ) -> None:
         _check_decay(decay)
         if not 0 <= warmup_epochs < math.inf:
@@ -103,6 +111,7 @@ class LearningRate(SpeedUp):
             )
         if any(milestone <= 0 for milestone in milestones_epochs):
             raise ValueError(f"milestones_epochs {list(milestones_epochs)} must all be above 0")
+        _check_points(points, decay=decay, warmup_epochs=warmup_epochs)
         self.warmup_epochs = warmup_epochs
         self._shape: dict[str, Any] = dict(
             warmup_epochs=warmup_epochs,
@@ -112,6 +121,7 @@ class LearningRate(SpeedUp):
             power=power,
             milestones_epochs=tuple(milestones_epochs),
             step_factor=step_factor,
+            points=tuple(points),
         )
 
     def learning_rate(
@@ -182,6 +192,32 @@ def require_schedule(state: State, asked_by: str) -> None:
             f"{asked_by} changes the learning rate, and no algos.LearningRate is among the Trainer's algorithms to "
             "apply it: add one (decay='constant' keeps the rate as it is elsewhere)"
         )
+
+
+def _interpolate(epoch: float, points: Sequence[tuple[float, float]]) -> float:
+    before = [point for point in points if point[0] <= epoch]
+    after = [point for point in points if point[0] > epoch]
+    if not before or not after:
+        return before[-1][1] if before else after[0][1]
+    (start, low), (end, high) = before[-1], after[0]
+    return low + (high - low) * (epoch - start) / (end - start)
+
+
+def _check_points(points: Sequence[tuple[float, float]], *, decay: Decay, warmup_epochs: float) -> None:
+    given = [list(point) for point in points]
+    if not all(len(point) == 2 and all(isinstance(value, (int, float)) for value in point) for point in given):
+        raise ValueError(f"points {given} must be pairs of numbers, an epoch and a factor: [[0, 0.1], [5, 1], [90, 0]]")
+    if (decay == "piecewise_linear") != bool(given):
+        raise ValueError(
+            f"points is {given} and decay is {decay}; decay: piecewise_linear needs them, as [[epoch, factor], ...], and "
+            "no other reads them"
+        )
+    if any(before[0] >= after[0] for before, after in zip(points, points[1:], strict=False)):
+        raise ValueError(f"points {given} must be in rising order of their epochs, no two the same")
+    if any(epoch < 0 or not 0 <= factor < math.inf for epoch, factor in points):
+        raise ValueError(f"points {given} are pairs of an epoch and a factor on the learning rate, neither below 0")
+    if given and warmup_epochs:
+        raise ValueError(f"warmup_epochs is {warmup_epochs:g} beside points, which say the warm-up themselves; drop it")
 
 
 def _check_decay(decay: str) -> None:

@@ -6,6 +6,7 @@ import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -86,9 +87,23 @@ def test_milestones_hit_when_they_are_reached():
     assert values == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
 
 
+def test_points_are_joined_by_straight_lines():
+    points = ((1, 0.25), (2.5, 1.5), (4, 0.5), (7, 0))
+    epochs = [step / 40 for step in range(40 * 9)]
+    ours = [warmup_decay(epoch, total_epochs=9, decay="piecewise_linear", points=points) for epoch in epochs]
+    assert ours == pytest.approx(np.interp(epochs, *zip(*points, strict=True)), rel=0, abs=1e-12)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"decay": "piecewise_linear"}, r"points is \[\] and decay is piecewise_linear; .* needs them"),
+        ({"points": ((0, 1), (3, 0))}, r"points is \[\[0, 1\], \[3, 0\]\] and decay is cosine"),
+        ({"decay": "piecewise_linear", "points": ((0, 1, 2),)}, "must be pairs of numbers"),
+        ({"decay": "piecewise_linear", "points": ((2, 1), (2, 0))}, "rising order of their epochs"),
+        ({"decay": "piecewise_linear", "points": ((-1, 1), (2, 0))}, "neither below 0"),
+        ({"decay": "piecewise_linear", "points": ((0, 1), (2, -1))}, "neither below 0"),
+        ({"decay": "piecewise_linear", "points": ((0, 1),), "warmup_epochs": 2}, "warmup_epochs is 2 beside points"),
         ({"decay": "cosin"}, "decay 'cosin' must be one of cosine, linear, step, polynomial, constant"),
         ({"warmup_epochs": -1}, "warmup_epochs -1 must be 0 or more"),
         ({"warmup_start_factor": 2}, r"warmup_start_factor 2 is a share .* must lie in \[0, 1\]"),
