@@ -21,6 +21,7 @@ from models import registry as models
 from models.classifier import ImageClassifier
 from models.sync_batchnorm import synchronize_batchnorm
 from training.optimizers import build_optimizer
+from training.parallel import LikeDDP, fsdp_config
 from training.recipe import Recipe
 from training.schema import RecipeError
 
@@ -167,6 +168,7 @@ def build_trainer(
     with _users_mistake("optimizer"):
         optimizer = build_optimizer(network, recipe.optimizer)
     model = ImageClassifier(network, num_classes=facts.num_classes, class_names=facts.class_names)
+    sharded = recipe.parallelism.strategy == "fsdp"
     return Trainer(
         model=model,
         train_dataloader=_data_spec(train, normalize, torch_device),
@@ -175,7 +177,8 @@ def build_trainer(
         max_duration=f"{recipe.epochs}ep",
         algorithms=list(arrange_algorithms(recipe).values()),
         optimizers=optimizer,
-        callbacks=list(callbacks),
+        callbacks=[*([LikeDDP()] if sharded else []), *callbacks],
+        parallelism_config=fsdp_config(recipe.parallelism.fsdp, network) if sharded else None,
         run_name=recipe.run_name,
         progress_bar=False,
         load_path=load_path,

@@ -21,6 +21,7 @@ from composer.utils import dist, get_device, reproducibility
 from training import report
 from training.build import DataFacts, build_loaders, build_trainer, data_facts, resolve_device
 from training.checkpoints import Checkpoints, find_latest
+from training.parallel import check_parallelism
 from training.plan import Plan, format_plan, make_plan, without_algorithms
 from training.progress import ProgressBar
 from training.recipe import Recipe
@@ -271,11 +272,7 @@ def _flat(value: Any, path: str = "") -> dict[str, Any]:
 
 def _start_distributed(recipe: Recipe) -> None:
     device = resolve_device(recipe)
-    if dist.get_world_size() > 1 and recipe.parallelism.strategy == "none":
-        raise RecipeError(
-            "parallelism.strategy",
-            f"is none, and {dist.get_world_size()} processes were started; use ddp, or start one",
-        )
+    check_parallelism(recipe, device=device, world_size=dist.get_world_size())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # Composer warns of the defaults that a single process runs with
         dist.initialize_dist(get_device(device), timeout=_DIST_TIMEOUT_SECONDS)
