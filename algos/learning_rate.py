@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, Literal, get_args
 
 from torch import Tensor
@@ -209,10 +210,10 @@ def _check_points(points: Sequence[tuple[float, float]], *, decay: Decay, warmup
         raise ValueError(f"points {given} must be pairs of numbers, an epoch and a factor: [[0, 0.1], [5, 1], [90, 0]]")
     if (decay == "piecewise_linear") != bool(given):
         raise ValueError(
-            f"points is {given} and decay is {decay}; decay: piecewise_linear needs them, as [[epoch, factor], ...], and "
-            "no other reads them"
+            f"points is {given} and decay is {decay}; decay: piecewise_linear needs them, as "
+            "[[epoch, factor], ...], and no other reads them"
         )
-    if any(before[0] >= after[0] for before, after in zip(points, points[1:], strict=False)):
+    if any(before[0] >= after[0] for before, after in pairwise(points)):
         raise ValueError(f"points {given} must be in rising order of their epochs, no two the same")
     if any(epoch < 0 or not 0 <= factor < math.inf for epoch, factor in points):
         raise ValueError(f"points {given} are pairs of an epoch and a factor on the learning rate, neither below 0")
