@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
@@ -37,6 +39,7 @@ def checkpoint_blocks(model: nn.Module) -> nn.Module:
 
     In place; returns the same model. Outputs, gradients, dropout's draws and batch norm's running statistics are what
     they are without: the second forward pass draws alike, and moves no statistics. Applying it again changes nothing.
+    Under torch.compile, blocks with batch norm are left out of what is compiled.
 
     Raises ValueError when the model has no block that is known.
 
@@ -60,10 +63,9 @@ class _Checkpointed(nn.Module):
     def forward(self, values: Tensor) -> Any:
         if not self.training:
             return super().forward(values)
-        again = functools.partial(_running_statistics_at_rest, self)
-        return checkpoint(
-            super().forward, values, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), again())
-        )
+        if any(isinstance(module, _BatchNorm) for module in self.modules()):
+            return _checkpoint_with_norms(super().forward, self, values)
+        return checkpoint(super().forward, values, use_reentrant=False)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Classes made at run time cannot be found by name: rebuild this one from the block's former class. Someone
@@ -72,6 +74,14 @@ class _Checkpointed(nn.Module):
         if first is not _Checkpointed:
             return super().__reduce_ex__(protocol)
         return _rebuild, tuple(others), self.__dict__.copy()
+
+
+@torch.compiler.disable  # Dynamo (torch 2.7) takes no context_fn: such a block runs as it would without torch.compile
+def _checkpoint_with_norms(forward: Callable[[Tensor], Any], block: nn.Module, values: Tensor) -> Any:
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return contextlib.nullcontext(), _running_statistics_at_rest(block)
+
+    return checkpoint(forward, values, use_reentrant=False, context_fn=contexts)
 
 
 def _is_block(module: nn.Module) -> bool:

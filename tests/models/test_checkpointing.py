@@ -110,6 +110,18 @@ def test_composes_with_blurpool_and_stochastic_depth(checkpoint_first) -> None:
     assert torch.equal(outputs[1], outputs[3])
 
 
+@pytest.mark.parametrize("name", ["resnet_digits", "vit_digits"])
+def test_compiled_it_is_the_same(name) -> None:
+    _, network = pair(name)
+    results = []
+    for forward in (network, torch.compile(copy.deepcopy(network), backend="aot_eager")):
+        torch.manual_seed(1)
+        forward.train()(torch.randn(4, 3, 16, 16)).square().mean().backward()
+        results.append([*(parameter.grad for parameter in forward.parameters()), *forward.buffers()])
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-6)
+
+
 def test_twice_is_once_and_copies_work() -> None:
     _, network = pair("resnet_digits")
     kinds = [type(module) for module in network.modules()]
