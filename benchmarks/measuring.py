@@ -1,0 +1,88 @@
+"""What the benchmarks share: medians with their intervals, verdicts, and what the figures were measured on."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import math
+import platform
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, its 95 % confidence interval, quartiles and range."""
+    ordered = sorted(values)
+    quartiles = statistics.quantiles(ordered, n=4, method="inclusive") if len(ordered) > 1 else ordered * 3
+    low, high = median_interval(len(ordered))
+    numbers = {
+        "median": quartiles[1],
+        "low": ordered[low],
+        "high": ordered[high],
+        "q1": quartiles[0],
+        "q3": quartiles[2],
+        "min": ordered[0],
+        "max": ordered[-1],
+    }
+    return {name: round(value, 4) for name, value in numbers.items()}
+
+
+def median_interval(count: int) -> tuple[int, int]:
+    """Indices into `count` sorted values between which the true median lies with a probability of 95 % or more.
+
+    All of them where they are fewer than six, which cannot be that sure.
+    """
+    # The number of values below the median is binomial: cut off at most 2.5 % at either end.
+    low, below = 0, 0.5**count
+    while below + math.comb(count, low + 1) * 0.5**count <= 0.025:
+        low += 1
+        below += math.comb(count, low) * 0.5**count
+    return low, count - 1 - low
+
+
+def verdict(values: dict[str, float], goal: float) -> str:
+    """Whether a `spread` is at most `goal`: met, missed or open."""
+    if values["high"] <= goal:
+        return "met"
+    return "missed" if values["low"] > goal else "open"
+
+
+def progress(text: str) -> None:
+    """One line on stderr, written over where there is a terminal."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+    elif text:
+        print(text, file=sys.stderr, flush=True)
+
+
+def columns(lines: Sequence[Sequence[str]]) -> str:
+    """A table of text, its columns aligned to the left."""
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    rows = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+    return "\n".join(row.rstrip() for row in rows)
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    """What the figures were measured on."""
+    model = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    found: dict[str, Any] = {"cpu": model, "cpu_capability": torch.backends.cpu.get_cpu_capability()}
+    if device.type == "cuda":
+        found |= {"gpu": torch.cuda.get_device_name(), "cuda": getattr(torch, "version").cuda}  # noqa: B009 (its stubs lack it)
+    return found
+
+
+def versions(libraries: Iterable[str]) -> dict[str, str]:
+    """Of Python and of those libraries that are installed, by the names of their packages."""
+    found = {"python": platform.python_version()}
+    for name in libraries:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
