@@ -1,6 +1,6 @@
 """Weights of others: from a file, from torchvision by name, from a Hugging Face folder; matched by parameter name.
 
-Pickles are read with torch's restricted unpickler, which makes tensors and plain containers and nothing else.
+Pickles are read with torch's restricted unpickler, which makes tensors, arrays and plain values and runs no code.
 """
 
 from __future__ import annotations
@@ -11,12 +11,15 @@ import math
 import pickle
 import re
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.torch_version import TorchVersion
 
 from models.checkpointing import checkpoint_blocks
 
@@ -25,7 +28,10 @@ log = logging.getLogger(__name__)
 StateDict = dict[str, Tensor]
 
 POSITIONS = "encoder.pos_embedding"  # torchvision's name of a ViT's position embeddings, [1, 1 + g², D]
-_WRAPPERS = ("state_dict", "model", "model_state_dict")  # keys under which training scripts keep the weights
+# Keys under which training scripts keep the weights; Composer's checkpoints, and so this project's, have state.model.
+_WRAPPERS = ("state", "state_dict", "model", "model_state_dict")
+# What Composer's checkpoints hold besides tensors and plain containers: random states, versions, times. None runs code.
+_COMPOSERS = [np.ndarray, np.dtype, np.empty(0).__reduce__()[0], type(np.dtype(np.uint32)), TorchVersion, timedelta]
 _PREFIXES = ("module.", "_orig_mod.")  # of parameters behind DistributedDataParallel and torch.compile
 # Heads that torchvision's GoogLeNet and Inception have in training only.
 _AUXILIARY = re.compile(r"(aux1|aux2|AuxLogits)\.")
@@ -34,8 +40,8 @@ _AUXILIARY = re.compile(r"(aux1|aux2|AuxLogits)\.")
 def load_weights(model: nn.Module, weights: str, *, architecture: str | None = None) -> nn.Module:
     """Fill `model` with `weights`, in place; returns the same model.
 
-    weights: a file (.safetensors, or what torch.save wrote: .pt, .pth, .bin), or one of torchvision's names for the
-        weights of `architecture` (IMAGENET1K_V2), downloaded at first use.
+    weights: a file (.safetensors, or what torch.save wrote: .pt, .pth, .bin, a run's best.pt), or one of torchvision's
+        names for the weights of `architecture` (IMAGENET1K_V2), downloaded at first use.
     architecture: torchvision's name of the network; None where torchvision has none like it.
 
     Names are torchvision's; those of antialiased-cnns are understood too, whose filters are fixed and are left out, so
@@ -147,7 +153,8 @@ def _read_file(path: Path) -> Any:
             from safetensors.torch import load_file
 
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_COMPOSERS):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except ModuleNotFoundError:
         raise ValueError(f"reading {path} needs safetensors: pip install 'brisk-vision[hf]'") from None
     except pickle.UnpicklingError:

@@ -64,6 +64,32 @@ def test_wrappers_of_training_scripts_are_seen_through(resnet18, tmp_path, wrapp
     assert all(torch.equal(found[name], value) for name, value in resnet18.state_dict().items())
 
 
+@pytest.mark.timeout(120)
+def test_a_runs_own_checkpoint_loads(tmp_path) -> None:
+    """Composer's checkpoints, which hold random states and times besides."""
+    from composer import Trainer
+
+    from models.classifier import ImageClassifier
+
+    network = find("resnet_digits")(num_classes=10)
+    batches = torch.utils.data.TensorDataset(torch.randn(4, 3, 8, 8), torch.randint(10, (4,)))
+    trainer = Trainer(
+        model=ImageClassifier(network, num_classes=10),
+        train_dataloader=torch.utils.data.DataLoader(batches, batch_size=4),
+        optimizers=torch.optim.SGD(network.parameters(), lr=0.1),
+        max_duration="1ba",
+        device="cpu",
+        progress_bar=False,
+    )
+    trainer.fit()
+    path = trainer.save_checkpoint(str(tmp_path / "best.pt"))
+    trainer.close()
+    assert isinstance(path, str)
+    found = read_weights(path)
+    assert all(torch.equal(found[name], value) for name, value in network.state_dict().items())
+    find("resnet_digits")(num_classes=10, weights=path)
+
+
 @torch.no_grad()
 def test_another_number_of_classes_leaves_the_head_and_says_so(resnet18, images, tmp_path, caplog) -> None:
     path = save(resnet18.state_dict(), tmp_path / "w.pt")
