@@ -14,7 +14,7 @@ _IMAGENET_PIXEL_STD = 57.6  # of ImageNet's 0 to 255 pixels, mean of the three c
 
 
 class AlexNet(nn.Module):
-    """Input [N, 3, S, S] of 63 px or more, output logits [N, num_classes]; see `alexnet`."""
+    """Input [N, 3, S, S] of 67 px or more, output logits [N, num_classes]; see `alexnet`."""
 
     def __init__(self, *, num_classes: int, groups: int, dropout: float, pixel_std: float) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class AlexNet(nn.Module):
 
 
 class AlexNetish(nn.Module):
-    """Input [N, 3, S, S] of 39 px or more, output logits [N, num_classes]; see `alexnetish`."""
+    """Input [N, 3, S, S] of 24 px or more, output logits [N, num_classes]; see `alexnetish`."""
 
     def __init__(self, *, num_classes: int, dropout: float) -> None:
         super().__init__()

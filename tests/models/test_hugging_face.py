@@ -146,3 +146,23 @@ def test_what_is_not_in_the_cache_is_refused_without_a_network(monkeypatch) -> N
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     refused("someone/some-vit", r"someone/some-vit has no config.json in .*cache.* huggingface-cli download someone/")
+
+
+@torch.no_grad()
+def test_an_id_in_the_cache_needs_no_network(tmp_path, monkeypatch) -> None:
+    import huggingface_hub.constants
+
+    torch.manual_seed(0)
+    shape = dict(hidden_size=64, num_hidden_layers=4, num_attention_heads=4, intermediate_size=256)
+    config = transformers.ViTConfig(**shape, image_size=32, patch_size=4, num_labels=10)
+    theirs = transformers.ViTForImageClassification(config).eval()
+    repository = tmp_path / "models--someone--some-vit"
+    theirs.save_pretrained(repository / "snapshots" / "0123abc")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123abc")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    images = torch.randn(2, 3, 32, 32)
+    for build, settings in ((find("hf.someone/some-vit"), {}), (find("vit_digits"), {"weights": "someone/some-vit"})):
+        ours = build(num_classes=10, **settings).eval()
+        torch.testing.assert_close(ours(images), theirs(images).logits, rtol=1e-5, atol=1e-5)

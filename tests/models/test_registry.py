@@ -17,7 +17,7 @@ from models.summary import count_parameters
 SMALLEST = {
     "alexnet": 67,
     "alexnet_torchvision": 63,
-    "alexnetish": 39,
+    "alexnetish": 24,
     "resnet101": 64,
     "resnet18": 32,
     "resnet20": 8,
