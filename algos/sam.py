@@ -213,9 +213,13 @@ def _perturb(parameters: Sequence[Tensor], *, rho: float, adaptive: bool) -> lis
     originals = [value.clone() for value in values]
     if adaptive:
         _untyped._foreach_mul_(directions, originals)  # the norm of w g is that of |w| g
-    step = rho / (_norm(gradients) + 1e-12)  # stays on the device: reading it would make the host wait
+    step = rho / (_norm(gradients) + 1e-12)
     if adaptive:
         _untyped._foreach_mul_(directions, originals)
+    if step.device.type == "cpu":
+        _untyped._foreach_add_(values, directions, alpha=step.item())
+        return originals
+    # Elsewhere the step stays on its device: reading it would make the host wait.
     for device in {direction.device for direction in directions}:
         here = [direction for direction in directions if direction.device == device]
         _untyped._foreach_mul_(here, step.to(device))

@@ -269,6 +269,18 @@ def test_max_pool_equals_maximum_then_blur():
     assert layer.stride == (1, 1)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_max_pools_keep_the_format_and_the_gradients_of_ties(memory_format):
+    images = torch.randint(3, (2, 4, 10, 10)).double().contiguous(memory_format=memory_format).requires_grad_()
+    pooled = apply_blurpool(nn.MaxPool2d(3, stride=2, padding=1))(images)
+    wanted = blur(F.max_pool2d(images, 3, stride=1, padding=1), stride=2)
+    assert pooled.is_contiguous(memory_format=memory_format)
+    torch.testing.assert_close(pooled, wanted, rtol=0, atol=1e-12)
+    upstream = torch.randn_like(pooled)
+    gradients = [torch.autograd.grad(outputs, images, upstream)[0] for outputs in (pooled, wanted)]
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
+
+
 def test_ceil_mode_reaches_the_last_partial_window():
     images = torch.arange(8.0, dtype=torch.float64).view(1, 1, 1, 8).expand(1, 1, 8, 8).contiguous()
     layer = apply_blurpool(nn.MaxPool2d(3, stride=2, ceil_mode=True))
