@@ -24,6 +24,7 @@ from training.optimizers import build_optimizer
 from training.parallel import LikeDDP, fsdp_config
 from training.recipe import Recipe
 from training.schema import RecipeError
+from training.sharded_checkpoint import LoadShards, is_sharded
 
 log = logging.getLogger(__name__)
 
@@ -168,8 +169,10 @@ def build_trainer(
     with _users_mistake("optimizer"):
         optimizer = build_optimizer(network, recipe.optimizer)
     model = ImageClassifier(network, num_classes=facts.num_classes, class_names=facts.class_names)
-    sharded = recipe.parallelism.strategy == "fsdp"
-    return Trainer(
+    sharding = recipe.parallelism.strategy == "fsdp"
+    callbacks = [*([LikeDDP()] if sharding else []), *callbacks]
+    shards = LoadShards(load_path) if load_path is not None and is_sharded(load_path) else None
+    trainer = Trainer(
         model=model,
         train_dataloader=_data_spec(train, normalize, torch_device),
         eval_dataloader=Evaluator(label="eval", dataloader=_data_spec(evaluation, normalize, torch_device)),
@@ -177,11 +180,11 @@ def build_trainer(
         max_duration=f"{recipe.epochs}ep",
         algorithms=list(arrange_algorithms(recipe).values()),
         optimizers=optimizer,
-        callbacks=[*([LikeDDP()] if sharded else []), *callbacks],
-        parallelism_config=fsdp_config(recipe.parallelism.fsdp, network) if sharded else None,
+        callbacks=callbacks if shards is None else [shards, *callbacks],
+        parallelism_config=fsdp_config(recipe.parallelism.fsdp, network) if sharding else None,
         run_name=recipe.run_name,
         progress_bar=False,
-        load_path=load_path,
+        load_path=load_path if shards is None else None,
         # The loaders know how to stand at any batch of any epoch; spinning would decode and drop what was trained on.
         spin_dataloaders=False,
         device=device,
@@ -190,6 +193,9 @@ def build_trainer(
         seed=recipe.seed,
         auto_log_hparams=False,
     )
+    if shards is not None:
+        trainer._rng_state = shards.rng_state
+    return trainer
 
 
 def _source(recipe: Recipe) -> dict[str, Any]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,19 +15,25 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import checkpoint, dist
 
+from training.sharded_checkpoint import save_shards
+
 __all__ = ["Checkpoints", "find_latest"]
 
 _LATEST, _BEST = "latest.pt", "best.pt"
 _BESIDE_PREFIX, _BESIDE_SUFFIX = ".checkpoint-", ".tmp"
+_SHARDS_PREFIX = "shards-"
 
 
 class Checkpoints(Callback):
-    """Keeps latest.pt, best.pt and ep{n}.pt in `folder`, each a full Composer checkpoint in one file.
+    """Keeps latest.pt, best.pt and ep{n}.pt in `folder`, each a full Composer checkpoint in one file, or in shards.
 
     A checkpoint is written beside its place and moved there: latest.pt is whole at any moment, even if the process is
     killed while it saves. The others are further names (hard links) of the same file, or copies where the file system
     has no links. An epoch is saved after its evaluation; a save that is due at an epoch's last step waits for it.
     Whatever the intervals say, the end of training is saved.
+
+    Sharded, a checkpoint is a folder shards-ep{n}-ba{m} that every rank writes its part of, and the names are symbolic
+    links to it; a folder that has lost its last name is removed.
 
     List it after the callbacks whose state belongs into the checkpoint. Rank 0 writes the files; all ranks take part in
     gathering the state.
@@ -36,6 +43,8 @@ class Checkpoints(Callback):
     keep_every_epochs: also keep ep{n}.pt after every so many epochs.
     keep_best: also keep best.pt, the state at the best evaluation so far of `best_metric` on the evaluator `evaluator`.
     best_metric: the highest value is the best, for a name that contains "loss" the lowest.
+    sharded: write shards, under any engine; see training/sharded_checkpoint.py.
+    save_folder: what writes them; every rank calls it with the state and the path of a folder that is not there yet.
 
     Raises:
         ValueError: an interval below 1, or a folder that cannot be written to.
@@ -51,6 +60,8 @@ class Checkpoints(Callback):
         keep_best: bool = True,
         best_metric: str = "top1",
         evaluator: str = "eval",
+        sharded: bool = False,
+        save_folder: Callable[[State, Path], None] = save_shards,
     ) -> None:
         intervals = {"every_epochs": every_epochs, "every_steps": every_steps, "keep_every_epochs": keep_every_epochs}
         for name, value in intervals.items():
@@ -63,6 +74,8 @@ class Checkpoints(Callback):
         self._keep_best = keep_best
         self._best_metric = best_metric
         self._evaluator = evaluator
+        self._sharded = sharded
+        self._save_folder = save_folder
         self._best: float | None = None
         self._evaluated: tuple[int, float] | None = None  # step and value of the latest evaluation
         self._saved: tuple[int, int] | None = None  # epoch and step of the latest save
@@ -83,8 +96,8 @@ class Checkpoints(Callback):
     def fit_start(self, state: State, logger: Logger) -> None:
         if state.fsdp_sharded_state_dict_enabled:
             raise ValueError(
-                "state_dict_type is 'sharded': checkpoints are written as one file, which needs the full state; "
-                "set the FSDP configuration's state_dict_type to 'full'"
+                "state_dict_type is 'sharded', which is Composer's own format; set the FSDP configuration's "
+                "state_dict_type to 'full', and Checkpoints' sharded to true for shards"
             )
         self._fit_ended = False
         self._due = False
@@ -146,23 +159,34 @@ class Checkpoints(Callback):
         """Save the state under latest.pt and the other names that it deserves. Every rank must call this."""
         beside = _beside(self._folder / _LATEST)
         with _explained(beside):
-            # Composer fills in placeholders such as {epoch}; a brace in the folder's name is not one.
-            name = str(beside).replace("{", "{{").replace("}", "}}")
-            if checkpoint.save_checkpoint(state, name) is not None:
-                _sync(beside)
+            written = self._write(state, beside)
+            if written is not None:
                 # latest.pt comes last: killed in between, the run resumes from before this evaluation and repeats it.
                 if is_best:
-                    _give_name(beside, self._folder / _BEST)
+                    _give_name(written, self._folder / _BEST)
                 if kept_name is not None:
-                    _give_name(beside, self._folder / kept_name)
-                os.replace(beside, self._folder / _LATEST)
+                    _give_name(written, self._folder / kept_name)
+                _give_name(written, self._folder / _LATEST, only=not self._sharded)
+                _remove_unnamed(self._folder)
         self._saved = _stamp(state)
+
+    def _write(self, state: State, beside: Path) -> Path | None:
+        """Write the state to `beside`, or a folder of its own; returns where it is, on rank 0 alone."""
+        if self._sharded:
+            self._save_folder(state, beside)
+            return _move_shards(beside, _stamp(state)) if dist.get_global_rank() == 0 else None
+        # Composer fills in placeholders such as {epoch}; a brace in the folder's name is not one.
+        name = str(beside).replace("{", "{{").replace("}", "}}")
+        if checkpoint.save_checkpoint(state, name) is None:
+            return None
+        _sync(beside)
+        return beside
 
 
 def find_latest(folder: str | os.PathLike[str]) -> Path | None:
     """The checkpoint that a run in `folder` should resume from; None if there is none yet."""
     path = Path(folder) / _LATEST
-    return path if path.is_file() else None
+    return path if path.exists() else None
 
 
 def _stamp(state: State) -> tuple[int, int]:
@@ -174,16 +198,47 @@ def _beside(path: Path) -> Path:
     return path.with_name(f"{_BESIDE_PREFIX}{path.stem}{_BESIDE_SUFFIX}")
 
 
-def _give_name(source: Path, path: Path) -> None:
-    """Make `path` a second name of the file `source`, without a moment in which `path` is missing or partial."""
+def _give_name(source: Path, path: Path, *, only: bool = False) -> None:
+    """Make `path` a name of `source`, without a moment in which `path` is missing or partial; `only`: its only one."""
+    if only:
+        os.replace(source, path)
+        return
     beside = _beside(path)
     beside.unlink(missing_ok=True)
-    try:
-        os.link(source, beside)
-    except OSError:  # the file system has no hard links
-        shutil.copyfile(source, beside)
-        _sync(beside)
+    if source.is_dir():
+        beside.symlink_to(source.name)
+    else:
+        try:
+            os.link(source, beside)
+        except OSError:  # the file system has no hard links
+            shutil.copyfile(source, beside)
+            _sync(beside)
     os.replace(beside, path)
+
+
+def _move_shards(beside: Path, stamp: tuple[int, int]) -> Path:
+    """Give a whole folder of shards a name that no other has, as a later save of the same step may need one."""
+    stem = f"{_SHARDS_PREFIX}ep{stamp[0]}-ba{stamp[1]}"
+    names = itertools.chain([stem], (f"{stem}.{n}" for n in itertools.count(1)))
+    folder = next(path for name in names if not (path := beside.with_name(name)).exists())
+    beside.rename(folder)
+    return folder
+
+
+def _remove_unnamed(folder: Path) -> None:
+    """Remove the folders of shards that no name stands for any more."""
+    named = {path.resolve() for path in folder.glob("*.pt") if path.is_symlink()}
+    for shards in folder.glob(f"{_SHARDS_PREFIX}*"):
+        if shards.resolve() not in named:
+            shutil.rmtree(shards, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, a link or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:
@@ -199,7 +254,7 @@ def _explained(beside: Path) -> Iterator[None]:
         yield
     except BaseException as error:
         if dist.get_global_rank() == 0:
-            beside.unlink(missing_ok=True)
+            _remove(beside)
         cause = _disk_error(error) if isinstance(error, Exception) else None
         if cause is None:
             raise
@@ -218,7 +273,8 @@ def _disk_error(error: BaseException | None) -> OSError | None:
         if isinstance(error, OSError):
             return error
         seen.add(id(error))
-        error = error.__cause__ or error.__context__
+        failures = getattr(error, "failures", {}).values()  # torch's CheckpointException: what befell each rank
+        error = next((failure for failure, _ in failures), error.__cause__ or error.__context__)
     return None
 
 
@@ -247,7 +303,8 @@ def _prepare(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for stray in folder.glob(f"{_BESIDE_PREFIX}*{_BESIDE_SUFFIX}"):
-            stray.unlink(missing_ok=True)
+            _remove(stray)
+        _remove_unnamed(folder)
         probe = _beside(folder / "probe")
         probe.write_bytes(b"writable")
         probe.unlink()

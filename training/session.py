@@ -28,12 +28,16 @@ from training.recipe import Recipe
 from training.recorder import Recorder
 from training.report import History
 from training.schema import RecipeError
+from training.sharded_checkpoint import is_sharded
 
 log = logging.getLogger(__name__)
 
 _DIST_TIMEOUT_SECONDS = 600.0
 # Keys that may differ between a run and its continuation: they do not change what is computed.
-_FREE_ON_RESUME = ("load", "autoresume", "logging", "results_dir", "checkpoints", "device", "data.cache_dir")
+_FREE_ON_RESUME = (
+    "load", "autoresume", "logging", "results_dir", "checkpoints", "device", "data.cache_dir",
+    "parallelism.strategy", "parallelism.fsdp", "parallelism.lost_rank_timeout_seconds",
+)  # fmt: skip
 _FREE_ON_RESUME_ENDINGS = (".num_workers", ".loader", ".path")
 
 
@@ -148,6 +152,7 @@ def _callbacks(recipe: Recipe, plan: Plan, recorder: Recorder, loader: Any) -> l
             every_steps=recipe.checkpoints.every_steps,
             keep_every_epochs=recipe.checkpoints.keep_every_epochs,
             keep_best=recipe.checkpoints.keep_best,
+            sharded=recipe.checkpoints.sharded,
         ),
         ProgressBar(
             epoch_costs=[epoch.total_macs for epoch in plan.epochs],
@@ -235,9 +240,10 @@ def _checkpoint_to_load(recipe: Recipe) -> str | None:
             )
         return str(latest)
     if recipe.load is not None:
-        if not Path(recipe.load).is_file():
+        if not (Path(recipe.load).is_file() or is_sharded(recipe.load)):
             raise RecipeError(
-                "load", f"is {recipe.load}, and there is no such file; give latest or a checkpoint's path"
+                "load",
+                f"is {recipe.load}, and there is no such file or folder of shards; give latest or a checkpoint's path",
             )
         return recipe.load
     return str(latest) if recipe.autoresume and latest is not None else None
