@@ -149,6 +149,28 @@ def build_loaders(recipe: Recipe, *, rank: int, world_size: int, say: Callable[[
     return train, evaluation
 
 
+def build_model(recipe: Recipe, facts: DataFacts, *, world_size: int) -> ImageClassifier:
+    """The recipe's network as what an engine trains, before any algorithm has changed it."""
+    network = build_network(recipe, facts)
+    if recipe.parallelism.sync_batchnorm and world_size > 1:
+        network = synchronize_batchnorm(network, device_type=_TORCH_DEVICES[resolve_device(recipe)])
+    return ImageClassifier(network, num_classes=facts.num_classes, class_names=facts.class_names)
+
+
+def build_optimizer_of(model: ImageClassifier, recipe: Recipe, *, world_size: int) -> torch.optim.Optimizer:
+    """The recipe's optimizer over the weights of `model`, at the learning rate that the schedule begins from."""
+    with _users_mistake("optimizer"):
+        return build_optimizer(model.module, recipe.optimizer)
+
+
+def build_data_specs(recipe: Recipe, loaders: tuple[Any, Any]) -> tuple[DataSpec, DataSpec]:
+    """The training and the evaluation loader, with what is done to their batches on the device."""
+    train, evaluation = loaders
+    normalize = Normalizer(train.mean, train.std)  # of what the network was trained on, for what it is judged on too
+    torch_device = _TORCH_DEVICES[resolve_device(recipe)]
+    return _data_spec(train, normalize, torch_device), _data_spec(evaluation, normalize, torch_device)
+
+
 def build_trainer(
     recipe: Recipe,
     facts: DataFacts,
@@ -159,27 +181,20 @@ def build_trainer(
     world_size: int,
 ) -> Trainer:
     """Composer's Trainer with everything in place, and the checkpoint at `load_path` loaded."""
-    device = resolve_device(recipe)
-    train, evaluation = loaders
-    normalize = Normalizer(train.mean, train.std)  # of what the network was trained on, for what it is judged on too
-    network = build_network(recipe, facts)
-    torch_device = _TORCH_DEVICES[device]
-    if recipe.parallelism.sync_batchnorm and world_size > 1:
-        network = synchronize_batchnorm(network, device_type=torch_device)
-    with _users_mistake("optimizer"):
-        optimizer = build_optimizer(network, recipe.optimizer)
-    model = ImageClassifier(network, num_classes=facts.num_classes, class_names=facts.class_names)
+    model = build_model(recipe, facts, world_size=world_size)
+    network = model.module
+    train, evaluation = build_data_specs(recipe, loaders)
     sharding = recipe.parallelism.strategy == "fsdp"
     callbacks = [*([LikeDDP()] if sharding else []), *callbacks]
     shards = LoadShards(load_path) if load_path is not None and is_sharded(load_path) else None
     trainer = Trainer(
         model=model,
-        train_dataloader=_data_spec(train, normalize, torch_device),
-        eval_dataloader=Evaluator(label="eval", dataloader=_data_spec(evaluation, normalize, torch_device)),
+        train_dataloader=train,
+        eval_dataloader=Evaluator(label="eval", dataloader=evaluation),
         eval_interval=f"{recipe.data.eval.every_epochs}ep",
         max_duration=f"{recipe.epochs}ep",
         algorithms=list(arrange_algorithms(recipe).values()),
-        optimizers=optimizer,
+        optimizers=build_optimizer_of(model, recipe, world_size=world_size),
         callbacks=callbacks if shards is None else [shards, *callbacks],
         parallelism_config=fsdp_config(recipe.parallelism.fsdp, network) if sharding else None,
         run_name=recipe.run_name,
@@ -187,7 +202,7 @@ def build_trainer(
         load_path=load_path if shards is None else None,
         # The loaders know how to stand at any batch of any epoch; spinning would decode and drop what was trained on.
         spin_dataloaders=False,
-        device=device,
+        device=resolve_device(recipe),
         precision=recipe.precision,
         device_train_microbatch_size=recipe.data.train.per_device_microbatch_size,
         seed=recipe.seed,

@@ -15,6 +15,7 @@ from torch.distributed import ReduceOp
 from torch.distributed.fsdp import FSDPModule
 
 from models.sharding import sharding_units
+from training.deepspeed_settings import check_deepspeed
 from training.recipe import FSDP, Recipe
 from training.schema import RecipeError
 
@@ -37,6 +38,8 @@ def check_parallelism(recipe: Recipe, *, device: str, world_size: int) -> None:
             "checkpoints.sharded",
             f"is true, and parallelism.strategy is {strategy}, which has no shards; set it to false",
         )
+    if strategy == "deepspeed":
+        check_deepspeed(recipe, device=device)
     if train.per_device_microbatch_size == "auto":
         _check_auto_microbatches(recipe, device=device)
 

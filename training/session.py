@@ -14,21 +14,20 @@ from typing import Any
 import torch
 import yaml
 from composer import Trainer
-from composer.core import Callback, State
-from composer.loggers import Logger
 from composer.utils import dist, get_device, reproducibility
 
 from training import report
 from training.build import DataFacts, build_loaders, build_trainer, data_facts, resolve_device
-from training.checkpoints import Checkpoints, find_latest
+from training.callbacks import build_callbacks, is_complete
+from training.checkpoints import find_latest
 from training.parallel import check_parallelism
 from training.plan import Plan, format_plan, make_plan, without_algorithms
-from training.progress import ProgressBar
 from training.recipe import Recipe
 from training.recorder import Recorder
 from training.report import History
 from training.schema import RecipeError
 from training.sharded_checkpoint import is_sharded
+from training.zero_checkpoint import is_zero
 
 log = logging.getLogger(__name__)
 
@@ -64,11 +63,13 @@ def train(recipe: Recipe, *, say: Callable[[str], None] = print) -> Result:
     """
     _start_distributed(recipe)
     say = say if dist.get_global_rank() == 0 else _silent
-    engine = _deepspeed_engine() if recipe.parallelism.strategy == "deepspeed" else _train_with_composer
     facts = data_facts(recipe)
     plan = make_plan(recipe, facts, world_size=dist.get_world_size())
     load_path = _prepare_run_dir(recipe, say)
     loaders = build_loaders(recipe, rank=dist.get_global_rank(), world_size=dist.get_world_size(), say=say)
+    engine = _train_with_composer
+    if recipe.parallelism.strategy == "deepspeed":
+        from training.deepspeed import train_deepspeed as engine
     history, seconds = engine(recipe, plan, facts, loaders, load_path=load_path, say=say)
     result = _result(recipe, plan, history, seconds=seconds, resumed=load_path is not None)
     if dist.get_global_rank() == 0:
@@ -91,23 +92,12 @@ def _train_with_composer(
         recipe,
         facts,
         loaders,
-        callbacks=_callbacks(recipe, plan, recorder, loaders[0]),
+        callbacks=build_callbacks(recipe, plan, recorder, loaders[0]),
         load_path=load_path,
         world_size=dist.get_world_size(),
     )
     seconds = _fit(trainer, recipe, say)
     return recorder.history, seconds
-
-
-def _deepspeed_engine() -> Callable[..., tuple[History, float]]:
-    try:
-        from training.deepspeed import train_deepspeed  # pyright: ignore[reportMissingImports]
-    except ModuleNotFoundError as error:
-        raise RecipeError(
-            "parallelism.strategy",
-            f"is deepspeed, and {error.name} is not installed; pip install 'brisk-vision[deepspeed]', or use fsdp",
-        ) from None
-    return train_deepspeed
 
 
 def compare(recipe: Recipe, *, say: Callable[[str], None] = print) -> str:
@@ -128,50 +118,12 @@ def compare(recipe: Recipe, *, say: Callable[[str], None] = print) -> str:
     return report.format_comparison(summaries)
 
 
-class _LoaderPosition(Callback):
-    """Puts the training loader where the run stands, so that a resumed one sees the very batches it has not seen."""
-
-    def __init__(self, loader: Any) -> None:
-        self._loader = loader
-
-    def fit_start(self, state: State, logger: Logger) -> None:
-        self.epoch_start(state, logger)
-
-    def epoch_start(self, state: State, logger: Logger) -> None:
-        self._loader.set_position(state.timestamp.epoch.value, state.timestamp.batch_in_epoch.value)
-
-
-def _callbacks(recipe: Recipe, plan: Plan, recorder: Recorder, loader: Any) -> list[Callback]:
-    # The recorder closes an epoch's row before the checkpoint that holds it is written.
-    return [
-        _LoaderPosition(loader),
-        recorder,
-        Checkpoints(
-            recipe.run_dir / "checkpoints",
-            every_epochs=recipe.checkpoints.every_epochs,
-            every_steps=recipe.checkpoints.every_steps,
-            keep_every_epochs=recipe.checkpoints.keep_every_epochs,
-            keep_best=recipe.checkpoints.keep_best,
-            sharded=recipe.checkpoints.sharded,
-        ),
-        ProgressBar(
-            epoch_costs=[epoch.total_macs for epoch in plan.epochs],
-            total_epochs=recipe.epochs,
-            enabled=recipe.logging.progress_bar,
-        ),
-    ]
-
-
 def _fit(trainer: Trainer, recipe: Recipe, say: Callable[[str], None]) -> float:
     """Train to the end; returns seconds."""
     started = time.monotonic()
     try:
-        if trainer.state.timestamp.epoch.value >= recipe.epochs:
-            say(f"{recipe.run_name} is complete already: {recipe.epochs} epochs")
+        if is_complete(recipe, trainer.state.timestamp, say):
             return 0.0
-        if trainer.state.timestamp.batch.value:
-            done = trainer.state.timestamp
-            say(f"continuing after epoch {done.epoch.value}, step {done.batch.value}")
         _restore_random_state(trainer)
         trainer.fit()
     finally:
@@ -212,6 +164,12 @@ def _prepare_run_dir(recipe: Recipe, say: Callable[[str], None]) -> str | None:
     """The checkpoint to continue from, if any; rank 0 makes the folder and writes the recipe into it."""
     run_dir = recipe.run_dir
     load_path = _checkpoint_to_load(recipe)
+    if load_path is not None and is_zero(load_path) and recipe.parallelism.strategy != "deepspeed":
+        raise RecipeError(
+            "load",
+            f"is {load_path}, which deepspeed wrote; continue with parallelism.strategy=deepspeed, or start from its "
+            "weights: python -m training.export_checkpoint, then model.weights",
+        )
     if load_path is not None and Path(load_path).parent.parent == run_dir:
         _refuse_another_recipe(recipe)
     dist.barrier()  # every rank has looked before rank 0 moves anything
@@ -240,7 +198,7 @@ def _checkpoint_to_load(recipe: Recipe) -> str | None:
             )
         return str(latest)
     if recipe.load is not None:
-        if not (Path(recipe.load).is_file() or is_sharded(recipe.load)):
+        if not (Path(recipe.load).is_file() or is_sharded(recipe.load) or is_zero(recipe.load)):
             raise RecipeError(
                 "load",
                 f"is {recipe.load}, and there is no such file or folder of shards; give latest or a checkpoint's path",

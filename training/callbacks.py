@@ -1,0 +1,70 @@
+"""What watches every run, whatever engine trains it: the loader's position, the record, checkpoints, progress."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from composer.core import Callback, State, Timestamp
+from composer.loggers import Logger
+
+from training.checkpoints import Checkpoints
+from training.plan import Plan
+from training.progress import ProgressBar
+from training.recipe import Recipe
+from training.recorder import Recorder
+from training.sharded_checkpoint import save_shards
+
+
+def build_callbacks(
+    recipe: Recipe,
+    plan: Plan,
+    recorder: Recorder,
+    loader: Any,
+    *,
+    save_folder: Callable[[State, Path], None] | None = None,
+) -> list[Callback]:
+    """The callbacks of a run. save_folder: how an engine writes a checkpoint that Composer's State does not hold."""
+    # The recorder closes an epoch's row before the checkpoint that holds it is written.
+    return [
+        _LoaderPosition(loader),
+        recorder,
+        Checkpoints(
+            recipe.run_dir / "checkpoints",
+            every_epochs=recipe.checkpoints.every_epochs,
+            every_steps=recipe.checkpoints.every_steps,
+            keep_every_epochs=recipe.checkpoints.keep_every_epochs,
+            keep_best=recipe.checkpoints.keep_best,
+            sharded=recipe.checkpoints.sharded or save_folder is not None,
+            save_folder=save_folder or save_shards,
+        ),
+        ProgressBar(
+            epoch_costs=[epoch.total_macs for epoch in plan.epochs],
+            total_epochs=recipe.epochs,
+            enabled=recipe.logging.progress_bar,
+        ),
+    ]
+
+
+def is_complete(recipe: Recipe, done: Timestamp, say: Callable[[str], None]) -> bool:
+    """Whether the run has nothing left to do at `done`; says so, or from where it goes on."""
+    if done.epoch.value >= recipe.epochs:
+        say(f"{recipe.run_name} is complete already: {recipe.epochs} epochs")
+        return True
+    if done.batch.value:
+        say(f"continuing after epoch {done.epoch.value}, step {done.batch.value}")
+    return False
+
+
+class _LoaderPosition(Callback):
+    """Puts the training loader where the run stands, so that a resumed one sees the very batches it has not seen."""
+
+    def __init__(self, loader: Any) -> None:
+        self._loader = loader
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        self.epoch_start(state, logger)
+
+    def epoch_start(self, state: State, logger: Logger) -> None:
+        self._loader.set_position(state.timestamp.epoch.value, state.timestamp.batch_in_epoch.value)
