@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from data import Normalizer, build_loader, build_source
 from models import registry as models
 from models.classifier import ImageClassifier
 from models.sync_batchnorm import synchronize_batchnorm
-from training.optimizers import build_optimizer
+from training.optimizers import build_optimizer, peak_learning_rate
 from training.parallel import LikeDDP, fsdp_config
 from training.recipe import Recipe
 from training.schema import RecipeError
@@ -38,6 +38,7 @@ class DataFacts:
     num_train: int
     num_eval: int
     class_names: tuple[str, ...]
+    present: bool = True  # False: as the recipe expects them
 
     @property
     def num_classes(self) -> int:
@@ -56,6 +57,28 @@ def data_facts(recipe: Recipe) -> DataFacts:
             "differ; both splits need the same class folders",
         )
     return DataFacts(num_train=len(train), num_eval=len(evaluation), class_names=train.class_names)
+
+
+def planned_facts(recipe: Recipe) -> DataFacts:
+    """As `data_facts`, or where the data are not here what the recipe expects of them. Fetches nothing.
+
+    Raises RecipeError when the data are not here and the recipe expects nothing.
+    """
+    source, expected = _source(recipe), recipe.data.expected
+    if "download" in source:
+        source["download"] = False
+    try:
+        return data_facts(replace(recipe, data=replace(recipe.data, source=source)))
+    except RecipeError as error:
+        if not isinstance(error.__cause__, FileNotFoundError):
+            raise
+        if expected is None:
+            told = "data.expected={num_classes: 1000, num_train: 1281167, num_eval: 50000}"
+            raise RecipeError(
+                error.path, f"{error.__cause__}; to plan without the data, tell of them: {told}"
+            ) from None
+    names = tuple(f"class {index}" for index in range(expected.num_classes))
+    return DataFacts(num_train=expected.num_train, num_eval=expected.num_eval, class_names=names, present=False)
 
 
 def resolve_device(recipe: Recipe) -> str:
@@ -87,6 +110,12 @@ def per_device_batch_size(recipe: Recipe, *, world_size: int) -> int:
     return train.global_batch_size // world_size
 
 
+def initial_learning_rate(recipe: Recipe, *, world_size: int) -> float:
+    """The learning rate at the schedule's peak, before any algorithm has its say."""
+    global_batch_size = per_device_batch_size(recipe, world_size=world_size) * world_size
+    return peak_learning_rate(recipe.optimizer, global_batch_size=global_batch_size)
+
+
 def build_network(recipe: Recipe, facts: DataFacts) -> nn.Module:
     """The recipe's network, initialized from its seed alike on every rank."""
     reproducibility.seed_all(recipe.seed)
@@ -101,9 +130,20 @@ def arrange_algorithms(recipe: Recipe) -> dict[str, SpeedUp]:
     for name, settings in recipe.algorithms.items():
         with _users_mistake(f"algorithms.{name}"):
             made[name] = algorithm_maker(name)(**settings)
+    if recipe.optimizer["clip_norm"] is not None:
+        _add_clipping(made, recipe.optimizer["clip_norm"])
     with _users_mistake("algorithms"):
         order = arrange({name: algorithm.contract for name, algorithm in made.items()})
     return {name: made[name] for name in order}
+
+
+def _add_clipping(algorithms: dict[str, SpeedUp], clip_norm: float) -> None:
+    name = "composer.gradient_clipping"
+    if name in algorithms:
+        raise RecipeError(
+            "optimizer.clip_norm", f"is {clip_norm:g} beside algorithms.{name}, which does the same; drop one"
+        )
+    algorithms[name] = algorithm_maker(name)(clipping_type="norm", clipping_threshold=clip_norm)
 
 
 def build_loaders(recipe: Recipe, *, rank: int, world_size: int, say: Callable[[str], None]) -> tuple[Any, Any]:
@@ -132,6 +172,7 @@ def build_loaders(recipe: Recipe, *, rank: int, world_size: int, say: Callable[[
             crop_scale=data.train.crop_scale,
             crop_aspect=data.train.crop_aspect_ratio,
             flip_probability=data.train.flip_probability,
+            augmentations=data.train.augmentations,
             eval_crop_ratio=data.eval.crop_ratio,
             **common,
         )
@@ -154,13 +195,19 @@ def build_model(recipe: Recipe, facts: DataFacts, *, world_size: int) -> ImageCl
     network = build_network(recipe, facts)
     if recipe.parallelism.sync_batchnorm and world_size > 1:
         network = synchronize_batchnorm(network, device_type=_TORCH_DEVICES[resolve_device(recipe)])
-    return ImageClassifier(network, num_classes=facts.num_classes, class_names=facts.class_names)
+    return ImageClassifier(
+        network,
+        num_classes=facts.num_classes,
+        class_names=facts.class_names,
+        loss=recipe.loss,  # pyright: ignore[reportArgumentType]
+    )
 
 
 def build_optimizer_of(model: ImageClassifier, recipe: Recipe, *, world_size: int) -> torch.optim.Optimizer:
     """The recipe's optimizer over the weights of `model`, at the learning rate that the schedule begins from."""
     with _users_mistake("optimizer"):
-        return build_optimizer(model.module, recipe.optimizer)
+        rate = initial_learning_rate(recipe, world_size=world_size)
+        return build_optimizer(model.module, recipe.optimizer, learning_rate=rate)
 
 
 def build_data_specs(recipe: Recipe, loaders: tuple[Any, Any]) -> tuple[DataSpec, DataSpec]:

@@ -1,55 +1,185 @@
-"""Optimizers by name, and which parameters weight decay spares."""
+"""Optimizers by name, the learning rate that a recipe means, and which parameters weight decay spares."""
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+import enum
+import inspect
+import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
+from omegaconf import MISSING
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm, nn.RMSNorm)
+_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+# Keys of a library's constructor that no recipe has use for: they turn training around, or serve other programs.
+_NO_SETTINGS = ("params", "parameters", "lr", "learning_rate", "maximize", "differentiable")
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Common:
+    """What every optimizer's section may say, beside its own settings.
+
+    learning_rate: of the schedule's peak. learning_rate_per_256_images: the same, to be multiplied by the global batch
+        over 256. Exactly one of them.
+    clip_norm: gradients whose norm, over all parameters together, is larger are scaled down to it; null leaves them.
+    """
+
+    learning_rate: float | None = None
+    learning_rate_per_256_images: float | None = None
+    clip_norm: float | None = None
+
+
+@dataclasses.dataclass(kw_only=True)
+class _WithDecay(_Common):
+    """For optimizers that know weight decay: whether norms' parameters and biases have it too."""
+
+    decay_norms_and_biases: bool = False
 
 
 def sgd(
-    parameters: list[dict[str, Any]],
-    *,
-    learning_rate: float,
-    momentum: float = 0.9,
-    nesterov: bool = False,
-    weight_decay: float = 0.0,
-    decay_norms_and_biases: bool = False,
+    parameters: Any, *, lr: float, momentum: float = 0.9, nesterov: bool = False, weight_decay: float = 0.0
 ) -> torch.optim.Optimizer:
     """SGD with momentum; weight decay is added to the gradient (coupled to the learning rate)."""
-    return torch.optim.SGD(parameters, lr=learning_rate, momentum=momentum, nesterov=nesterov)
+    return torch.optim.SGD(parameters, lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay)
 
 
 def adamw(
-    parameters: list[dict[str, Any]],
+    parameters: Any,
     *,
-    learning_rate: float,
+    lr: float,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0.01,
-    decay_norms_and_biases: bool = False,
 ) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov 2019, arXiv 1711.05101); weight decay shrinks the weights by learning_rate x weight_decay."""
-    return torch.optim.AdamW(parameters, lr=learning_rate, betas=betas, eps=eps)
+    """AdamW (Loshchilov 2019, arXiv 1711.05101); weight decay shrinks the weights by lr x weight_decay a step."""
+    return torch.optim.AdamW(parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
 
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": adamw, "sgd": sgd}
+def decoupled_sgdw(
+    parameters: Any, *, lr: float, momentum: float = 0.9, nesterov: bool = False, weight_decay: float = 1e-5
+) -> torch.optim.Optimizer:
+    """Composer's DecoupledSGDW: weight decay shrinks the weights by weight_decay x lr / peak lr a step."""
+    from composer.optim import DecoupledSGDW
+
+    return DecoupledSGDW(parameters, lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay)
 
 
-def build_optimizer(model: nn.Module, settings: dict[str, Any]) -> torch.optim.Optimizer:
-    """The optimizer that `settings` (a name and its arguments) describes, over `model`'s parameters in two groups."""
-    arguments = {key: value for key, value in settings.items() if key != "name"}
-    groups = parameter_groups(
-        model,
-        weight_decay=arguments["weight_decay"],
-        decay_norms_and_biases=arguments["decay_norms_and_biases"],
-    )
-    return OPTIMIZERS[settings["name"]](groups, **arguments)
+def decoupled_adamw(
+    parameters: Any,
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.95),
+    eps: float = 1e-8,
+    weight_decay: float = 1e-5,
+) -> torch.optim.Optimizer:
+    """Composer's DecoupledAdamW: weight decay shrinks the weights by weight_decay x lr / peak lr a step."""
+    from composer.optim import DecoupledAdamW
+
+    return DecoupledAdamW(parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+
+
+_OWN: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": adamw,
+    "decoupled_adamw": decoupled_adamw,
+    "decoupled_sgdw": decoupled_sgdw,
+    "sgd": sgd,
+}
+
+
+def find(name: str) -> Callable[..., torch.optim.Optimizer]:
+    """What makes the optimizer `name`: one of this module's, `torch.<name>` or `pytorch_optimizer.<name>`.
+
+    The libraries' are named in lower case: torch.rmsprop, pytorch_optimizer.lamb.
+
+    Raises ValueError with the nearest match when there is none, and for a library that is not installed.
+    """
+    library, dot, short = name.partition(".")
+    if not dot:
+        return _pick(name, _OWN, prefix="", also=", torch.<name>, pytorch_optimizer.<name>")
+    if library == "torch":
+        return _pick(short, _torch_optimizers(), prefix="torch.")
+    if library == "pytorch_optimizer":
+        return _pick(short, _pytorch_optimizers(name), prefix="pytorch_optimizer.")
+    raise ValueError(f"unknown library {library!r} of optimizer {name!r}; known: torch, pytorch_optimizer")
+
+
+def settings_of(name: str) -> type:
+    """A dataclass of what a recipe may say about optimizer `name`: its constructor's arguments, and the common ones.
+
+    Raises ValueError as `find` does.
+    """
+    factory = find(name)
+    function: Any = factory.__init__ if inspect.isclass(factory) else factory
+    hints = _type_hints(function)
+    fields: list[tuple[str, Any, Any]] = []
+    for key, parameter in inspect.signature(factory).parameters.items():
+        if key in _NO_SETTINGS or parameter.kind not in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD):
+            continue
+        if isinstance(parameter.default, enum.Enum):
+            continue
+        default = MISSING if parameter.default is parameter.empty else parameter.default
+        hint = _plain_hint(hints.get(key), default)
+        if hint is Any and default == MISSING:
+            raise ValueError(f"{name} needs {key!r}, which no recipe can give; use another")
+        fields.append((key, hint, dataclasses.field(default=default)))
+    base = _WithDecay if any(key == "weight_decay" for key, *_ in fields) else _Common
+    return dataclasses.make_dataclass(base.__name__, fields, bases=(base,), kw_only=True)
+
+
+def check_settings(settings: dict[str, Any]) -> None:
+    """Make the optimizer for a few weights and take a step with it.
+
+    Raises ValueError for values out of range, and for optimizers that need more than gradients: a closure, second
+    derivatives, a switch between training and evaluation.
+    """
+    rates = {key: settings[key] for key in ("learning_rate", "learning_rate_per_256_images")}
+    if sum(rate is not None for rate in rates.values()) != 1:
+        given = " and ".join(f"{key} is {rate}" for key, rate in rates.items())
+        raise ValueError(f"{given}; give exactly one of them")
+    for key, value in {**rates, "clip_norm": settings["clip_norm"]}.items():
+        if value is not None and not 0 < value < float("inf"):
+            raise ValueError(f"{key} is {value}; it must be above 0")
+    weights = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            optimizer = build_optimizer(weights, settings, learning_rate=1e-3)
+            weights(torch.ones(2, 3, 3, 3)).sum().backward()
+            optimizer.step()
+        except Exception as error:  # whatever a library raises for what it cannot do
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(f"{settings['name']} cannot train with these settings: {reason}") from None
+    if hasattr(optimizer, "train") and hasattr(optimizer, "eval"):
+        raise ValueError(
+            f"{settings['name']} keeps other weights for evaluation than for training, and nothing here switches them; "
+            "use another, with algorithms.ema for averaged weights"
+        )
+
+
+def peak_learning_rate(settings: dict[str, Any], *, global_batch_size: int) -> float:
+    """The learning rate at the schedule's factor 1, of a run that begins with this global batch."""
+    if settings["learning_rate"] is not None:
+        return settings["learning_rate"]
+    return settings["learning_rate_per_256_images"] * global_batch_size / 256
+
+
+def build_optimizer(model: nn.Module, settings: dict[str, Any], *, learning_rate: float) -> torch.optim.Optimizer:
+    """The optimizer that `settings` (a name and its arguments) describes, over `model`'s parameters."""
+    common = {field.name for field in dataclasses.fields(_WithDecay)}
+    arguments = {key: value for key, value in settings.items() if key not in common and key != "name"}
+    parameters: Any = list(model.parameters())
+    if "weight_decay" in arguments:
+        parameters = parameter_groups(
+            model,
+            weight_decay=arguments["weight_decay"],
+            decay_norms_and_biases=settings["decay_norms_and_biases"],
+        )
+    return find(settings["name"])(parameters, lr=learning_rate, **arguments)
 
 
 def parameter_groups(
@@ -63,7 +193,7 @@ def parameter_groups(
     if not decay_norms_and_biases:
         for module in model.modules():
             for name, parameter in module.named_parameters(recurse=False):
-                if isinstance(module, _NORMS) or name == "bias":
+                if isinstance(module, _NORMS) or name == "bias" or name.endswith("_bias"):  # attention's in_proj_bias
                     exempt.add(id(parameter))
     parameters = list(model.parameters())
     groups = [
@@ -71,3 +201,50 @@ def parameter_groups(
         {"params": [p for p in parameters if id(p) in exempt], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def _pick(name: str, known: dict[str, Any], *, prefix: str, also: str = "") -> Any:
+    if name in known:
+        return known[name]
+    near = difflib.get_close_matches(name.lower(), known, n=1)
+    hint = f"; did you mean {prefix}{near[0]}?" if near else ""
+    raise ValueError(f"{prefix + name!r} is no optimizer; known: {', '.join(sorted(known))}{also}{hint}")
+
+
+def _torch_optimizers() -> dict[str, type[torch.optim.Optimizer]]:
+    classes = (one for one in vars(torch.optim).values() if inspect.isclass(one))
+    return {
+        one.__name__.lower(): one
+        for one in classes
+        if issubclass(one, torch.optim.Optimizer) and one is not torch.optim.Optimizer
+    }
+
+
+def _pytorch_optimizers(asked: str) -> dict[str, type[torch.optim.Optimizer]]:
+    try:
+        import pytorch_optimizer
+    except ModuleNotFoundError as error:
+        if error.name != "pytorch_optimizer":
+            raise
+        raise ValueError(f"{asked} needs pytorch-optimizer: pip install pytorch-optimizer") from None
+    return {name: pytorch_optimizer.load_optimizer(name) for name in pytorch_optimizer.get_supported_optimizers()}
+
+
+def _type_hints(function: Any) -> dict[str, Any]:
+    try:
+        return get_type_hints(function)
+    except (NameError, TypeError):  # a library's annotations may name what only its type checker imports
+        return {}
+
+
+def _plain_hint(hint: Any, default: Any) -> Any:
+    """A type that a recipe's value can be checked by: the library's if it is plain, else the default's."""
+    if hint in (bool, int, float, str):
+        return hint
+    if isinstance(default, bool) or (isinstance(default, str) and default != MISSING):
+        return type(default)
+    if isinstance(default, (int, float)):
+        return float
+    if isinstance(default, tuple) and all(isinstance(value, (int, float)) for value in default):
+        return tuple[(float,) * len(default)]  # pyright: ignore[reportInvalidTypeArguments]
+    return Any

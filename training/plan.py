@@ -16,7 +16,7 @@ from algos.progressive_resizing import ProgressiveResizing
 from algos.protocols import LearningRateModifier
 from algos.sam import SAM
 from models.classifier import count_forward_macs, count_parameters
-from training.build import DataFacts, arrange_algorithms, build_network, per_device_batch_size
+from training.build import DataFacts, arrange_algorithms, build_network, initial_learning_rate, per_device_batch_size
 from training.recipe import Recipe
 from training.schema import RecipeError
 
@@ -88,9 +88,10 @@ def make_plan(recipe: Recipe, facts: DataFacts, *, world_size: int = 1) -> Plan:
         if Event.INIT in algorithm.events and Resource.MODEL in algorithm.contract.writes:
             algorithm.apply(Event.INIT, state, Logger(state))
     shapes = _epoch_shapes(recipe, algorithms, world_size=world_size)
+    initial = initial_learning_rate(recipe, world_size=world_size)
     macs = {size: _macs(state.model, size, recipe) for size in {size for size, _ in shapes}}
     epochs = tuple(
-        _plan_epoch(index, recipe, facts, algorithms, shape=shape, macs=macs[shape[0]])
+        _plan_epoch(index, recipe, facts, algorithms, shape=shape, macs=macs[shape[0]], initial=initial)
         for index, shape in enumerate(shapes)
     )
     return Plan(
@@ -110,12 +111,20 @@ def without_algorithms(recipe: Recipe, run_name: str) -> Recipe:
     return replace(recipe, algorithms={}, run_name=run_name, settings=settings)
 
 
+def without_weights(recipe: Recipe) -> Recipe:
+    """The same recipe with a new network, which costs no download."""
+    if recipe.model.get("weights") is None:
+        return recipe
+    return replace(recipe, model={**recipe.model, "weights": None})
+
+
 def format_plan(plan: Plan, baseline: Plan) -> str:
     """The plan as text for people, with the savings against `baseline`, the same recipe with every speed-up off."""
     facts = plan.facts
     lines = [
         f"{plan.run_name}: {facts.num_train:,} training and {facts.num_eval:,} held-out images of "
         f"{facts.num_classes} classes, {plan.parameters:,} parameters",
+        *([] if facts.present else ["(the data are not here: counts are data.expected's)"]),
         "",
         "algorithms, in the order they act",
         *(f"  {name:<28}{', '.join(events)}" for name, events in plan.algorithms),
@@ -171,6 +180,7 @@ def _plan_epoch(
     *,
     shape: tuple[int, int],
     macs: int,
+    initial: float,
 ) -> Epoch:
     image_size, batch = shape
     if recipe.data.train.drop_last and batch > facts.num_train:
@@ -182,7 +192,9 @@ def _plan_epoch(
     images = steps * batch if recipe.data.train.drop_last else facts.num_train
     sam, fixres = algorithms.get("sam"), algorithms.get("fixres")
     in_fixres = isinstance(fixres, FixRes) and index >= fixres.start_epoch(recipe.epochs)
-    ends = [_learning_rate(epoch, recipe, algorithms) for epoch in (index, index + (steps - 1) / steps)]
+    ends = [
+        _learning_rate(epoch, recipe, algorithms, initial=initial) for epoch in (index, index + (steps - 1) / steps)
+    ]
     return Epoch(
         image_size=image_size,
         global_batch_size=batch,
@@ -196,13 +208,11 @@ def _plan_epoch(
     )
 
 
-def _learning_rate(epoch: float, recipe: Recipe, algorithms: Mapping[str, SpeedUp]) -> float:
+def _learning_rate(epoch: float, recipe: Recipe, algorithms: Mapping[str, SpeedUp], *, initial: float) -> float:
     schedule = algorithms["learning_rate"]
     assert isinstance(schedule, LearningRate)
     modifiers = [one for one in algorithms.values() if isinstance(one, LearningRateModifier)]
-    return schedule.learning_rate(
-        epoch, total_epochs=recipe.epochs, initial=recipe.optimizer["learning_rate"], modifiers=modifiers
-    )
+    return schedule.learning_rate(epoch, total_epochs=recipe.epochs, initial=initial, modifiers=modifiers)
 
 
 def _macs(network: Any, image_size: int, recipe: Recipe) -> int:

@@ -32,6 +32,8 @@ class TrainData:
     crop_scale: tuple[float, float] = (0.08, 1.0)  # share of the image's area
     crop_aspect_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip_probability: float = 0.5
+    # What else the loader does to an image after crop and flip, in this order: [{name: color_jitter, brightness: 0.4}]
+    augmentations: list[Any] = field(default_factory=list)
 
 
 @dataclass
@@ -48,10 +50,20 @@ class EvalData:
 
 
 @dataclass
+class Expected:
+    """What the source is known to hold, so that a run can be planned where the data are not."""
+
+    num_classes: int = MISSING
+    num_train: int = MISSING
+    num_eval: int = MISSING
+
+
+@dataclass
 class Data:
     """Where the images come from; `source` is a name in data/ and its settings."""
 
     source: Any = MISSING
+    expected: Expected | None = None
     train: TrainData = field(default_factory=TrainData)
     eval: EvalData = field(default_factory=EvalData)
     cache_dir: str = ".cache/brisk"
@@ -117,6 +129,7 @@ class _RecipeKeys:
     model: Any = MISSING
     data: Data = field(default_factory=Data)
     algorithms: Any = None
+    loss: Literal["cross_entropy", "binary_cross_entropy"] = "cross_entropy"
     optimizer: Any = MISSING
     schedule: Any = None
     duration: Duration = field(default_factory=Duration)
@@ -129,6 +142,7 @@ class _RecipeKeys:
     results_dir: str = "results"
     load: str | None = None  # latest, or a checkpoint's path
     autoresume: bool = False
+    smoke: bool = False  # the same run in small, on made-up images; see training/smoke.py
 
 
 @dataclass(frozen=True)
@@ -143,6 +157,7 @@ class Recipe:
     model: dict[str, Any]
     data: Data
     algorithms: dict[str, dict[str, Any]]
+    loss: str
     optimizer: dict[str, Any]
     schedule: dict[str, Any]
     epochs: int
@@ -171,26 +186,45 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def recipe_from(raw: dict[str, Any]) -> Recipe:
-    """Check plain data and make a Recipe of it. Raises RecipeError."""
+    """Check plain data and make a Recipe of it, shrunk where it says smoke. Raises RecipeError."""
+    top = _check(raw)
+    if top["smoke"]:
+        from training.smoke import shrink
+
+        top = _check(shrink(_plain(top)))
+    return _recipe(top)
+
+
+def _check(raw: dict[str, Any]) -> dict[str, Any]:
+    """Every section checked and filled with its defaults."""
     from algos import LearningRate
+    from data.augment import build_augmentations
     from data.sources import SOURCES
-    from training.optimizers import OPTIMIZERS
 
     top = parse(_RecipeKeys, raw, path="")
     top["model"] = _parse_model(top["model"])
     top["data"]["source"] = _parse_named(top["data"]["source"], SOURCES, path="data.source", without=("split",))
     top["algorithms"] = _parse_algorithms(top["algorithms"])
-    top["optimizer"] = _parse_named(top["optimizer"], OPTIMIZERS, path="optimizer", without=("parameters",))
+    top["optimizer"] = _parse_optimizer(top["optimizer"])
     top["schedule"] = parse(schema_of(LearningRate), top["schedule"], path="schedule")
     _try(LearningRate, top["schedule"], path="schedule")
+    _try(build_augmentations, {"entries": top["data"]["train"]["augmentations"]}, path="data.train.augmentations")
     _check_ranges(top)
+    return top
+
+
+def _recipe(top: dict[str, Any]) -> Recipe:
     data = top["data"]
+    sections = {"train": TrainData(**data["train"]), "eval": EvalData(**data["eval"])}
+    if data["expected"] is not None:
+        sections["expected"] = Expected(**data["expected"])
     return Recipe(
         settings=_plain(top),
         run_name=top["run_name"],
         model=top["model"],
-        data=Data(**{**data, "train": TrainData(**data["train"]), "eval": EvalData(**data["eval"])}),
+        data=Data(**{**data, **sections}),
         algorithms={name: settings for name, settings in top["algorithms"].items() if settings is not None},
+        loss=top["loss"],
         optimizer=top["optimizer"],
         schedule=top["schedule"],
         epochs=top["duration"]["epochs"],
@@ -254,6 +288,19 @@ def _parse_named(given: Any, known: dict[str, Any], *, path: str, without: Seque
     name, settings = _split_name(given, path=path)
     refuse_unknown(name, sorted(known), path=f"{path}.name", what=path.rpartition(".")[2])
     return {"name": name, **parse(schema_of(known[name], without=without), settings, path=path)}
+
+
+def _parse_optimizer(given: Any) -> dict[str, Any]:
+    from training.optimizers import check_settings, settings_of
+
+    name, settings = _split_name(given, path="optimizer")
+    try:
+        schema = settings_of(name)
+    except ValueError as error:
+        raise RecipeError("optimizer.name", str(error)) from None
+    parsed = {"name": name, **parse(schema, settings, path="optimizer")}
+    _try(check_settings, {"settings": parsed}, path="optimizer")
+    return parsed
 
 
 def _parse_algorithms(given: Any) -> dict[str, dict[str, Any] | None]:
@@ -336,6 +383,7 @@ def _check_ranges(top: dict[str, Any]) -> None:
         "data.eval.num_workers": evaluation["num_workers"],
         "data.eval.per_device_batch_size": evaluation["per_device_batch_size"],
         "data.eval.every_epochs": evaluation["every_epochs"],
+        **{f"data.expected.{key}": value for key, value in (top["data"]["expected"] or {}).items()},
         "parallelism.fsdp.replicas": top["parallelism"]["fsdp"]["replicas"],
         "parallelism.lost_rank_timeout_seconds": top["parallelism"]["lost_rank_timeout_seconds"],
         **{

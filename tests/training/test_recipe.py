@@ -71,7 +71,7 @@ def test_a_mistake_is_one_line_that_names_it(override: str, says: list[str]) -> 
     [
         (lambda text: text + "\nseed: 1\n", "found duplicate key seed"),
         (lambda text: text.replace("run_name: digits_medium\n", ""), "run_name: is missing; give text"),
-        (lambda text: text.replace("learning_rate: 0.2, ", ""), "optimizer.learning_rate: is missing; give a number"),
+        (lambda text: text.replace("learning_rate: 0.2, ", ""), "optimizer: learning_rate is None and learning"),
         (lambda text: text + "\n  - [", "while parsing"),
         (lambda text: "- a\n- b\n", "is not a mapping"),
         (lambda text: text.replace("seed: 0", "seed: ${sed}"), "sed"),
