@@ -75,6 +75,8 @@ def _run(options: argparse.Namespace) -> int:
         # What the layers below say to users: a full disk, a file that vanished, a label beyond the model's classes.
         logging.getLogger(__name__).debug("raised here", exc_info=True)
         return _complain(f"{error} (logging.level=debug shows where)", status=1)
+    except RuntimeError as error:
+        return _lost_rank(error)
     return 0
 
 
@@ -118,6 +120,17 @@ def _complain(text: str, *, status: int = 2) -> int:
         time.sleep(_PAUSE_FOR_RANK_0_SECONDS)
     print(f"run.py: {text}", file=sys.stderr, flush=True)
     return status
+
+
+def _lost_rank(error: RuntimeError) -> int:
+    """Say that another rank is gone, if that is what `error` means; each machine says it for itself, at once."""
+    from training.peers import describe_lost_rank
+
+    text = describe_lost_rank(error)
+    if text is None:
+        raise error
+    print(f"run.py: {text}", file=sys.stderr, flush=True)
+    return 1
 
 
 def _stopped(status: int = 130) -> int:

@@ -17,10 +17,12 @@ from composer import Trainer
 from composer.utils import dist, get_device, reproducibility
 
 from training import report
-from training.build import DataFacts, build_loaders, build_trainer, data_facts, resolve_device
+from training.build import DataFacts, build_loaders, build_trainer, data_facts, per_device_batch_size, resolve_device
 from training.callbacks import build_callbacks, is_complete
 from training.checkpoints import find_latest
+from training.memory import describe_out_of_memory, is_out_of_memory
 from training.parallel import check_parallelism
+from training.peers import PeerWatch
 from training.plan import Plan, format_plan, make_plan, without_algorithms
 from training.recipe import Recipe
 from training.recorder import Recorder
@@ -62,7 +64,11 @@ def train(recipe: Recipe, *, say: Callable[[str], None] = print) -> Result:
     Raises RecipeError for what the recipe, its data or its results folder make impossible, before the first step.
     """
     _start_distributed(recipe)
-    say = say if dist.get_global_rank() == 0 else _silent
+    with PeerWatch(timeout_seconds=recipe.parallelism.lost_rank_timeout_seconds):
+        return _train(recipe, say if dist.get_global_rank() == 0 else _silent)
+
+
+def _train(recipe: Recipe, say: Callable[[str], None]) -> Result:
     facts = data_facts(recipe)
     plan = make_plan(recipe, facts, world_size=dist.get_world_size())
     load_path = _prepare_run_dir(recipe, say)
@@ -70,7 +76,14 @@ def train(recipe: Recipe, *, say: Callable[[str], None] = print) -> Result:
     engine = _train_with_composer
     if recipe.parallelism.strategy == "deepspeed":
         from training.deepspeed import train_deepspeed as engine
-    history, seconds = engine(recipe, plan, facts, loaders, load_path=load_path, say=say)
+    try:
+        history, seconds = engine(recipe, plan, facts, loaders, load_path=load_path, say=say)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        images = per_device_batch_size(recipe, world_size=dist.get_world_size())
+        text = describe_out_of_memory(recipe, device=resolve_device(recipe), per_device_batch_size=images)
+        raise ValueError(text) from error
     result = _result(recipe, plan, history, seconds=seconds, resumed=load_path is not None)
     if dist.get_global_rank() == 0:
         _write_results(recipe, result)
@@ -163,7 +176,7 @@ def _write_results(recipe: Recipe, result: Result) -> None:
 def _prepare_run_dir(recipe: Recipe, say: Callable[[str], None]) -> str | None:
     """The checkpoint to continue from, if any; rank 0 makes the folder and writes the recipe into it."""
     run_dir = recipe.run_dir
-    load_path = _checkpoint_to_load(recipe)
+    load_path = _agreed_checkpoint(recipe)
     if load_path is not None and is_zero(load_path) and recipe.parallelism.strategy != "deepspeed":
         raise RecipeError(
             "load",
@@ -187,6 +200,25 @@ def _prepare_run_dir(recipe: Recipe, say: Callable[[str], None]) -> str | None:
             ) from None
     dist.barrier()
     return load_path
+
+
+def _agreed_checkpoint(recipe: Recipe) -> str | None:
+    """The same on every rank. Raises RecipeError where not all see the checkpoint."""
+    mistake = path = None
+    try:
+        path = _checkpoint_to_load(recipe)
+    except RecipeError as error:
+        mistake = error
+    seen = dist.all_gather_object(path)
+    if any(seen) and not all(seen):
+        missing = ", ".join(str(rank) for rank, one in enumerate(seen) if not one)
+        raise RecipeError(
+            "results_dir",
+            f"rank {missing} does not see {next(filter(None, seen))}; to resume, every machine needs the same folder",
+        )
+    if mistake is not None:
+        raise mistake
+    return path
 
 
 def _checkpoint_to_load(recipe: Recipe) -> str | None:

@@ -1,0 +1,152 @@
+"""Notices that another rank is gone, and ends this one with a line that says so.
+
+A process that dies closes its connections, and whoever waits for it is told at once: `describe_lost_rank` puts that in
+words. A machine that vanishes from the network closes nothing, and a collective waits for it for many minutes. So every
+rank writes a beat to the run's key-value store every few seconds, and ends when another's has not changed for too long.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from typing import Any
+
+from composer.utils import dist
+from torch import distributed
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed.distributed_c10d import PrefixStore
+
+_BEAT_SECONDS = 2.0
+_DONE = "done"
+_CONTINUE = "the same command with autoresume=true goes on from the last checkpoint"
+# What gloo, NCCL and torch's store say of a connection that is gone; their exceptions are plain RuntimeErrors.
+_LOST_CONNECTION = (
+    "gloo/transport",
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "No route to host",
+    "Socket Timeout",
+    "NCCL communicator was aborted",
+    "remote process exited",
+)
+
+
+def describe_lost_rank(error: BaseException) -> str | None:
+    """One line for people if `error` means that another rank cannot be reached; None if it means something else."""
+    text = str(error)
+    is_network = isinstance(error, (distributed.DistNetworkError, distributed.DistBackendError))
+    if dist.get_world_size() == 1 or not (is_network or any(sign in text for sign in _LOST_CONNECTION)):
+        return None
+    reason = text.strip().splitlines()[0].rpartition("] ")[2] if text.strip() else type(error).__name__
+    return (
+        f"rank {dist.get_global_rank()} lost another rank ({reason}), whose own output says why it ended; {_CONTINUE}"
+    )
+
+
+class PeerWatch:
+    """While open, ends this process with status 1 once a rank has been silent for `timeout_seconds`.
+
+    Does nothing in a run of one process. `end` is called with the line to say; it does not return.
+    """
+
+    def __init__(self, *, timeout_seconds: float, end: Callable[[str], Any] | None = None) -> None:
+        self._timeout_seconds = timeout_seconds
+        self._end = end or _end_process
+        self._closed = threading.Event()
+        self._silence = Silence()
+
+    def __enter__(self) -> PeerWatch:
+        if dist.get_world_size() == 1:
+            return self
+        self._store = _connect(self._timeout_seconds)
+        self._beat(0)
+        dist.barrier()  # all have written once, so that no one waits for a key
+        self._silence.note(self._read(), time.monotonic())
+        # Two threads: the one that talks to the store may itself be stuck in a call that is never answered.
+        for loop in (self._keep_beating, self._keep_watching):
+            threading.Thread(target=loop, name=loop.__name__, daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._closed.set()
+        if dist.get_world_size() > 1:
+            with contextlib.suppress(Exception):  # rank 0, who keeps the store, may have ended before
+                self._store.set(_key(dist.get_global_rank()), f"{socket.gethostname()} {_DONE}")
+
+    def _keep_beating(self) -> None:
+        count = 0
+        while not self._closed.wait(min(_BEAT_SECONDS, self._timeout_seconds / 4)):
+            count += 1
+            try:
+                self._beat(count)
+                self._silence.note(self._read(), time.monotonic())
+            except Exception:  # whatever it is, no news is what the other thread waits for
+                continue
+
+    def _keep_watching(self) -> None:
+        while not self._closed.wait(0.5):
+            silent = self._silence.longer_than(self._timeout_seconds, time.monotonic())
+            if silent and not self._closed.is_set():
+                names = ", ".join(f"{rank} ({host})" for rank, host in silent.items())
+                self._end(
+                    f"rank {dist.get_global_rank()} has heard nothing from rank {names} for "
+                    f"{self._timeout_seconds:g} s: its process, its machine or the network is gone; {_CONTINUE}"
+                )
+
+    def _beat(self, count: int) -> None:
+        self._store.set(_key(dist.get_global_rank()), f"{socket.gethostname()} {count}")
+
+    def _read(self) -> dict[int, str]:
+        ranks = range(dist.get_world_size())
+        beats = self._store.multi_get([_key(rank) for rank in ranks])  # pyright: ignore[reportAttributeAccessIssue]
+        return {rank: beat.decode() for rank, beat in zip(ranks, beats, strict=True)}
+
+
+class Silence:
+    """Since when each rank's beat has not changed. A beat is the rank's host and a count."""
+
+    def __init__(self) -> None:
+        self._heard: dict[int, tuple[str, float]] = {}
+
+    def note(self, beats: Mapping[int, str], now: float) -> None:
+        """Take down every rank's beat as read at `now`, in seconds of a monotonic clock."""
+        for rank, beat in beats.items():
+            if self._heard.get(rank, ("", 0.0))[0] != beat:
+                self._heard[rank] = (beat, now)
+
+    def longer_than(self, seconds: float, now: float) -> dict[int, str]:
+        """The ranks that have been silent for longer, and their hosts; not this one, nor any that is done."""
+        me = dist.get_global_rank()
+        return {
+            rank: beat.partition(" ")[0]
+            for rank, (beat, heard) in sorted(self._heard.items())
+            if rank != me and now - heard > seconds and not beat.endswith(_DONE)
+        }
+
+
+def _connect(timeout_seconds: float) -> PrefixStore:
+    """A connection of our own: the process group's is taken while a collective waits for a rank to join."""
+    store = TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=False,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=timeout_seconds),
+    )
+    return PrefixStore("brisk/alive", store)
+
+
+def _key(rank: int) -> str:
+    return f"rank{rank}"
+
+
+def _end_process(text: str) -> None:
+    print(f"run.py: {text}", file=sys.stderr, flush=True)
+    os._exit(1)  # the main thread waits within a library, where no exception reaches it
