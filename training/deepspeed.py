@@ -171,6 +171,7 @@ class DeepSpeedRun:
             outputs = self.engine(microbatch)
             with get_precision_context(state.precision, state.precision_config):
                 loss = model.loss(outputs, microbatch) * (len(microbatch[1]) / per_rank)
+            self._events.run_event(Event.BEFORE_BACKWARD)
             self.engine.backward(loss, scale_wrt_gas=False)
             total += loss.detach()
             _update(state.train_metrics, model, microbatch, outputs.detach())

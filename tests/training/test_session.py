@@ -68,8 +68,8 @@ class _StopAt(Callback):
 
 def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the next runs fail right after `step` steps."""
-    callbacks = session._callbacks
-    monkeypatch.setattr(session, "_callbacks", lambda *args: [*callbacks(*args), _StopAt(step)])
+    build = session.build_callbacks
+    monkeypatch.setattr(session, "build_callbacks", lambda *given: [*build(*given), _StopAt(step)])
 
 
 @pytest.fixture
@@ -126,8 +126,8 @@ class Kill(Callback):
         if state.timestamp.batch.value == 43:
             os.kill(os.getpid(), signal.SIGKILL)
 
-callbacks = session._callbacks
-session._callbacks = lambda *args: [*callbacks(*args), Kill()]
+build = session.build_callbacks
+session.build_callbacks = lambda *given: [*build(*given), Kill()]
 sys.exit(cli.main(sys.argv[1:]))
 """
 
