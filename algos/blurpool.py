@@ -378,9 +378,8 @@ def _rebuild(cls: type[nn.Module]) -> nn.Module:
 
 def _pools_slowly(images: Tensor) -> bool:
     # On CPU, PyTorch (2.7) vectorizes max-pools in channels-last alone: a dense 3x3 one takes 18 times as long in NCHW,
-    # and what it takes to change the format is a fifth of the difference. Compilers and exporters have their own.
-    eager = not (torch.compiler.is_compiling() or torch.jit.is_tracing())
-    return eager and images.device.type == "cpu" and images.is_contiguous()
+    # and what it takes to change the format is a fifth of the difference. A compiler makes its own kernels.
+    return images.device.type == "cpu" and images.is_contiguous() and not torch.compiler.is_compiling()
 
 
 def _extend_for_ceil_mode(images: Tensor, pool: nn.MaxPool2d, stride: Pair) -> Tensor:
@@ -406,6 +405,7 @@ def _missing_in_ceil_mode(size: int, kernel_size: int, stride: int, padding: int
 
 
 def _blur(images: Tensor, kernel: Tensor, *, stride: Pair, pad: str) -> Tensor:
+    channels = int(images.shape[-3])  # a number for ONNX's tracer too, whose convolutions have weights of known shape
     rows, columns = kernel.shape[-2:]
     padding = ((rows - 1) // 2, (columns - 1) // 2)
     if pad == "reflect" or not rows % 2 == columns % 2 == 1:
@@ -416,7 +416,6 @@ def _blur(images: Tensor, kernel: Tensor, *, stride: Pair, pad: str) -> Tensor:
             # behind it gets the wrong gradient (torch 2.7.0, aot_eager, GroupNorm).
             images = images.contiguous(memory_format=torch.channels_last)
         padding = (0, 0)
-    channels = images.shape[-3]
     weight = kernel.to(images).expand(channels, 1, rows, columns)
     return F.conv2d(images, weight, stride=stride, padding=padding, groups=channels)
 

@@ -447,6 +447,21 @@ def test_compiles_to_one_graph(placement):
         torch.testing.assert_close(compiled(images), model(images))
 
 
+@pytest.mark.filterwarnings("ignore")  # both exporters warn of their own constants and annotations
+@pytest.mark.parametrize("dynamo", [False, True])
+@pytest.mark.parametrize("settings", [{}, {"pad": "zeros"}, {"filter_size": 4}])
+def test_exports_to_onnx(settings, dynamo, tmp_path):
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3, stride=2), nn.MaxPool2d(3, stride=2, padding=1))
+    apply_blurpool(model.eval(), **settings)
+    images = torch.randn(1, 3, 33, 32)
+    torch.onnx.export(model, (images,), str(tmp_path / "model.onnx"), dynamo=dynamo)
+    session = runtime.InferenceSession(tmp_path / "model.onnx")
+    (found,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), model(images), rtol=0, atol=1e-5)
+
+
 # --- repeated and mistaken use ---
 
 
