@@ -11,9 +11,6 @@ from torch.nn import functional as F
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from models.summary import count_forward_macs as count_forward_macs
-from models.summary import count_parameters as count_parameters
-
 Loss = Literal["cross_entropy", "binary_cross_entropy"]
 Batch = tuple[Tensor, Tensor]  # images [N, 3, S, S], targets [N] class indices or [N, K] probabilities
 

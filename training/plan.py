@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any
 
 from composer.utils import get_device
+from torch import nn
 
 from algos.base import Event, Logger, Resource, SpeedUp, State
 from algos.fixres import FixRes
@@ -15,7 +15,7 @@ from algos.learning_rate import LearningRate
 from algos.progressive_resizing import ProgressiveResizing
 from algos.protocols import LearningRateModifier
 from algos.sam import SAM
-from models.classifier import count_forward_macs, count_parameters
+from models.summary import count_forward_macs, count_parameters, summarize
 from training.build import DataFacts, arrange_algorithms, build_network, initial_learning_rate, per_device_batch_size
 from training.recipe import Recipe
 from training.schema import RecipeError
@@ -82,14 +82,10 @@ def make_plan(recipe: Recipe, facts: DataFacts, *, world_size: int = 1) -> Plan:
             f"is {recipe.schedule['warmup_epochs']:g}, longer than the run of {recipe.epochs} epochs; make it shorter",
         )
     algorithms = arrange_algorithms(recipe)
-    network = build_network(recipe, facts)
-    state = State(rank_zero_seed=recipe.seed, model=network, run_name=recipe.run_name, device=get_device("cpu"))
-    for algorithm in algorithms.values():
-        if Event.INIT in algorithm.events and Resource.MODEL in algorithm.contract.writes:
-            algorithm.apply(Event.INIT, state, Logger(state))
+    network = _network(recipe, facts, algorithms)
     shapes = _epoch_shapes(recipe, algorithms, world_size=world_size)
     initial = initial_learning_rate(recipe, world_size=world_size)
-    macs = {size: _macs(state.model, size, recipe) for size in {size for size, _ in shapes}}
+    macs = {size: _macs(network, size, recipe) for size in {size for size, _ in shapes}}
     epochs = tuple(
         _plan_epoch(index, recipe, facts, algorithms, shape=shape, macs=macs[shape[0]], initial=initial)
         for index, shape in enumerate(shapes)
@@ -102,6 +98,12 @@ def make_plan(recipe: Recipe, facts: DataFacts, *, world_size: int = 1) -> Plan:
         facts=facts,
         epochs=epochs,
     )
+
+
+def network_summary(recipe: Recipe, facts: DataFacts) -> str:
+    """The network's layers, as the recipe's algorithms make it: shapes, parameters, multiply-adds; for people."""
+    network = _network(recipe, facts, arrange_algorithms(recipe))
+    return summarize(network, image_size=recipe.data.train.image_size)
 
 
 def without_algorithms(recipe: Recipe, run_name: str) -> Recipe:
@@ -215,7 +217,16 @@ def _learning_rate(epoch: float, recipe: Recipe, algorithms: Mapping[str, SpeedU
     return schedule.learning_rate(epoch, total_epochs=recipe.epochs, initial=initial, modifiers=modifiers)
 
 
-def _macs(network: Any, image_size: int, recipe: Recipe) -> int:
+def _network(recipe: Recipe, facts: DataFacts, algorithms: Mapping[str, SpeedUp]) -> nn.Module:
+    network = build_network(recipe, facts)
+    state = State(rank_zero_seed=recipe.seed, model=network, run_name=recipe.run_name, device=get_device("cpu"))
+    for algorithm in algorithms.values():
+        if Event.INIT in algorithm.events and Resource.MODEL in algorithm.contract.writes:
+            algorithm.apply(Event.INIT, state, Logger(state))
+    return state.model
+
+
+def _macs(network: nn.Module, image_size: int, recipe: Recipe) -> int:
     try:
         return count_forward_macs(network, image_size=image_size)
     except (RuntimeError, ValueError, AssertionError) as error:

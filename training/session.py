@@ -17,13 +17,21 @@ from composer import Trainer
 from composer.utils import dist, get_device, reproducibility
 
 from training import report
-from training.build import DataFacts, build_loaders, build_trainer, data_facts, per_device_batch_size, resolve_device
+from training.build import (
+    DataFacts,
+    build_loaders,
+    build_trainer,
+    data_facts,
+    per_device_batch_size,
+    planned_facts,
+    resolve_device,
+)
 from training.callbacks import build_callbacks, is_complete
 from training.checkpoints import find_latest
 from training.memory import describe_out_of_memory, is_out_of_memory
 from training.parallel import check_parallelism
 from training.peers import PeerWatch
-from training.plan import Plan, format_plan, make_plan, without_algorithms
+from training.plan import Plan, format_plan, make_plan, network_summary, without_algorithms, without_weights
 from training.recipe import Recipe
 from training.recorder import Recorder
 from training.report import History
@@ -52,10 +60,12 @@ class Result:
 
 def plan_text(recipe: Recipe) -> str:
     """What `recipe` would do, and how that compares to the same with every speed-up off. Trains nothing."""
-    facts = data_facts(recipe)
+    recipe = without_weights(recipe)
+    facts = planned_facts(recipe)
     world_size = dist.get_world_size()
     baseline = make_plan(without_algorithms(recipe, recipe.run_name), facts, world_size=world_size)
-    return format_plan(make_plan(recipe, facts, world_size=world_size), baseline)
+    plan = format_plan(make_plan(recipe, facts, world_size=world_size), baseline)
+    return f"{plan}\n\n{network_summary(recipe, facts)}"
 
 
 def train(recipe: Recipe, *, say: Callable[[str], None] = print) -> Result:
@@ -63,7 +73,7 @@ def train(recipe: Recipe, *, say: Callable[[str], None] = print) -> Result:
 
     Raises RecipeError for what the recipe, its data or its results folder make impossible, before the first step.
     """
-    _start_distributed(recipe)
+    start_distributed(recipe)
     with PeerWatch(timeout_seconds=recipe.parallelism.lost_rank_timeout_seconds):
         return _train(recipe, say if dist.get_global_rank() == 0 else _silent)
 
@@ -117,7 +127,7 @@ def compare(recipe: Recipe, *, say: Callable[[str], None] = print) -> str:
     """Train `recipe`, then the same with every speed-up off, and write both side by side. Returns the comparison."""
     from dataclasses import replace
 
-    _start_distributed(recipe)
+    start_distributed(recipe)
     say = say if dist.get_global_rank() == 0 else _silent
     off = without_algorithms(replace(recipe, load=None), f"{recipe.run_name}_speedups_off")
     results = {}
@@ -266,7 +276,7 @@ def _flat(value: Any, path: str = "") -> dict[str, Any]:
     return {path: value}
 
 
-def _start_distributed(recipe: Recipe) -> None:
+def start_distributed(recipe: Recipe) -> None:
     device = resolve_device(recipe)
     check_parallelism(recipe, device=device, world_size=dist.get_world_size())
     with warnings.catch_warnings():

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from models.classifier import count_forward_macs, count_parameters
 from models.registry import find
+from models.summary import count_forward_macs, count_parameters
 from training.build import data_facts
 from training.plan import format_plan, make_plan, without_algorithms
 from training.schema import RecipeError
