@@ -76,7 +76,7 @@ class HybridFSDP2Config(FSDP2Config):
 
 
 class LikeDDP(Callback):
-    """Does under FSDP2 what DDP does by itself: mean gradients on gloo, and one state of batch norm's statistics.
+    """Does under FSDP2 what comes by itself under DDP: mean gradients on gloo, and buffers that the ranks agree on.
 
     Gradients: in torch 2.7 a reduce-scatter with ReduceOp.AVG on gloo sums (pytorch#162338). Where a trial shows that
     it does, every reduced gradient is divided by the number of ranks; where it averages nothing is done.
@@ -90,6 +90,10 @@ class LikeDDP(Callback):
         if units and _gradients_are_summed(next(state.model.parameters()).device):
             for unit in units:
                 unit.set_all_reduce_hook(_divide_by_ranks)
+        for optimizer in state.optimizers:
+            for group in optimizer.param_groups:
+                # LearningRate adds it at the first step; loading a whole state fails on what is not there (torch 2.7).
+                group.setdefault("initial_lr", group["lr"])
 
     def batch_start(self, state: State, logger: Logger) -> None:
         buffers = [buffer.detach() for buffer in state.model.buffers()]
