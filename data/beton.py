@@ -194,6 +194,7 @@ def _checked_sidecar(path: Path, frame: Frame) -> dict[str, Any] | None:
             wrong.append("format_version")
         if frame.labels.min() < 0 or frame.labels.max() > highest:
             wrong.append("class_names")
+        wrong += [key for key in ("mean", "std") if not _is_color(sidecar[key], least=0 if key == "mean" else 1e-9)]
     except FileNotFoundError:
         if frame.labels.min() < 0:
             raise _broken(path, f"it has negative labels, down to {frame.labels.min()}") from None
@@ -210,6 +211,10 @@ def damaged_image(path: Path, index: int, reason: str) -> ValueError:
     return ValueError(
         f"image {index} of {path} cannot be decoded: {reason}. The file is damaged; convert the images again"
     )
+
+
+def _is_color(values: Any, *, least: float) -> bool:
+    return len(values) == 3 and all(least <= value <= 255 for value in values)
 
 
 def _broken(path: Path, what: str) -> ValueError:
