@@ -150,7 +150,7 @@ def _fit(trainer: Trainer, recipe: Recipe, say: Callable[[str], None]) -> float:
         _restore_random_state(trainer)
         trainer.fit()
     finally:
-        trainer.close()
+        trainer.engine.close()  # not trainer.close(): its barrier would keep a rank that failed from saying so
     return time.monotonic() - started
 
 

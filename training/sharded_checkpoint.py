@@ -43,7 +43,7 @@ def save_shards(state: State, folder: Path) -> None:
     model = get_model_state_dict(state.model)  # first: it reshards what an evaluation left gathered
     optimizer = get_optimizer_state_dict(state.model, state.optimizers[0])
     if dist.get_global_rank() == 0:
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)  # a faster rank may have made it for its part
         with open(folder / _STATE, "wb") as file:
             torch.save({"state": rest, "rng": random_state, "param_groups": optimizer["param_groups"]}, file)
             file.flush()
