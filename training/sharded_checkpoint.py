@@ -16,6 +16,7 @@ import torch
 from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist, reproducibility
+from torch import distributed
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict import (
@@ -78,7 +79,7 @@ class LoadShards(Callback):
             "optimizer": get_optimizer_state_dict(state.model, optimizer)["state"],
         }
         try:
-            load(tensors, storage_reader=FileSystemReader(self._path))
+            load(tensors, storage_reader=FileSystemReader(self._path), no_dist=not distributed.is_initialized())
         except CheckpointException as error:
             reasons = sorted({str(failure).splitlines()[0] for failure, _ in error.failures.values()})
             raise ValueError(f"{self._path} is of another network or optimizer: {'; '.join(reasons)}") from error

@@ -25,8 +25,9 @@ from algos.registry import find, maker, names
 from data import Normalizer, build_loader
 from models.classifier import ImageClassifier
 from models.resnet import SmallResNet
+from training.callbacks import _LoaderPosition
 from training.checkpoints import Checkpoints
-from training.session import _LoaderPosition, _restore_random_state
+from training.session import _restore_random_state
 
 EPOCHS, STEPS_AN_EPOCH, GLOBAL_BATCH_SIZE, IMAGE_SIZE = 3, 4, 8, 16
 STOPPED_AT = {"resumed in mid-epoch": "batch 6", "resumed at an epoch's end": "epoch 2"}
