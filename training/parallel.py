@@ -131,7 +131,7 @@ def _check_fsdp(recipe: Recipe, *, device: str, world_size: int) -> None:
     if fsdp.replicas > 1 and device == "cpu":
         raise RecipeError(
             "parallelism.fsdp.replicas",
-            f"is {fsdp.replicas}, and gloo, which CPU ranks talk by, cannot average over replicas; set it to 1",
+            f"is {fsdp.replicas}, and torch 2.7 trains replicas of shards on GPUs alone; set it to 1",
         )
     if fsdp.version == 2:
         for name in recipe.algorithms.keys() & _NOT_UNDER_FSDP2.keys():
