@@ -6,7 +6,6 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ranks import ROOT, rank_environment, run_ranks
 
 from training.peers import Silence, describe_lost_rank
 
-ROOT = Path(__file__).parents[2]
 PORT = 29500  # within the namespaces, which nothing else lives in
 SHORT = ["-f", "yamls/digits_medium.yaml", "algorithms=null", "schedule.warmup_epochs=0", "parallelism.strategy=ddp"]
 needs_root = pytest.mark.skipif(
@@ -66,8 +65,8 @@ class Hosts:
         started = []
         for rank, name in enumerate(self.names):
             environment = {
-                **os.environ, **rank_environment(rank), "MASTER_ADDR": "10.99.0.1", "MASTER_PORT": str(PORT),
-                "NODE_RANK": str(rank), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "GLOO_SOCKET_IFNAME": "veth0",
+                **rank_environment(rank, 2, port=PORT), "MASTER_ADDR": "10.99.0.1", "GLOO_SOCKET_IFNAME": "veth0",
+                "NODE_RANK": str(rank), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
             }  # fmt: skip
             started.append(start(["ip", "netns", "exec", name, sys.executable, "run.py", *arguments], environment))
         self.processes += started
@@ -75,10 +74,6 @@ class Hosts:
 
     def cut_the_cable(self) -> None:
         ip("-n", self.names[1], "link", "set", "veth0", "down")
-
-
-def rank_environment(rank: int) -> dict[str, str]:
-    return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "NODE_RANK": "0"}
 
 
 def start(command: list[str], environment: dict[str, str]) -> subprocess.Popen[str]:
@@ -92,12 +87,6 @@ def start(command: list[str], environment: dict[str, str]) -> subprocess.Popen[s
 def hosts() -> Iterator[Hosts]:
     with Hosts() as hosts:
         yield hosts
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def losses(run_dir: Path) -> np.ndarray:
@@ -119,17 +108,7 @@ def test_two_hosts_train_what_two_local_ranks_do(hosts: Hosts, tmp_path: Path) -
     common = [*SHORT, "duration.epochs=1", f"results_dir={tmp_path}", f"data.cache_dir={tmp_path / 'cache'}"]
     over_tcp = [process.communicate(timeout=130) for process in hosts.start(*common, "run_name=hosts")]
     assert (tmp_path / "hosts" / "metrics.npz").exists(), over_tcp
-    port = str(free_port())
-    local = [
-        start(
-            [sys.executable, "run.py", *common, "run_name=local"],
-            {**os.environ, **rank_environment(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
-        )
-        for rank in (0, 1)
-    ]
-    hosts.processes += local
-    said = [process.communicate(timeout=130) for process in local]
-    assert [process.returncode for process in local] == [0, 0], said
+    run_ranks(2, "run.py", *common, "run_name=local", timeout=130)
     assert len(losses(tmp_path / "local")) == 22
     np.testing.assert_array_equal(losses(tmp_path / "hosts"), losses(tmp_path / "local"))
 
