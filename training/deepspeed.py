@@ -198,7 +198,7 @@ class DeepSpeedRun:
                 _update(metrics, self.engine.module, batch, self.engine(batch))
         self._events.run_event(Event.EVAL_END)
         self.engine.train()
-        state.set_dataloader(*train)
+        state.set_dataloader(*train)  # pyright: ignore[reportArgumentType]: the length is known
 
 
 def _build_state(recipe: Recipe, facts: DataFacts, loaders: tuple[Any, Any], *, callbacks: list[Callback]) -> State:

@@ -91,8 +91,8 @@ def check_deepspeed(recipe: Recipe, *, device: str) -> None:
     if stage and recipe.optimizer["name"] not in _ELEMENTWISE:
         raise RecipeError(
             "optimizer.name",
-            f"is {recipe.optimizer['name']}, which is not known to treat each element of a weight alone, and ZeRO stage "
-            f"{stage} cuts weights into flat pieces; use one of {', '.join(sorted(_ELEMENTWISE))}, or stage 0",
+            f"is {recipe.optimizer['name']}, which is not known to treat each element of a weight alone, and ZeRO "
+            f"stage {stage} cuts weights into flat pieces; use one of {', '.join(sorted(_ELEMENTWISE))}, or stage 0",
         )
 
 

@@ -53,7 +53,8 @@ def export_checkpoint(source: str | os.PathLike[str], target: str | os.PathLike[
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m training.export_checkpoint", description=__doc__.splitlines()[0])
+    about = (__doc__ or "").splitlines()[0]
+    parser = argparse.ArgumentParser(prog="python -m training.export_checkpoint", description=about)
     parser.add_argument("source", metavar="RUN", help="a run's folder, or one of its checkpoints")
     parser.add_argument("target", metavar="FILE.safetensors")
     options = parser.parse_args(arguments)
@@ -83,7 +84,7 @@ def _read(checkpoint: Path) -> dict[str, Tensor]:
 
 
 def _read_shards(folder: Path) -> dict[str, Tensor]:
-    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
     from torch.distributed.checkpoint.state_dict_loader import load
 

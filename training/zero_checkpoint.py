@@ -70,7 +70,7 @@ def read_zero_weights(folder: Path) -> dict[str, torch.Tensor]:
         return dict(saved["module"])
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    return get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=_TAG)
+    return dict(get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=_TAG) or {})
 
 
 def _check_writer(folder: Path, settings: dict[str, Any]) -> None:
