@@ -14,7 +14,7 @@ import pytest
 
 from data.beton import Beton, sidecar_path
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(240)  # up to five processes in a row, each of which imports torch
 
 ROOT = Path(__file__).parents[2]
 # Takes one pass over a file, as a run does. The alarm ends the process if it waits for ever.
