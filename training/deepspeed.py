@@ -132,7 +132,8 @@ class DeepSpeedRun:
         self._events.run_event(Event.EPOCH_CHECKPOINT)
 
     def _batches(self) -> Iterator[Any]:
-        batches = iter(self.state.dataloader)  # pyright: ignore[reportArgumentType]
+        assert self.state.dataloader is not None
+        batches = iter(self.state.dataloader)
         while True:
             self._events.run_event(Event.BEFORE_DATALOADER)
             try:
@@ -148,7 +149,7 @@ class DeepSpeedRun:
         self._events.run_event(Event.AFTER_TRAIN_BATCH)
         self.engine.step()
         state.total_loss_dict = {"loss/train/total": loss}
-        for name, metric in state.train_metrics.items():
+        for name, metric in (state.train_metrics or {}).items():
             state.train_metric_values[name] = metric.compute()
         state.previous_timestamp = state.timestamp
         state.timestamp = state.timestamp.to_next_batch(samples=samples, duration=datetime.datetime.now() - started)
@@ -161,7 +162,8 @@ class DeepSpeedRun:
         Returns that loss, and how many images there were.
         """
         state, model = self.state, self.engine.module
-        for metric in state.train_metrics.values():
+        metrics = state.train_metrics or {}
+        for metric in metrics.values():
             metric.reset()
         assert state.device_train_microbatch_size is not None
         samples = _sum_over_ranks(len(state.batch[1]), state.device)
@@ -174,7 +176,7 @@ class DeepSpeedRun:
             self._events.run_event(Event.BEFORE_BACKWARD)
             self.engine.backward(loss, scale_wrt_gas=False)
             total += loss.detach()
-            _update(state.train_metrics, model, microbatch, outputs.detach())
+            _update(metrics, model, microbatch, outputs.detach())
         return _sum_over_ranks(total.item(), state.device) / dist.get_world_size(), int(samples)
 
     def _evaluate_if_due(self, event: Event) -> None:
@@ -205,13 +207,15 @@ def _build_state(recipe: Recipe, facts: DataFacts, loaders: tuple[Any, Any], *, 
     device = get_device(resolve_device(recipe))
     model = device.module_to_device(build_model(recipe, facts, world_size=dist.get_world_size()))
     train, _ = loaders
+    microbatch_size = recipe.data.train.per_device_microbatch_size or train.batch_size
+    assert isinstance(microbatch_size, int), "auto is refused"
     state = State(
         model=model,
         rank_zero_seed=recipe.seed,
         run_name=recipe.run_name,
         device=device,
         max_duration=f"{recipe.epochs}ep",
-        device_train_microbatch_size=recipe.data.train.per_device_microbatch_size or train.batch_size,
+        device_train_microbatch_size=microbatch_size,
         train_dataloader=train,
         dataloader=train,
         dataloader_label="train",
