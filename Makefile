@@ -17,11 +17,14 @@ setup: .venv/.ready
 demo: setup
 	@$(PY) run.py -f yamls/digits_medium.yaml --compare $(ARGS)
 
+# Two at a time: a test runs on one thread (tests/conftest.py), some on two ranks.
+PYTEST := $(PY) -m pytest --numprocesses 2 --dist worksteal
+
 test: setup
-	@$(PY) -m pytest $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 test-fast: setup
-	@$(PY) -m pytest -m "not slow" $(ARGS)
+	@$(PYTEST) -m "not slow" $(ARGS)
 
 lint: setup
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/pyright
