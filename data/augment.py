@@ -200,7 +200,38 @@ class TrivialAugment:
         return apply_operation(image, name, _signed(name, level, draws[2]), self.interpolation, self.fill)
 
 
+@dataclass(frozen=True, kw_only=True)
+class AutoContrast:
+    """Stretches each channel so that its darkest pixel becomes 0 and its brightest 255."""
+
+    probability: float = 0.5
+    num_draws: ClassVar[int] = 0
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    def apply(self, image: Image, draws: np.ndarray) -> Image:
+        return apply_operation(image, "autocontrast", 0.0, "nearest", _BLACK)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerticalFlip:
+    """Turns the image upside down."""
+
+    probability: float = 0.5
+    num_draws: ClassVar[int] = 0
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    def apply(self, image: Image, draws: np.ndarray) -> Image:
+        from PIL import Image as pillow
+
+        return image.transpose(pillow.Transpose.FLIP_TOP_BOTTOM)
+
+
 AUGMENTATIONS: dict[str, type] = {
+    "autocontrast": AutoContrast,
     "color_jitter": ColorJitter,
     "cutout": Cutout,
     "randaugment": RandAugment,
@@ -208,6 +239,7 @@ AUGMENTATIONS: dict[str, type] = {
     "rotation": Rotation,
     "translate": Translate,
     "trivialaugment": TrivialAugment,
+    "vertical_flip": VerticalFlip,
 }
 
 OPERATIONS = (

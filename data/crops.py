@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +19,8 @@ class CropSettings:
 
     scale: least and largest share of the image's area in a training crop, within (0, 1].
     aspect: least and largest width / height of a training crop.
+    crop_ratio: side of a training crop over the image's shorter side, within (0, 1]: a square of that size anywhere, in
+        place of scale and aspect. 0.875 is "resize to 256, crop 224 at random". None crops by scale and aspect.
     flip_probability: of a left-right flip in training, 0..1.
     eval_crop_ratio: side of the evaluation crop over the image's shorter side, within (0, 1]. 0.875 is the usual
         "resize to 256, take the central 224".
@@ -25,6 +28,7 @@ class CropSettings:
 
     scale: tuple[float, float] = (0.08, 1.0)
     aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    crop_ratio: float | None = None
     flip_probability: float = 0.5
     eval_crop_ratio: float = 0.875
 
@@ -33,6 +37,8 @@ class CropSettings:
             raise ValueError(f"crop scale {self.scale}: give (least, largest) share of the area, above 0 and up to 1")
         if not (len(self.aspect) == 2 and 0 < self.aspect[0] <= self.aspect[1]):
             raise ValueError(f"crop aspect {self.aspect}: give (least, largest) width / height, 0 < least <= largest")
+        if self.crop_ratio is not None and not 0 < self.crop_ratio <= 1:
+            raise ValueError(f"crop ratio {self.crop_ratio}: give a number above 0 and up to 1, or None for crop scale")
         if not 0 <= self.flip_probability <= 1:
             raise ValueError(f"flip probability {self.flip_probability}: give a number from 0 to 1")
         if not 0 < self.eval_crop_ratio <= 1:
@@ -44,16 +50,10 @@ class CropSettings:
         """Crop rows [B, 5] of a batch: random ones where `augment`, else the evaluation crop."""
         if not augment:
             return center_crops(heights, widths, crop_ratio=self.eval_crop_ratio)
-        return random_resized_crops(
-            indices,
-            heights,
-            widths,
-            seed=seed,
-            epoch=epoch,
-            scale=self.scale,
-            aspect=self.aspect,
-            flip_probability=self.flip_probability,
-        )
+        drawn: dict[str, Any] = {"seed": seed, "epoch": epoch, "flip_probability": self.flip_probability}
+        if self.crop_ratio is not None:
+            return random_square_crops(indices, heights, widths, crop_ratio=self.crop_ratio, **drawn)
+        return random_resized_crops(indices, heights, widths, scale=self.scale, aspect=self.aspect, **drawn)
 
 
 def random_resized_crops(
@@ -92,11 +92,34 @@ def random_resized_crops(
     top = np.floor(draw_top * (room_below + 1))
     left = np.floor(draw_left * (room_right + 1))
 
-    flips = np.less(uniforms(indices, seed=seed, epoch=epoch, operation=Operation.FLIP), flip_probability)
+    flips = _flips(indices, seed=seed, epoch=epoch, probability=flip_probability)
     attempts = np.stack([top, left, crop_height, crop_width], axis=-1)
     chosen = np.take_along_axis(attempts, fits.argmax(axis=1)[:, None, None], axis=1)[:, 0]
     chosen = np.where(fits.any(axis=1, keepdims=True), chosen, _fallback_crops(heights, widths, aspect))
     return np.concatenate([chosen, flips], axis=1).astype(np.int32)
+
+
+def random_square_crops(
+    indices: np.ndarray,
+    heights: np.ndarray,
+    widths: np.ndarray,
+    *,
+    seed: int,
+    epoch: int,
+    crop_ratio: float,
+    flip_probability: float = 0.5,
+) -> np.ndarray:
+    """Squares anywhere in the image, whose side is `crop_ratio` of its shorter side.
+
+    Resized to S px they are distributed as those of torchvision's Resize(S / crop_ratio) and RandomCrop(S), to the
+    rounding of a pixel. Arguments and result are those of `random_resized_crops`.
+    """
+    squares = center_crops(heights, widths, crop_ratio=crop_ratio)
+    room = np.stack([heights, widths], axis=1) - squares[:, 2:4]
+    draws = uniforms(indices, seed=seed, epoch=epoch, operation=Operation.CROP, num_draws=2)
+    squares[:, :2] = np.floor(draws * (room + 1))
+    squares[:, 4:] = _flips(indices, seed=seed, epoch=epoch, probability=flip_probability)
+    return squares
 
 
 def center_crops(heights: np.ndarray, widths: np.ndarray, *, crop_ratio: float) -> np.ndarray:
@@ -111,6 +134,10 @@ def center_crops(heights: np.ndarray, widths: np.ndarray, *, crop_ratio: float) 
     side = np.maximum(1, np.round(crop_ratio * np.minimum(heights, widths)))
     top, left = np.round((heights - side) / 2), np.round((widths - side) / 2)
     return np.stack([top, left, side, side, np.zeros_like(side)], axis=1).astype(np.int32)
+
+
+def _flips(indices: np.ndarray, *, seed: int, epoch: int, probability: float) -> np.ndarray:
+    return np.less(uniforms(indices, seed=seed, epoch=epoch, operation=Operation.FLIP), probability)
 
 
 def _fallback_crops(heights: np.ndarray, widths: np.ndarray, aspect: tuple[float, float]) -> np.ndarray:

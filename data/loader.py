@@ -55,6 +55,7 @@ class Loader(ABC):
         drop_last: in training, leave out the last batch where it is not full. Evaluation never leaves anything out.
         crop_scale: range of a training crop's share of the image's area.
         crop_aspect: range of a training crop's width / height.
+        crop_ratio: side of a training crop over the image's shorter side, for squares of one size; None for crop_scale.
         flip_probability: of a left-right flip in training.
         eval_crop_ratio: side of the evaluation crop over the image's shorter side.
         augmentations: what else is done in training, in this order, each a name in `data.augment.AUGMENTATIONS` and
@@ -86,6 +87,7 @@ class Loader(ABC):
         drop_last: bool = True,
         crop_scale: tuple[float, float] = (0.08, 1.0),
         crop_aspect: tuple[float, float] = (3 / 4, 4 / 3),
+        crop_ratio: float | None = None,
         flip_probability: float = 0.5,
         eval_crop_ratio: float = 0.875,
         augmentations: Sequence[Mapping[str, Any]] = (),
@@ -108,6 +110,7 @@ class Loader(ABC):
         self._crops = CropSettings(
             scale=(crop_scale[0], crop_scale[1]),
             aspect=(crop_aspect[0], crop_aspect[1]),
+            crop_ratio=crop_ratio,
             flip_probability=flip_probability,
             eval_crop_ratio=eval_crop_ratio,
         )

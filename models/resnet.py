@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -79,10 +80,13 @@ def _torchvision_resnet(name: str, parameters: str) -> Callable[..., nn.Module]:
         num_classes: int,
         zero_init_residual: bool = False,
         bce_head_bias: bool = False,
+        initialization: Literal["torchvision", "mosaicml"] = "torchvision",
         weights: str | None = None,
         gradient_checkpointing: bool = False,
     ) -> nn.Module:
         model = build_torchvision(name, num_classes=num_classes, zero_init_residual=zero_init_residual)
+        if initialization == "mosaicml":
+            _initialize_as_mosaicml(model, zero_init_residual=zero_init_residual)
         if bce_head_bias:
             nn.init.constant_(model.get_parameter("fc.bias"), -math.log(num_classes))
         return finish(model, weights, architecture=name, gradient_checkpointing=gradient_checkpointing)
@@ -93,6 +97,9 @@ def _torchvision_resnet(name: str, parameters: str) -> Callable[..., nn.Module]:
     zero_init_residual: start each block as the identity, with zeros in its last norm's weight (Goyal 2017).
     bce_head_bias: start the classifier's bias at -log(num_classes), so that under binary cross entropy each class has
         a probability of 1 / (1 + num_classes) at first, where it would be 1/2.
+    initialization: mosaicml draws the weights of convolutions and of the classifier from N(0, 2 / fan_in), and those of
+        batch norm from U(0, 1), as MosaicML's ResNet recipes do. torchvision has N(0, 2 / fan_out) for convolutions,
+        a uniform classifier, and ones for batch norm.
     weights: torchvision's name for them (IMAGENET1K_V1 ...) or a file; see `models.weights.load_weights`.
     gradient_checkpointing: compute each block's activations again in the backward pass.
     """
@@ -119,6 +126,20 @@ def _initialize(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+def _initialize_as_mosaicml(model: nn.Module, *, zero_init_residual: bool) -> None:
+    if zero_init_residual:
+        raise ValueError(
+            "zero_init_residual is true and initialization is mosaicml, which draws the same norms' weights from "
+            "U(0, 1); leave one of them out"
+        )
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            nn.init.kaiming_normal_(module.weight)
+        elif isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight)
+            nn.init.zeros_(module.bias)
 
 
 def _replace_relu(model: nn.Module, activation: type[nn.Module]) -> None:

@@ -171,6 +171,7 @@ def build_loaders(recipe: Recipe, *, rank: int, world_size: int, say: Callable[[
             drop_last=data.train.drop_last,
             crop_scale=data.train.crop_scale,
             crop_aspect=data.train.crop_aspect_ratio,
+            crop_ratio=data.train.crop_ratio,
             flip_probability=data.train.flip_probability,
             augmentations=data.train.augmentations,
             eval_crop_ratio=data.eval.crop_ratio,

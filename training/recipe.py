@@ -31,6 +31,8 @@ class TrainData:
     drop_last: bool = True
     crop_scale: tuple[float, float] = (0.08, 1.0)  # share of the image's area
     crop_aspect_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    # Side of a crop over the image's short side: squares of one size, in place of the two above. 0.875 is 224 of 256.
+    crop_ratio: float | None = None
     flip_probability: float = 0.5
     # What else the loader does to an image after crop and flip, in this order: [{name: color_jitter, brightness: 0.4}]
     augmentations: list[Any] = field(default_factory=list)
@@ -398,10 +400,25 @@ def _check_ranges(top: dict[str, Any]) -> None:
         raise RecipeError(
             "run_name", f"is {top['run_name']!r}; it names a folder, so it cannot be empty or hold a slash"
         )
-    if not 0 < evaluation["crop_ratio"] <= 1:
-        raise RecipeError("data.eval.crop_ratio", f"is {evaluation['crop_ratio']}; it must lie in (0, 1]")
+    for path, ratio in (
+        ("data.train.crop_ratio", train["crop_ratio"]),
+        ("data.eval.crop_ratio", evaluation["crop_ratio"]),
+    ):
+        if ratio is not None and not 0 < ratio <= 1:
+            raise RecipeError(path, f"is {ratio}; it must lie in (0, 1]")
+    if train["crop_ratio"] is not None and _other_crop(train):
+        raise RecipeError(
+            "data.train.crop_ratio", f"is {train['crop_ratio']} beside {_other_crop(train)}; leave one of them out"
+        )
     if not 0 <= train["flip_probability"] <= 1:
         raise RecipeError("data.train.flip_probability", f"is {train['flip_probability']}; it must lie in [0, 1]")
+
+
+def _other_crop(train: dict[str, Any]) -> str:
+    """What else than its default says how to crop."""
+    default = TrainData()
+    names = ("crop_scale", "crop_aspect_ratio")
+    return " and ".join(name for name in names if tuple(train[name]) != getattr(default, name))
 
 
 def _unless_auto(microbatch_size: int | str | None) -> int | None:

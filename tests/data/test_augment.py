@@ -17,6 +17,7 @@ from data import FFCVLoader, Loader, TorchLoader, digits
 from data.augment import (
     AUGMENTATIONS,
     OPERATIONS,
+    AutoContrast,
     ColorJitter,
     Cutout,
     RandAugment,
@@ -24,6 +25,7 @@ from data.augment import (
     Rotation,
     Translate,
     TrivialAugment,
+    VerticalFlip,
     _randaugment_level,
     _trivialaugment_level,
     apply_operation,
@@ -44,6 +46,8 @@ ALL = [
     {"name": "trivialaugment"},
     {"name": "cutout", "size": 0.3},
     {"name": "random_erasing"},
+    {"name": "autocontrast"},
+    {"name": "vertical_flip"},
 ]
 
 
@@ -161,6 +165,12 @@ def test_hue_alone(photo: Image.Image):
         draws = np.array([0, 0, 0, 0, 0, 0, 0, draw])
         turned = ColorJitter(hue=0.5).apply(photo, draws)
         assert difference(turned, functional.adjust_hue(as_tensor(photo), hue)).mean() < 1.5
+
+
+def test_autocontrast_and_vertical_flip(photo: Image.Image):
+    none = np.empty(0)
+    assert difference(AutoContrast().apply(photo, none), functional.autocontrast(as_tensor(photo))).max() <= 1
+    assert difference(VerticalFlip().apply(photo, none), functional.vertical_flip(as_tensor(photo))).max() == 0
 
 
 def test_random_erasing_has_torchvisions_areas(photo: Image.Image):
@@ -303,7 +313,7 @@ def test_every_name_is_one_that_is_tested(entry: dict):
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ("cutout", r"augmentations\[1\] 'cutout': give a mapping with a name, one of color_jitter, cutout"),
+        ("cutout", r"augmentations\[1\] 'cutout': give a mapping with a name, one of autocontrast, color"),
         ({"size": 1}, "give a mapping with a name"),
         ({"name": "cutuot"}, r"augmentations\[1\] 'cutuot': give one of .*did you mean cutout\?"),
         ({"name": "cutout", "sise": 1}, r"cutout has no 'sise'; it has: size, fill, probability; did you mean size\?"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from torchvision.transforms import CenterCrop, RandomResizedCrop
+from torchvision.transforms import CenterCrop, RandomCrop, RandomResizedCrop
 
 from data.crops import CropSettings, center_crops, random_resized_crops
 
@@ -91,9 +91,31 @@ def test_center_crop_is_that_of_torchvision(height: int, width: int):
 @pytest.mark.parametrize(
     "settings",
     [{"scale": (0, 1)}, {"scale": (0.5, 0.2)}, {"scale": (0.5, 1.5)}, {"aspect": (0, 1)}, {"aspect": (2, 1)},
-     {"flip_probability": 1.1}, {"eval_crop_ratio": 0}, {"eval_crop_ratio": 1.2}],
+     {"crop_ratio": 0}, {"crop_ratio": 1.5}, {"flip_probability": 1.1}, {"eval_crop_ratio": 0},
+     {"eval_crop_ratio": 1.2}],
 )  # fmt: skip
 def test_settings_out_of_range_are_refused(settings: dict):
     (value,) = settings.values()
     with pytest.raises(ValueError, match=str(value).replace("(", r"\(").replace(")", r"\)")):
         CropSettings(**settings)
+
+
+@pytest.mark.parametrize(("height", "width"), [(375, 500), (600, 300), (256, 256)])
+def test_square_crops_are_those_of_resize_and_random_crop(height: int, width: int):
+    """Kolmogorov-Smirnov on the place in an image resized to 256, where torchvision's RandomCrop(224) draws it."""
+    settings = CropSettings(crop_ratio=224 / 256, flip_probability=0.3)
+    rows = settings.rows(np.arange(N), np.full(N, height), np.full(N, width), seed=0, epoch=0, augment=True)
+    assert (rows[:, 2:4] == round(224 / 256 * min(height, width))).all()
+    assert abs(rows[:, 4].mean() - 0.3) < 5 * np.sqrt(0.21 / N)
+    shrink = 256 / min(height, width)
+    resized = torch.zeros(3, int(height * shrink), int(width * shrink))
+    torch.manual_seed(0)
+    theirs = np.array([RandomCrop.get_params(resized, (224, 224))[:2] for _ in range(N)])
+    for column in range(2):
+        own = rows[:, column] * shrink
+        assert own.max() <= (height, width)[column] * shrink - 224 + shrink
+        # A place in px of the one image is up to a pixel away from one in px of the other: compare the whole ones.
+        values = np.arange(0, theirs[:, column].max() + 1, 8)
+        ranks = [np.searchsorted(np.sort(x), values + 0.5) / N for x in (own, theirs[:, column])]
+        steps = 2 * max(1.0, shrink) / (theirs[:, column].max() + 1)
+        assert np.abs(ranks[0] - ranks[1]).max() < np.sqrt(np.log(2 / 1e-6) / N) + steps

@@ -227,6 +227,7 @@ def test_wrong_values_are_refused_and_change_nothing(make: Make, change, message
         ({"rank": 2, "world_size": 2}, "rank 2 of 2"),
         ({"per_device_batch_size": 2000}, "1438 images do not make"),
         ({"crop_scale": (0.5, 2)}, "crop scale"),
+        ({"crop_ratio": 2}, "crop ratio 2"),
     ],
 )
 def test_wrong_settings_are_refused(make: Make, settings: dict, message: str):
@@ -234,9 +235,11 @@ def test_wrong_settings_are_refused(make: Make, settings: dict, message: str):
         make(**settings)
 
 
-def test_the_two_loaders_agree(digits_beton: Path):
+@pytest.mark.parametrize("crop_ratio", [None, 0.875])
+def test_the_two_loaders_agree(digits_beton: Path, crop_ratio: float | None):
     """Bilinear enlargement by OpenCV and by torchvision: the same up to rounding."""
     settings = {"per_device_batch_size": 128, "image_size": 20, "train": True, "seed": 9, "num_workers": 0}
+    settings["crop_ratio"] = crop_ratio
     ffcv, torchs = FFCVLoader(digits_beton, **settings), TorchLoader(digits(), **settings)
     assert (ffcv.mean, ffcv.std) == (torchs.mean, torchs.std)
     for (images, labels), (other_images, other_labels) in zip(ffcv, torchs, strict=True):

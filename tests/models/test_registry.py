@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 import torchvision
+from composer.models import Initializer
 from torch import nn
 
 from models import registry
@@ -103,6 +104,28 @@ def test_bce_head_bias_makes_every_class_unlikely_at_first() -> None:
     torch.testing.assert_close(torch.sigmoid(logits), torch.full((2, 1000), 1 / 1001), rtol=1e-5, atol=0)
     loss = nn.functional.binary_cross_entropy_with_logits(logits, torch.eye(1000)[:2], reduction="sum") / 2
     assert loss.item() == pytest.approx(1000 * torch.log(torch.tensor(1001 / 1000)).item() + 6.9078, rel=1e-4)
+
+
+def test_mosaicmls_initialization_is_that_of_composers_initializers() -> None:
+    torch.manual_seed(0)
+    ours = resnet50(num_classes=1000, initialization="mosaicml", bce_head_bias=True)
+    theirs = resnet50(num_classes=1000)
+    for initializer in (
+        Initializer.KAIMING_NORMAL,
+        Initializer.BN_UNIFORM,
+        Initializer.LINEAR_LOG_CONSTANT_BIAS,
+    ):
+        theirs.apply(initializer.get_initializer())
+    for (name, own), other in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
+        if not name.endswith("weight"):
+            torch.testing.assert_close(own, other)
+            continue
+        count = own.numel()
+        assert abs(own.mean() - other.mean()) < 5 * other.std() * (2 / count) ** 0.5, name
+        assert own.std() == pytest.approx(other.std().item(), rel=5 / count**0.5), name
+        assert (own.min() >= 0) == (other.min() >= 0), name  # batch norm's
+    with pytest.raises(ValueError, match="zero_init_residual is true and initialization is mosaicml"):
+        resnet50(num_classes=10, initialization="mosaicml", zero_init_residual=True)
 
 
 def test_dropout_reaches_every_layer_of_torchvisions() -> None:

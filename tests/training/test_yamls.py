@@ -113,7 +113,17 @@ def flat(rates: list[list[float]]) -> list[float]:
 
 @pytest.mark.parametrize(("epochs", "ramp"), [(16, (11, 13)), (40, (29, 34)), (88, (65, 76))])
 def test_ffcv_imagenets(epochs: int, ramp: tuple[int, int]) -> None:
-    sizes, batches, rates = phases(recipe(f"resnet50_ffcv_{epochs}"), world_size=8)
+    """libffcv/ffcv-imagenet: rn50_configs/rn50_{epochs}_epochs.yaml, and get_cyclic_lr, get_resolution and
+    apply_blurpool of train_imagenet.py."""
+    checked = recipe(f"resnet50_ffcv_{epochs}")
+    assert checked.algorithms["label_smoothing"]["smoothing"] == 0.1
+    assert checked.algorithms["blurpool"] == {
+        "filter_size": 3, "pad": "zeros", "max_pools": False, "min_channels": 16,
+        "placement": "before", "convolutions": True,
+    }  # fmt: skip
+    assert (checked.optimizer["momentum"], checked.optimizer["weight_decay"]) == (0.9, 1e-4)
+    assert (checked.data.eval.image_size, checked.data.eval.crop_ratio) == (256, 224 / 256)
+    sizes, batches, rates = phases(checked, world_size=8)
     assert set(batches) == {4096}
     steps = IMAGENET // 4096
     published = []
@@ -130,6 +140,7 @@ def test_ffcv_imagenets(epochs: int, ramp: tuple[int, int]) -> None:
     [("mild", 36, 0.5, 0.4, 0.2), ("hot", 270, 0.6, 0.2, 0.2)],
 )
 def test_mosaicmls(name: str, epochs: int, scale: float, delay: float, finetune: float) -> None:
+    """mosaicml/examples: main.py and model.py of examples/resnet_imagenet, and Composer's ProgressiveResizing."""
     checked = recipe(f"resnet50_{name}")
     sizes, batches, rates = phases(checked, world_size=8)
     assert set(batches) == {2048}
@@ -146,12 +157,35 @@ def test_mosaicmls(name: str, epochs: int, scale: float, delay: float, finetune:
         assert abs(size - wanted) <= 2 + 1e-9
         assert size % 4 == 0
     assert checked.loss == "binary_cross_entropy"
-    assert checked.model["bce_head_bias"]
-    assert checked.optimizer["decay_norms_and_biases"]
+    assert (checked.model["initialization"], checked.model["bce_head_bias"]) == ("mosaicml", True)
+    optimizer = checked.optimizer
+    assert (optimizer["name"], optimizer["momentum"], optimizer["weight_decay"]) == ("decoupled_sgdw", 0.875, 5e-4)
+    assert optimizer["decay_norms_and_biases"]
+    assert round(checked.data.eval.image_size / checked.data.eval.crop_ratio) == 232
+    assert checked.algorithms["ema"]["half_life_steps"] == 100
+    assert checked.algorithms["ema"]["update_interval_steps"] == 20
+    assert checked.algorithms["label_smoothing"]["smoothing"] == {"mild": 0.08, "hot": 0.13}[name]
+
+
+def test_the_hot_recipes_own_algorithms() -> None:
+    """mosaicml/examples, examples/resnet_imagenet/main.py."""
+    algorithms = recipe("resnet50_hot").algorithms
+    assert algorithms["mixup"]["alpha"] == 0.25
+    assert (algorithms["sam"]["rho"], algorithms["sam"]["interval"]) == (0.5, 5)
+    assert algorithms["composer.colout"] == {"p_row": 0.05, "p_col": 0.05}
+    depth = algorithms["stochastic_depth"]
+    assert (depth["drop_rate"], depth["mode"], depth["distribution"]) == (0.1, "sample", "linear")
+    assert (algorithms["randaugment"]["num_ops"], algorithms["randaugment"]["magnitude"] / 30) == (1, 0.9)
 
 
 def test_the_baselines() -> None:
-    _, batches, rates = phases(recipe("resnet50_baseline"), world_size=1)
+    """dhairyag/ImageNet1k_ResNet50: main.py and albumentation.py."""
+    checked = recipe("resnet50_baseline")
+    assert checked.data.train.augmentations == [
+        {"name": "color_jitter", "brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.2, "probability": 0.5}
+    ]
+    assert checked.data.train.crop_scale == (0.08, 1.0)
+    _, batches, rates = phases(checked, world_size=1)
     assert set(batches) == {256}
     steps = IMAGENET // 256
     published = []
@@ -178,6 +212,13 @@ def test_the_medium_recipes_phases(name: str, world_size: int, per_device: tuple
         assert rates[epoch][0] == pytest.approx(0.256 * batches[epoch] / 256 * shape, rel=1e-12)
     fixres = checked.algorithms["fixres"]["learning_rate"]
     assert rates[85][0] == pytest.approx(fixres)
+
+
+def test_the_birds_steps() -> None:
+    """javidanaslanli/AlexNet-ish-model, main.py: StepLR of 8 epochs and 0.7."""
+    _, batches, rates = phases(recipe("alexnetish_birds_fsdp"), world_size=2)
+    assert set(batches) == {128}
+    assert [epoch[-1] for epoch in rates] == pytest.approx([1e-3 * 0.7 ** (epoch // 8) for epoch in range(30)])
 
 
 def test_alexnets_steps() -> None:
