@@ -14,7 +14,7 @@ from data.decode import make_decoder, present_decoders
 from data.ffcv_loader import FFCVLoader
 from data.loader import Loader
 from data.partial import partial_files
-from data.sources import build_source, source_stamp
+from data.sources import SPLITS, build_source, source_stamp
 from data.write import default_write_settings, write_beton
 
 LOADERS = ("auto", "ffcv", "torch")
@@ -42,7 +42,7 @@ def build_loader(
     Args:
         source: name in `data.sources.SOURCES`.
         source_settings: keyword arguments of that source, without the split.
-        split: "train" shuffles and augments, "eval" does neither.
+        split: "train" shuffles and augments, "eval" and "test" do neither.
         loader: "ffcv", "torch", or "auto": FFCV where it is installed, else torch; `log` says which.
         cache_dir: where the FFCV loader's files go. A source is converted the first time that it is asked for with
             these settings.
@@ -59,8 +59,8 @@ def build_loader(
         ValueError, FileNotFoundError: bad settings or data.
         ModuleNotFoundError: "ffcv" was asked for and is not installed.
     """
-    if split not in ("train", "eval"):
-        raise ValueError(f"split {split!r}: give 'train' or 'eval'")
+    if split not in SPLITS:
+        raise ValueError(f"split {split!r}: give one of {', '.join(SPLITS)}")
     chosen = _choose(loader, path, log)
     settings = {"rank": rank, "train": split == "train"} | settings
     source_settings = {"split": split} | (source_settings or {})

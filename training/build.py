@@ -48,14 +48,16 @@ class DataFacts:
 
 def data_facts(recipe: Recipe) -> DataFacts:
     """Look at the recipe's sources. Raises RecipeError when they are not there or do not match."""
+    splits = ("train", "eval", *(["test"] if recipe.data.test else []))
     with _users_mistake("data.source"):
-        train, evaluation = (build_source(**_source(recipe), split=split) for split in ("train", "eval"))
-    if train.class_names != evaluation.class_names:
-        raise RecipeError(
-            "data.source",
-            f"the classes to train on ({len(train.class_names)}) and to evaluate on ({len(evaluation.class_names)}) "
-            "differ; both splits need the same class folders",
-        )
+        train, evaluation, *test = (build_source(**_source(recipe), split=split) for split in splits)
+    for what, other in zip(("evaluate", "test"), (evaluation, *test), strict=False):
+        if train.class_names != other.class_names:
+            raise RecipeError(
+                "data.source",
+                f"the classes to train on ({len(train.class_names)}) and to {what} on ({len(other.class_names)}) "
+                "differ; all splits need the same class folders",
+            )
     return DataFacts(num_train=len(train), num_eval=len(evaluation), class_names=train.class_names)
 
 
@@ -148,18 +150,7 @@ def _add_clipping(algorithms: dict[str, SpeedUp], clip_norm: float) -> None:
 
 def build_loaders(recipe: Recipe, *, rank: int, world_size: int, say: Callable[[str], None]) -> tuple[Any, Any]:
     """The training and the evaluation loader of this rank; converts the data at first use."""
-    data = recipe.data
-    source = _source(recipe)
-    common = dict(
-        source=source.pop("name"),
-        source_settings=source,
-        cache_dir=data.cache_dir,
-        seed=recipe.seed,
-        rank=rank,
-        world_size=world_size,
-        device=_TORCH_DEVICES[resolve_device(recipe)],
-        log=say,
-    )
+    data, common = recipe.data, _loader_settings(recipe, rank=rank, world_size=world_size, say=say)
     with _users_mistake("data.train"):
         train = build_loader(
             split="train",
@@ -178,17 +169,17 @@ def build_loaders(recipe: Recipe, *, rank: int, world_size: int, say: Callable[[
             **common,
         )
     with _users_mistake("data.eval"):
-        evaluation = build_loader(
-            split="eval",
-            loader=data.eval.loader,
-            path=data.eval.path,
-            per_device_batch_size=data.eval.per_device_batch_size,
-            image_size=data.eval.image_size,
-            num_workers=data.eval.num_workers,
-            eval_crop_ratio=data.eval.crop_ratio,
-            **common,
-        )
+        evaluation = build_loader(split="eval", path=data.eval.path, **_judging(recipe), **common)
     return train, evaluation
+
+
+def build_test_loader(recipe: Recipe, *, rank: int, world_size: int, say: Callable[[str], None]) -> Any:
+    """The loader of this rank for the test split, None where the recipe names none; converts the data at first use."""
+    if recipe.data.test is None:
+        return None
+    common = _loader_settings(recipe, rank=rank, world_size=world_size, say=say)
+    with _users_mistake("data.test"):
+        return build_loader(split="test", path=recipe.data.test.path, **_judging(recipe), **common)
 
 
 def build_model(recipe: Recipe, facts: DataFacts, *, world_size: int) -> ImageClassifier:
@@ -263,6 +254,32 @@ def build_trainer(
 
 def _source(recipe: Recipe) -> dict[str, Any]:
     return dict(recipe.data.source)
+
+
+def _loader_settings(recipe: Recipe, *, rank: int, world_size: int, say: Callable[[str], None]) -> dict[str, Any]:
+    source = _source(recipe)
+    return {
+        "source": source.pop("name"),
+        "source_settings": source,
+        "cache_dir": recipe.data.cache_dir,
+        "seed": recipe.seed,
+        "rank": rank,
+        "world_size": world_size,
+        "device": _TORCH_DEVICES[resolve_device(recipe)],
+        "log": say,
+    }
+
+
+def _judging(recipe: Recipe) -> dict[str, Any]:
+    """What evaluation and test have in common."""
+    evaluation = recipe.data.eval
+    return {
+        "loader": evaluation.loader,
+        "per_device_batch_size": evaluation.per_device_batch_size,
+        "image_size": evaluation.image_size,
+        "num_workers": evaluation.num_workers,
+        "eval_crop_ratio": evaluation.crop_ratio,
+    }
 
 
 def _data_spec(loader: Any, normalize: Normalizer, torch_device: str) -> DataSpec:

@@ -67,6 +67,18 @@ def train_deepspeed(
     return recorder.history, seconds
 
 
+def evaluate_deepspeed(
+    recipe: Recipe, facts: DataFacts, loaders: tuple[Any, Any], *, checkpoint: str
+) -> dict[str, float]:
+    """Top-1 and loss of `checkpoint` on the second loader."""
+    run = DeepSpeedRun(recipe, facts, loaders, callbacks=[])
+    try:
+        run.load(Path(checkpoint))
+        return run.evaluate()
+    finally:
+        run.close()
+
+
 class DeepSpeedRun:
     """A network, its optimizer and its loaders on a DeepSpeed engine, and the loop that trains them.
 
@@ -105,6 +117,11 @@ class DeepSpeedRun:
         self._events.run_event(Event.FIT_END)
         self._evaluate_if_due(Event.FIT_END)
         return time.monotonic() - started
+
+    def evaluate(self) -> dict[str, float]:
+        """Top-1 and loss on the evaluation loader. Every rank must call this."""
+        self._evaluate()
+        return {name: float(metric.compute()) for name, metric in self.state.eval_metrics[_EVALUATOR].items()}
 
     def save(self, state: State, folder: Path) -> None:
         """Write the run's whole state to the new folder `folder`. Every rank must call this."""

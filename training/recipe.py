@@ -52,6 +52,13 @@ class EvalData:
 
 
 @dataclass
+class TestData:
+    """The source's test split, on which best.pt is judged once, after training, as `EvalData` says."""
+
+    path: str | None = None
+
+
+@dataclass
 class Expected:
     """What the source is known to hold, so that a run can be planned where the data are not."""
 
@@ -68,6 +75,7 @@ class Data:
     expected: Expected | None = None
     train: TrainData = field(default_factory=TrainData)
     eval: EvalData = field(default_factory=EvalData)
+    test: TestData | None = None
     cache_dir: str = ".cache/brisk"
 
 
@@ -218,8 +226,9 @@ def _check(raw: dict[str, Any]) -> dict[str, Any]:
 def _recipe(top: dict[str, Any]) -> Recipe:
     data = top["data"]
     sections = {"train": TrainData(**data["train"]), "eval": EvalData(**data["eval"])}
-    if data["expected"] is not None:
-        sections["expected"] = Expected(**data["expected"])
+    for name, section in (("expected", Expected), ("test", TestData)):
+        if data[name] is not None:
+            sections[name] = section(**data[name])
     return Recipe(
         settings=_plain(top),
         run_name=top["run_name"],
@@ -409,6 +418,10 @@ def _check_ranges(top: dict[str, Any]) -> None:
     if train["crop_ratio"] is not None and _other_crop(train):
         raise RecipeError(
             "data.train.crop_ratio", f"is {train['crop_ratio']} beside {_other_crop(train)}; leave one of them out"
+        )
+    if top["data"]["test"] is not None and not top["checkpoints"]["keep_best"]:
+        raise RecipeError(
+            "data.test", "is judged by best.pt, which checkpoints.keep_best: false does not keep; drop one"
         )
     if not 0 <= train["flip_probability"] <= 1:
         raise RecipeError("data.train.flip_probability", f"is {train['flip_probability']}; it must lie in [0, 1]")

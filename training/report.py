@@ -138,7 +138,8 @@ def summarize(
 ) -> dict[str, Any]:
     """What summary.json says of a run.
 
-    top1 and loss are those of the last evaluation, best_top1 is the highest of all. `seconds` is the wall time of the
+    top1 and loss are those of the last evaluation, best_top1 is the highest of all. A run that is judged on a test
+    split adds `test`: the checkpoint's name, its top1 and its loss there. `seconds` is the wall time of the
     whole run as the caller measured it; train_seconds is that of training alone, over all sessions of a resumed run.
 
     parameters: number of scalars in the model's parameters.
@@ -178,6 +179,7 @@ def format_summary(summary: Mapping[str, Any]) -> str:
         ("run", summary["run_name"]),
         ("top-1", f"{_format_top1(summary['top1'])} (best {_format_top1(summary['best_top1'])})"),
         ("loss", _format_loss(summary["loss"])),
+        *([("test", _format_test(summary["test"]))] if summary.get("test") else []),
         ("epochs", epochs),
         ("time", _format_times(summary)),
         ("throughput", _format_rate(summary["images_per_second"])),
@@ -187,6 +189,10 @@ def format_summary(summary: Mapping[str, Any]) -> str:
         ("hardware", f"{device}, {processes} {'process' if processes == 1 else 'processes'}"),
     ]
     return _align(lines)
+
+
+def _format_test(test: Mapping[str, Any]) -> str:
+    return f"top-1 {_format_top1(test['top1'])}, loss {_format_loss(test['loss'])} ({test['checkpoint']}, test split)"
 
 
 def format_comparison(summaries: Mapping[str, Mapping[str, Any]]) -> str:

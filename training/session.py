@@ -20,6 +20,7 @@ from training import report
 from training.build import (
     DataFacts,
     build_loaders,
+    build_test_loader,
     build_trainer,
     data_facts,
     per_device_batch_size,
@@ -82,9 +83,11 @@ def _train(recipe: Recipe, say: Callable[[str], None]) -> Result:
     facts = data_facts(recipe)
     plan = make_plan(recipe, facts, world_size=dist.get_world_size())
     load_path = _prepare_run_dir(recipe, say)
-    loaders = build_loaders(recipe, rank=dist.get_global_rank(), world_size=dist.get_world_size(), say=say)
-    engine = _train_with_composer
+    place: dict[str, Any] = {"rank": dist.get_global_rank(), "world_size": dist.get_world_size(), "say": say}
+    loaders, test_loader = build_loaders(recipe, **place), build_test_loader(recipe, **place)
+    engine, judge = _train_with_composer, _evaluate_with_composer
     if recipe.parallelism.strategy == "deepspeed":
+        from training.deepspeed import evaluate_deepspeed as judge
         from training.deepspeed import train_deepspeed as engine
     try:
         history, seconds = engine(recipe, plan, facts, loaders, load_path=load_path, say=say)
@@ -95,6 +98,10 @@ def _train(recipe: Recipe, say: Callable[[str], None]) -> Result:
         text = describe_out_of_memory(recipe, device=resolve_device(recipe), per_device_batch_size=images)
         raise ValueError(text) from error
     result = _result(recipe, plan, history, seconds=seconds, resumed=load_path is not None)
+    if test_loader is not None:
+        checkpoint = _best_checkpoint(recipe)
+        measured = judge(recipe, facts, (loaders[0], test_loader), checkpoint=str(checkpoint))
+        result.summary["test"] = {"checkpoint": checkpoint.name, **measured}
     if dist.get_global_rank() == 0:
         _write_results(recipe, result)
     return result
@@ -121,6 +128,27 @@ def _train_with_composer(
     )
     seconds = _fit(trainer, recipe, say)
     return recorder.history, seconds
+
+
+def _evaluate_with_composer(
+    recipe: Recipe, facts: DataFacts, loaders: tuple[Any, Any], *, checkpoint: str
+) -> dict[str, float]:
+    """Top-1 and loss of `checkpoint` on the second loader. Every engine's function has this signature."""
+    trainer = build_trainer(
+        recipe, facts, loaders, callbacks=[], load_path=checkpoint, world_size=dist.get_world_size()
+    )
+    try:
+        trainer.eval()
+    finally:
+        trainer.engine.close()
+    return {name: float(metric.compute()) for name, metric in trainer.state.eval_metrics["eval"].items()}
+
+
+def _best_checkpoint(recipe: Recipe) -> Path:
+    """best.pt, or where no evaluation of this run beat that of the checkpoint it began from, latest.pt."""
+    folder = recipe.run_dir / "checkpoints"
+    best = folder / "best.pt"
+    return best if best.exists() else folder / "latest.pt"
 
 
 def compare(recipe: Recipe, *, say: Callable[[str], None] = print) -> str:

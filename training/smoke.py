@@ -60,7 +60,7 @@ def shrink(settings: dict[str, Any]) -> dict[str, Any]:
         "precision": "fp32" if device == "cpu" else settings["precision"],
         "device": device,
         "parallelism": {**settings["parallelism"], **({"strategy": "none"} if _world_size() == 1 else {})},
-        "checkpoints": {"every_epochs": epochs, "keep_best": False},
+        "checkpoints": {"every_epochs": epochs, "keep_best": settings["data"]["test"] is not None},
     }
 
 
@@ -123,6 +123,7 @@ def _shrink_data(
         **data,
         "source": source,
         "expected": None,
+        "test": data["test"] and {"path": None},
         "train": {
             **train,
             **small,
