@@ -107,12 +107,11 @@ def deepspeed_config(recipe: Recipe, *, per_device_batch_size: int) -> dict[str,
         "gradient_accumulation_steps": math.ceil(batch / microbatch),
         # step() ends a batch, however many microbatches it took: stages and last batches differ in size.
         "managed_gradient_accumulation": False,
+        "gradient_clipping": recipe.optimizer["clip_norm"] or 0.0,  # left out, DeepSpeed 0.19 clips to 1
         "steps_per_print": 10**9,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
-    if recipe.optimizer["clip_norm"] is not None:
-        config["gradient_clipping"] = recipe.optimizer["clip_norm"]
     if recipe.precision in _AUTOCAST:
         config["torch_autocast"] = {"enabled": True, "dtype": _AUTOCAST[recipe.precision]}
     return config
