@@ -20,6 +20,7 @@ _MORE = {
     "draw_cutmix": ".cutmix",
     "draw_mixup": ".mixup",
     "draw_randaugment": ".randaugment",
+    "draw_stochastic_depth": ".stochastic_depth",
     "frozen_statistics": ".sam",
     "phase_learning_rate": ".fixres",
     "ramp_stages": ".progressive_resizing",

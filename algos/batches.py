@@ -5,6 +5,7 @@ Shapes: N samples, K classes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,6 +23,13 @@ def split_batch(batch: Any) -> tuple[Tensor, Tensor]:
         f"received a batch that is a {form}; it must be a pair of tensors (images, targets): "
         "have the loader or its collate function return that pair"
     )
+
+
+def count_samples(batch: Any) -> int:
+    """Rows of the first tensor in `batch`, a tensor or a sequence or mapping of such."""
+    if isinstance(batch, Tensor):
+        return batch.shape[0]
+    return count_samples(next(iter(batch.values())) if isinstance(batch, Mapping) else batch[0])
 
 
 def count_classes(model: nn.Module, *, num_classes: int | None = None) -> int | None:

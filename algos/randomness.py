@@ -6,6 +6,7 @@ import zlib
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 _WORD = 2**32
 
@@ -25,6 +26,24 @@ def generator_at(seed: int, *, rank: int, step: int, stream: str) -> torch.Gener
     entropy = [*_two_words(seed), rank, *_two_words(step), zlib.crc32(stream.encode())]
     (state,) = np.random.SeedSequence(entropy).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state))
+
+
+class MicrobatchDraws:
+    """What a model's random layers draw for the microbatch at hand; they share one such object as `microbatch_draws`.
+
+    of_rows: a tensor with a line a layer and a column a sample, or None where layers are to draw for themselves. It is
+        replaced for each microbatch and never written to, so that whoever repeats a forward pass can keep it and put
+        it back.
+    """
+
+    def __init__(self) -> None:
+        self.of_rows: Tensor | None = None
+
+
+def microbatch_draws(model: nn.Module) -> list[MicrobatchDraws]:
+    """Those of `model`, each once."""
+    found = [vars(module).get("microbatch_draws") for module in model.modules()]
+    return list({id(draws): draws for draws in found if draws is not None}.values())
 
 
 def _two_words(value: int) -> tuple[int, int]:

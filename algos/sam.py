@@ -28,6 +28,8 @@ from algos.base import (
     precision_context,
     world_size,
 )
+from algos.batches import count_samples
+from algos.randomness import MicrobatchDraws, microbatch_draws
 
 Perturbation = Literal["global", "per_rank"]
 
@@ -156,7 +158,7 @@ class SAM(SpeedUp):
             _check_run(state, self)
             act_last(self, state)  # to see batches as the others leave them, and to act on gradients before the others
         elif event == Event.BATCH_START:
-            self._num_samples = _count_samples(state.batch)
+            self._num_samples = count_samples(state.batch)
         elif event == Event.BEFORE_TRAIN_BATCH:  # again after a step that ran out of memory
             self._first_pass.clear()
             self._mean_num_samples = _mean_over_ranks(self._num_samples, state)
@@ -198,11 +200,11 @@ class _Microbatch:
 
     forward_batch: Any
     loss_batch: Any
-    random_state: list[Tensor]
+    random_state: _RandomState
 
     @property
     def num_samples(self) -> int:
-        return _count_samples(self.forward_batch)
+        return count_samples(self.forward_batch)
 
 
 @torch.no_grad()
@@ -252,12 +254,6 @@ def _loss(state: State, microbatch: _Microbatch) -> Tensor:
         loss = loss["total"] if "total" in loss else tuple(loss.values())
     parts = loss if isinstance(loss, (tuple, list)) else (loss,)
     return torch.stack([part.mean() for part in parts]).sum()
-
-
-def _count_samples(batch: Any) -> int:
-    if isinstance(batch, Tensor):
-        return batch.shape[0]
-    return _count_samples(next(iter(batch.values())) if isinstance(batch, Mapping) else batch[0])
 
 
 def _shallow_copy(batch: Any) -> Any:
@@ -325,6 +321,14 @@ def _check_rho(rho: float) -> None:
 # --- random numbers ------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class _RandomState:
+    """What the model's next forward pass will draw: torch's generators, and what was drawn for it beforehand."""
+
+    generators: list[Tensor]
+    draws: list[tuple[MicrobatchDraws, Tensor | None]]
+
+
 @contextlib.contextmanager
 def _kept_random_state(model: nn.Module) -> Iterator[None]:
     before = _random_state(model)
@@ -334,20 +338,22 @@ def _kept_random_state(model: nn.Module) -> Iterator[None]:
         _set_random_state(model, before)
 
 
-def _random_state(model: nn.Module) -> list[Tensor]:
-    states = [torch.get_rng_state()]
+def _random_state(model: nn.Module) -> _RandomState:
+    generators = [torch.get_rng_state()]
     device = next(model.parameters()).device
     if device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(device))
+        generators.append(torch.cuda.get_rng_state(device))
     elif device.type == "mps":
-        states.append(torch.mps.get_rng_state())
-    return states
+        generators.append(torch.mps.get_rng_state())
+    return _RandomState(generators, [(draws, draws.of_rows) for draws in microbatch_draws(model)])
 
 
-def _set_random_state(model: nn.Module, states: Sequence[Tensor]) -> None:
-    torch.set_rng_state(states[0])
+def _set_random_state(model: nn.Module, state: _RandomState) -> None:
+    torch.set_rng_state(state.generators[0])
     device = next(model.parameters()).device
     if device.type == "cuda":
-        torch.cuda.set_rng_state(states[1], device)
+        torch.cuda.set_rng_state(state.generators[1], device)
     elif device.type == "mps":
-        torch.mps.set_rng_state(states[1])
+        torch.mps.set_rng_state(state.generators[1])
+    for draws, of_rows in state.draws:
+        draws.of_rows = of_rows

@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
-from algos.base import Contract, Event, Logger, Resource, SpeedUp, State
+from algos.base import Contract, Event, Logger, Resource, SpeedUp, State, global_rank
+from algos.batches import count_samples
+from algos.randomness import MicrobatchDraws, generator_at
 
 Mode = Literal["sample", "batch"]
 Distribution = Literal["linear", "uniform"]
@@ -39,11 +43,11 @@ def apply_stochastic_depth(
 
     Blocks are torchvision's BasicBlock and Bottleneck (ResNet and its kin, and models made of these blocks) and the
     EncoderBlock of its ViT, both of whose branches have the block's rate. b is drawn from torch's own generator of the
-    device, which checkpoints restore. Branches are computed whether or not they are dropped.
+    device, once a forward pass; the class draws once a device batch instead. Branches are computed whether or not they
+    are dropped.
 
     Returns the same model. Applying it twice with the same settings is applying it once. Warns when nothing changed.
-    Raises ValueError for settings out of range and for other settings than were applied before, and
-    ModuleNotFoundError without torchvision.
+    Raises ValueError for settings out of range and for other settings than were applied before.
 
     Huang et al. 2016, "Deep Networks with Stochastic Depth", equations 2 to 5.
     """
@@ -62,32 +66,79 @@ def apply_stochastic_depth(
             f"({', '.join(sorted(name.rpartition('.')[2] for name in _BRANCH_ENDS))})",
             stacklevel=2,
         )
-    if blocks and not earlier:
-        from torchvision.ops import stochastic_depth  # noqa: F401 (missing, it is better missing here than in forward)
-    for index, block in enumerate(blocks):
-        for end in _branch_ends(block):
-            if not isinstance(end, _Dropped):
-                _change_layer(end, settings.rate_of(index, len(blocks)), settings)
+    draws = earlier[0].microbatch_draws if earlier else MicrobatchDraws()
+    ends = [(end, index) for index, block in enumerate(blocks) for end in _branch_ends(block)]
+    for branch, (end, index) in enumerate(ends):
+        if not isinstance(end, _Dropped):
+            _change_layer(end, branch, settings.rate_of(index, len(blocks)), settings, draws)
     return model
 
 
+def draw_stochastic_depth(
+    drop_rates: Sequence[float], num_samples: int, *, generator: torch.Generator, mode: Mode = "sample"
+) -> Tensor:
+    """Draw which of B branches each of N samples keeps: bool [B, N] on CPU, False with a branch's drop rate.
+
+    mode: "sample" draws for each sample, "batch" gives all samples of a branch the same.
+    generator: a CPU generator, the only source of chance.
+    """
+    columns = num_samples if mode == "sample" else 1
+    uniform = torch.rand(len(drop_rates), columns, generator=generator, dtype=torch.float64)
+    kept = uniform >= torch.tensor(drop_rates, dtype=torch.float64).unsqueeze(1)
+    return kept.expand(-1, num_samples)
+
+
 class StochasticDepth(SpeedUp):
-    """Drops residual branches at random from the start of training; see `apply_stochastic_depth` for the settings."""
+    """Drops residual branches at random from the start of training; see `apply_stochastic_depth` for the settings.
+
+    Draws once a device batch, whatever the microbatch size. A draw is a function of the run's seed, the rank and the
+    number of batches done, so ranks differ from each other and a resumed run repeats nothing and skips nothing.
+    """
 
     contract = Contract(writes=[Resource.MODEL])
-    events = (Event.INIT,)
+    events = (Event.INIT, Event.BATCH_START, Event.BEFORE_TRAIN_BATCH, Event.BEFORE_FORWARD, Event.BATCH_END)
 
     def __init__(self, *, drop_rate: float = 0.1, mode: Mode = "sample", distribution: Distribution = "linear") -> None:
         self.settings = _Settings(drop_rate, mode, distribution)
+        self._draws = MicrobatchDraws()  # the model's own, once it has some
+        self._drop_rates: list[float] = []  # a branch
+        self._kept = torch.empty(0, 0, dtype=torch.bool)  # of the device batch, [B, N]
+        self._first_row = 0  # of the next microbatch
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        """Change the model in place and log how many branches were."""
+        """Change the model in place; then draw for each batch, and tell the layers each microbatch's part."""
+        if event == Event.INIT:
+            self._change_model(state, logger)
+        elif event == Event.BATCH_START:
+            self._kept = self._draw(state)
+        elif event == Event.BEFORE_TRAIN_BATCH:  # again after a step that ran out of memory
+            self._first_row = 0
+        elif event == Event.BEFORE_FORWARD:
+            last_row = self._first_row + count_samples(state.batch)
+            self._draws.of_rows = self._kept[:, self._first_row : last_row]
+            self._first_row = last_row
+        else:
+            self._draws.of_rows = None
+
+    def _change_model(self, state: State, logger: Logger) -> None:
         settings = self.settings
         apply_stochastic_depth(
             state.model, drop_rate=settings.drop_rate, mode=settings.mode, distribution=settings.distribution
         )
-        ends = sum(isinstance(module, _Dropped) for module in state.model.modules())
-        logger.log_hyperparameters({"stochastic_depth/branches": ends})
+        ends = [module for module in state.model.modules() if isinstance(module, _Dropped)]
+        self._drop_rates = [end.drop_rate_here for end in ends]
+        if ends:
+            self._draws = ends[0].microbatch_draws
+        logger.log_hyperparameters({"stochastic_depth/branches": len(ends)})
+
+    def _draw(self, state: State) -> Tensor:
+        generator = generator_at(
+            state.rank_zero_seed, rank=global_rank(), step=state.timestamp.batch.value, stream="stochastic_depth"
+        )
+        kept = draw_stochastic_depth(
+            self._drop_rates, count_samples(state.batch), generator=generator, mode=self.settings.mode
+        )
+        return state.device.tensor_to_device(kept)
 
 
 # Residual blocks -> the last layers of their branches; by name, so that importing this does not need torchvision.
@@ -125,14 +176,24 @@ class _Settings:
 class _Dropped(nn.Module):
     """First base of every changed layer's class; the layer's former class is the second."""
 
+    drop_branch: int
     drop_rate_here: float
     drop_settings: _Settings
+    microbatch_draws: MicrobatchDraws
 
     def forward(self, values: Tensor) -> Tensor:
-        from torchvision.ops import stochastic_depth
+        values = super().forward(values)
+        if not self.training or not self.drop_rate_here:
+            return values
+        keep_rate = 1 - self.drop_rate_here
+        return values * self._draw(values, keep_rate).div_(keep_rate)
 
-        mode = "row" if self.drop_settings.mode == "sample" else "batch"
-        return stochastic_depth(super().forward(values), self.drop_rate_here, mode, self.training)
+    def _draw(self, values: Tensor, keep_rate: float) -> Tensor:
+        of_rows = self.microbatch_draws.of_rows
+        if of_rows is not None:
+            return of_rows[self.drop_branch].to(values.dtype).view(-1, *[1] * (values.ndim - 1))
+        rows = values.shape[0] if self.drop_settings.mode == "sample" else 1
+        return values.new_empty([rows, *[1] * (values.ndim - 1)]).bernoulli_(keep_rate)
 
     def extra_repr(self) -> str:
         said = f"dropped at {self.drop_rate_here:.3g} a {self.drop_settings.mode}"
@@ -156,9 +217,14 @@ def _branch_ends(module: Any) -> list[nn.Module]:
     return []
 
 
-def _change_layer(layer: Any, drop_rate: float, settings: _Settings) -> None:
+def _change_layer(layer: Any, branch: int, drop_rate: float, settings: _Settings, draws: MicrobatchDraws) -> None:
     layer.__class__ = _dropped_class(type(layer))
-    layer.drop_rate_here, layer.drop_settings = drop_rate, settings
+    layer.drop_branch, layer.drop_rate_here, layer.drop_settings, layer.microbatch_draws = (
+        branch,
+        drop_rate,
+        settings,
+        draws,
+    )
 
 
 @functools.cache

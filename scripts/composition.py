@@ -87,12 +87,9 @@ def _row(name: str, chosen: list[str], folder: Path) -> list[str]:
         reference = runs.train(chosen)
     except Exception as error:
         return [_failure(error)] * (2 + len(runs.STOPPED_AT) + len(STRATEGIES))
-    draws = bool(set(chosen) & runs.DRAW_FROM_TORCH)
     cells = [
-        "own draws"
-        if draws
-        else _cell(lambda: runs.train(chosen, device_train_microbatch_size=2), reference, ROUNDING),
-        "own draws" if draws and len(chosen) > 1 else _cell(lambda: _compiled(chosen), reference, ROUNDING),
+        _cell(lambda: runs.train(chosen, device_train_microbatch_size=2), reference, ROUNDING),
+        _cell(lambda: _compiled(chosen), reference, ROUNDING),
     ]
     for moment in runs.STOPPED_AT.values():
         with tempfile.TemporaryDirectory() as checkpoints:
@@ -104,7 +101,7 @@ def _row(name: str, chosen: list[str], folder: Path) -> list[str]:
 
 def _compiled(chosen: list[str]) -> dict[str, torch.Tensor]:
     torch._dynamo.reset()
-    return runs.train(chosen, compile_config={"backend": "aot_eager"})
+    return runs.train(chosen, compile_config=runs.COMPILED)
 
 
 def _two_ranks(name: str, chosen: list[str], folder: Path, strategy: str) -> str:
@@ -118,8 +115,6 @@ def _two_ranks(name: str, chosen: list[str], folder: Path, strategy: str) -> str
     drift = runs.furthest(*ranks)
     if drift:
         return f"ranks drift {drift:.0e}"
-    if set(chosen) & runs.DRAW_FROM_TORCH:
-        return "own draws"
     if any(one.startswith("composer.") and one.removeprefix("composer.") in runs.DRAW_PER_RANK for one in chosen):
         return "runs"
     return _cell(lambda: runs.train(chosen, as_two_ranks=True), ranks[0], ROUNDING if strategy == "ddp" else 1e-5)

@@ -60,9 +60,10 @@ COMPOSER_EXAMPLES: dict[str, dict[str, Any]] = {
     "composer.progressive_resizing": {"initial_scale": 0.75, "delay_fraction": 0.3, "finetune_fraction": 0.4},
     "composer.sam": {"rho": 0.05, "interval": 2},
 }
-# Their draws are torch's own, of a process: as many ranks or microbatches, as many draws.
-DRAW_FROM_TORCH = {"stochastic_depth"}
-DRAW_PER_RANK = {"mixup", "cutmix", "randaugment"}
+# A compilation for each image size. With sizes as variables, torch 2.7.0 has inductor fail on these networks, and
+# aot_eager return wrong gradients behind reflection padding.
+COMPILED = {"backend": "aot_eager", "dynamic": False}
+DRAW_PER_RANK = {"mixup", "cutmix", "randaugment", "stochastic_depth"}
 
 
 def composer_sets() -> dict[str, list[str]]:
@@ -89,33 +90,30 @@ def arranged(chosen: Iterable[str]) -> list[Algorithm]:
     return [made[name] for name in arrange({name: one.contract for name, one in made.items()})]
 
 
-class AsRanks(Algorithm):
-    """In one process, does to each half of the batch what `algorithm` would do to it on that rank."""
+def act_as_two_ranks(algorithm: Any) -> None:
+    """Have `algorithm` do, in one process, to each half of the batch what it would do to it on that rank."""
+    apply_to_batch = algorithm.apply
 
-    def __init__(self, algorithm: Any) -> None:
-        self.algorithm = algorithm
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["algorithm"], name)
-
-    def match(self, event: Event, state: State) -> bool:
-        return self.algorithm.match(event, state)
-
-    def apply(self, event: Event, state: State, logger: Any) -> None:
+    def apply(event: Event, state: State, logger: Any) -> None:
         if event != Event.BATCH_START:
-            self.algorithm.apply(event, state, logger)
+            apply_to_batch(event, state, logger)
             return
-        batch, halves = state.batch, []
+        batch, halves, kept = state.batch, [], []
         whole = algos.base._distributed
         try:
             for rank in (0, 1):
                 algos.base._distributed = lambda what, default, rank=rank: rank if what == "get_rank" else 1
                 state.batch = tuple(part.chunk(2)[rank] for part in batch)
-                self.algorithm.apply(event, state, logger)
+                apply_to_batch(event, state, logger)
                 halves.append(state.batch)
+                kept.append(getattr(algorithm, "_kept", None))
         finally:
             algos.base._distributed = whole
+        if kept[0] is not None:  # what stochastic depth has drawn for the rows of the batch
+            algorithm._kept = torch.cat(kept, dim=1)
         state.batch = tuple(torch.cat(parts) for parts in zip(*halves, strict=True))
+
+    algorithm.apply = apply
 
 
 class _Stop(Exception):
@@ -215,7 +213,8 @@ def train(chosen: list[str], *, as_two_ranks: bool = False, **settings: Any) -> 
     algorithms = arranged(chosen)
     if as_two_ranks:
         drawing = tuple(find(name) for name in DRAW_PER_RANK)
-        algorithms = [AsRanks(one) if isinstance(one, drawing) else one for one in algorithms]
+        for algorithm in filter(lambda one: isinstance(one, drawing), algorithms):
+            act_as_two_ranks(algorithm)
     trainer = make_trainer(algorithms, **settings)
     try:
         trainer.fit()

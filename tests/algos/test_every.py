@@ -19,7 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from composition import (
-    DRAW_FROM_TORCH,
+    COMPILED,
     EXAMPLES,
     SETS,
     STOPPED_AT,
@@ -54,10 +54,6 @@ def reference(chosen: list[str]) -> dict[str, torch.Tensor]:
     return _references[key]
 
 
-def without(chosen: list[str], unwanted: set[str]) -> list[str]:
-    return [name for name in chosen if name not in unwanted]
-
-
 def test_every_algorithm_has_example_settings() -> None:
     assert sorted(EXAMPLES) == names()
 
@@ -72,16 +68,20 @@ def test_it_changes_what_is_trained(name: str) -> None:
 
 @pytest.mark.parametrize("chosen", SETS.values(), ids=SETS)
 def test_microbatches_change_nothing(chosen: list[str]) -> None:
-    chosen = without(chosen, DRAW_FROM_TORCH)
     assert furthest(train(chosen, device_train_microbatch_size=2), reference(chosen)) < ROUNDING
 
 
 @pytest.mark.parametrize("chosen", SETS.values(), ids=SETS)
 def test_compiling_changes_nothing(chosen: list[str]) -> None:
-    if len(chosen) > 1:
-        chosen = without(chosen, DRAW_FROM_TORCH)  # once shapes change, compiled code draws in another way
     torch._dynamo.reset()
-    assert furthest(train(chosen, compile_config={"backend": "aot_eager"}), reference(chosen)) < ROUNDING
+    assert furthest(train(chosen, compile_config=COMPILED), reference(chosen)) < ROUNDING
+
+
+@pytest.mark.slow
+def test_generated_kernels_change_nothing() -> None:
+    torch._dynamo.reset()
+    chosen = SETS["all together"]
+    assert furthest(train(chosen, compile_config={"dynamic": False}), reference(chosen)) < ROUNDING
 
 
 @pytest.mark.parametrize("moment", STOPPED_AT.values(), ids=STOPPED_AT)
@@ -117,8 +117,6 @@ def test_two_ranks_train_what_one_process_does(name: str, two_ranks: tuple[str, 
     assert name not in refused, refused.get(name)
     ranks = [torch.load(folder / f"{name}.{rank}.pt") for rank in (0, 1)]
     assert furthest(*ranks) == 0.0, "the ranks drifted apart"
-    if set(SETS[name]) & DRAW_FROM_TORCH:
-        return  # each rank draws its own; there is no single process to compare with
     # Composer's FSDP2 computes in float32.
     tolerance = 1e-10 if strategy == "ddp" else 1e-5
     assert furthest(ranks[0], train(SETS[name], as_two_ranks=True)) < tolerance
@@ -129,5 +127,4 @@ def test_two_ranks_train_what_one_process_does(name: str, two_ranks: tuple[str, 
 def test_every_pair_survives_microbatches_and_resuming(pair: tuple[str, str], tmp_path: Path) -> None:
     chosen = list(pair)
     assert furthest(train_interrupted(chosen, tmp_path, moment="batch 6"), reference(chosen)) == 0.0
-    chosen = without(chosen, DRAW_FROM_TORCH)
     assert furthest(train(chosen, device_train_microbatch_size=2), reference(chosen)) < ROUNDING

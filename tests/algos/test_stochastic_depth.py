@@ -10,10 +10,12 @@ from torch import nn
 from torchvision.models import resnet18, resnet50
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.vision_transformer import EncoderBlock, VisionTransformer
+from torchvision.ops import stochastic_depth
 
 from algos.blurpool import apply_blurpool
+from algos.randomness import generator_at, microbatch_draws
 from algos.sam import SAM
-from algos.stochastic_depth import StochasticDepth, apply_stochastic_depth
+from algos.stochastic_depth import StochasticDepth, apply_stochastic_depth, draw_stochastic_depth
 from models.resnet import resnet20, resnet_digits
 
 
@@ -60,6 +62,17 @@ def test_a_batch_is_dropped_as_one():
     images = torch.randn(8, 4, 6, 6, dtype=torch.float64)
     shortcuts = [int(((block(images) - images.relu()).abs().amax(dim=(1, 2, 3)) == 0).sum()) for _ in range(60)]
     assert set(shortcuts) == {0, 8}
+
+
+@pytest.mark.parametrize(("mode", "torchvisions"), [("sample", "row"), ("batch", "batch")])
+def test_a_branch_equals_torchvisions_stochastic_depth(mode, torchvisions):
+    end = apply_stochastic_depth(basic_block(), drop_rate=0.4, mode=mode, distribution="uniform").bn2.train()
+    plain = nn.BatchNorm2d(4).double().train()
+    values = torch.randn(16, 4, 6, 6, dtype=torch.float64)
+    torch.manual_seed(1)
+    expected = stochastic_depth(plain(values), 0.4, torchvisions)
+    torch.manual_seed(1)
+    assert torch.equal(end(values), expected)
 
 
 def test_the_expectation_is_what_evaluation_computes():
@@ -185,13 +198,13 @@ def test_compiles_as_one_graph():
 # --- in the Trainer ---
 
 
-def train(algorithms, *, epochs=2, **settings):
+def train(algorithms, *, epochs=2, network=None, **settings):
     from composer import Trainer
     from composer.models import ComposerClassifier
     from torch.utils.data import DataLoader, TensorDataset
 
     torch.manual_seed(0)
-    network = resnet_digits(num_classes=4).double()
+    network = resnet_digits(num_classes=4).double() if network is None else network
     model = ComposerClassifier(network, num_classes=4)
     samples = TensorDataset(torch.randn(16, 3, 8, 8, dtype=torch.float64), torch.arange(16) % 4)
     trainer = Trainer(
@@ -212,20 +225,48 @@ def test_a_resumed_run_drops_what_it_would_have_dropped(tmp_path):
     assert not torch.equal(train([]), whole)
 
 
-def test_sams_second_pass_drops_the_same_branches(monkeypatch):
-    from torchvision import ops
+def test_the_draw_is_a_function_of_the_seed_the_rank_and_the_step():
+    def draw(rank=0, step=0, mode="sample"):
+        generator = generator_at(7, rank=rank, step=step, stream="stochastic_depth")
+        return draw_stochastic_depth([0.1, 0.5], 4000, generator=generator, mode=mode)
 
-    passes, original = [], ops.stochastic_depth
+    assert torch.equal(draw(), draw())
+    assert not torch.equal(draw(), draw(rank=1))
+    assert not torch.equal(draw(), draw(step=1))
+    assert draw().double().mean(dim=1).tolist() == pytest.approx([0.9, 0.5], abs=0.04)  # five standard deviations
+    alike = torch.stack([draw(step=step, mode="batch") for step in range(1000)])
+    assert torch.equal(alike, alike[..., :1].expand_as(alike))
+    assert alike[..., 0].double().mean(dim=0).tolist() == pytest.approx([0.9, 0.5], abs=0.08)
 
-    def recording(values, rate, mode, training):
-        dropped = original(values, rate, mode, training)
-        passes.append((dropped == 0).flatten(1).all(dim=1).tolist())
-        return dropped
 
-    monkeypatch.setattr(ops, "stochastic_depth", recording)
-    train([StochasticDepth(drop_rate=0.5), SAM(rho=0.05)], epochs=1)
+@pytest.mark.parametrize("mode", ["sample", "batch"])
+@pytest.mark.parametrize("with_sam", [False, True], ids=["alone", "with SAM"])
+def test_microbatches_drop_what_the_whole_batch_does(mode, with_sam, batch_free_norms):
+    algorithms = lambda: [StochasticDepth(drop_rate=0.5, mode=mode), *([SAM(rho=0.05)] if with_sam else [])]  # noqa: E731
+    whole = train(algorithms())
+    for size in (1, 3, 4):
+        torch.testing.assert_close(train(algorithms(), device_train_microbatch_size=size), whole, rtol=0, atol=1e-12)
+
+
+@pytest.fixture
+def batch_free_norms(monkeypatch):
+    monkeypatch.setattr("models.resnet.nn.BatchNorm2d", lambda channels: nn.GroupNorm(1, channels))
+
+
+def test_outside_of_a_step_layers_draw_for_themselves():
+    network = resnet_digits(num_classes=4).double()
+    train([StochasticDepth(drop_rate=0.5)], epochs=1, network=network)
+    assert [draws.of_rows for draws in microbatch_draws(network)] == [None]
+    assert network.train()(torch.randn(3, 3, 8, 8, dtype=torch.float64)).shape == (3, 4)
+
+
+def test_sams_second_pass_drops_the_same_branches():
+    network, passes = resnet_digits(num_classes=4).double(), []
+    for end in ends(apply_stochastic_depth(network, drop_rate=0.5)):
+        end.register_forward_hook(lambda *call: passes.append((call[2] == 0).flatten(1).all(dim=1).tolist()))
+    train([StochasticDepth(drop_rate=0.5), SAM(rho=0.05)], epochs=1, network=network, device_train_microbatch_size=4)
     calls = [passes[index : index + 3] for index in range(0, len(passes), 3)]  # three blocks a pass
-    assert len(calls) == 4  # two steps of two passes
-    assert calls[0] == calls[1]
-    assert calls[2] == calls[3]
-    assert calls[0] != calls[2]
+    assert len(calls) == 8  # two steps of two passes of two microbatches
+    assert calls[0:2] == calls[2:4]
+    assert calls[4:6] == calls[6:8]
+    assert len({str(call) for call in calls}) == 4
