@@ -96,6 +96,7 @@ class SpeedUp(Algorithm):
 
     contract: ClassVar[Contract]
     events: ClassVar[tuple[Event, ...]]
+    suspended: bool = False  # set by an algorithm that rules over a phase of the run; nothing happens meanwhile
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -106,14 +107,14 @@ class SpeedUp(Algorithm):
             setattr(sys.modules[cls.__module__], cls.__qualname__, cls)  # named so, instances pickle
 
     def match(self, event: Event, state: State) -> bool:
-        """Whether to act at `event`: it is one of `events`.
+        """Whether to act at `event`: it is one of `events`, and this algorithm is not `suspended`.
 
         Raises ValueError at INIT when another one of this class is among the Trainer's algorithms: smoothed or mixed
         twice is not what either says.
         """
         if event == Event.INIT:
             refuse_twice(self, state)
-        return event in self.events
+        return event in self.events and not self.suspended
 
 
 def act_last(algorithm: Algorithm, state: State) -> None:

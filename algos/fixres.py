@@ -8,7 +8,7 @@ be at test time mends that, at a fraction of a full epoch's cost since nothing b
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -64,6 +64,7 @@ class FixRes(SpeedUp):
     train: which layers learn: the classifier and the last batch norm (the paper's choice), the classifier, or all.
     learning_rate: of every parameter group at the phase's start, falling to 0 by a cosine; it needs a LearningRate
         among the algorithms. None leaves the run's own schedule.
+    plain_images: suspend the algorithms that change images (MixUp, CutMix, RandAugment) in the phase.
 
     The loader must be a `CropSwitchingLoader`, and a `ResizableLoader` when image_size is given; others are refused
     before the first step, and so is a phase longer than the run or a model without the layers to train.
@@ -83,6 +84,7 @@ class FixRes(SpeedUp):
         image_size: int | None = None,
         train: Trained = "classifier_and_norm",
         learning_rate: float | None = None,
+        plain_images: bool = True,
     ) -> None:
         if epochs < 1:
             raise ValueError(f"epochs {epochs} must be at least 1, the phase's length; to do without, leave FixRes out")
@@ -97,6 +99,7 @@ class FixRes(SpeedUp):
         self.image_size = image_size
         self.train: Trained = train
         self.learning_rate = learning_rate
+        self.plain_images = plain_images
 
     @property
     def find_unused_parameters(self) -> bool:
@@ -121,6 +124,8 @@ class FixRes(SpeedUp):
             self._check_run(state)
         in_phase = state.timestamp.epoch.value >= self.start_epoch(run_epochs(state))
         self._set_loader(state.dataloader, in_phase=in_phase)
+        for other in filter(_augments, state.algorithms):
+            other.suspended = in_phase and self.plain_images
         if in_phase:
             freeze_for_fixres(state.model, train=self.train)
 
@@ -154,6 +159,12 @@ class FixRes(SpeedUp):
             require_schedule(state, "fixres.learning_rate")
         if self.train != "all":  # a model without such layers is better found now than at the phase's start
             _kept_modules(state.model, with_norm=self.train == "classifier_and_norm")
+
+
+def _augments(algorithm: Any) -> TypeGuard[SpeedUp]:
+    # Progressive resizing changes images too where the loader cannot, and goes on: it sets their size.
+    writes = algorithm.contract.writes if isinstance(algorithm, SpeedUp) else ()
+    return Resource.IMAGES in writes and Resource.LOADER_SHAPE not in writes
 
 
 def _kept_modules(model: nn.Module, *, with_norm: bool) -> set[nn.Module]:

@@ -14,9 +14,12 @@ from fake_loader import FakeLoader, FixedLoader
 from torch import nn
 from torch.nn import functional as F
 
+from algos.cutmix import CutMix
 from algos.fixres import FixRes, freeze_for_fixres, phase_learning_rate
 from algos.learning_rate import LearningRate
+from algos.mixup import MixUp
 from algos.progressive_resizing import ProgressiveResizing, Stage
+from algos.randaugment import RandAugment
 from algos.sam import SAM
 
 
@@ -249,6 +252,24 @@ def test_the_phase_has_a_rate_of_its_own():
     assert seen.rates == pytest.approx([0.0, 0.1 / 3, 0.2 / 3, *expected])
     seen, _ = train([FixRes(epochs=2), LearningRate(decay="linear")])
     assert seen.rates == pytest.approx([0.1 * (1 - step / 9) for step in range(9)])
+
+
+@pytest.mark.parametrize("plain_images", [True, False])
+def test_the_phase_sees_plain_images(plain_images, monkeypatch, tmp_path):
+    def trained_on_probabilities(**settings):
+        seen = []
+        monkeypatch.setattr(
+            "composer.models.ComposerClassifier.loss",
+            lambda self, outputs, batch: seen.append(batch[1].ndim == 2) or F.cross_entropy(outputs, batch[1]),
+        )
+        augmenting = [MixUp(num_classes=4), CutMix(num_classes=4), RandAugment(mean=(128.0,) * 3, std=(30.0,) * 3)]
+        train([*augmenting, FixRes(epochs=2, plain_images=plain_images)], **settings)
+        return seen
+
+    whole = trained_on_probabilities(save_folder=str(tmp_path), save_interval="7ba", run_name="a")
+    assert whole == [True] * 3 + [not plain_images] * 6
+    resumed = trained_on_probabilities(load_path=str(next(tmp_path.glob("*-ba7-rank0.pt"))))
+    assert resumed == [not plain_images] * 2
 
 
 @pytest.mark.parametrize("order", [slice(None), slice(None, None, -1)])
