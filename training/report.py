@@ -470,7 +470,7 @@ _MOST_MARKERS = 40  # a curve of more points is drawn without markers
 
 
 def _plot_loss(axes: Axes, history: History) -> None:
-    _style(axes, title="Loss", y_label="cross entropy (nats)")
+    _style(axes, title="Loss", y_label="loss (nats)")
     for name, label, color in (("train_loss", "training", _TRAIN_COLOR), ("eval_loss", "evaluation", _EVAL_COLOR)):
         _draw(axes, _Series(history, name), color=color, label=label, show=lambda value: f"{value:.3f}")
     _add_legend(axes)
