@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -95,6 +97,8 @@ def resolve_device(recipe: Recipe) -> str:
         raise RecipeError("device", f"is {recipe.device}, which this machine does not have; here: {here}, or auto")
     if device == "cpu" and recipe.precision != "fp32":
         raise RecipeError("precision", f"is {recipe.precision}, which Composer does not train in on a CPU; use fp32")
+    if device == "cpu" and recipe.compile and shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise RecipeError("compile", "is true, which takes a C++ compiler on a CPU; install g++, or set compile=false")
     return device
 
 
@@ -243,6 +247,7 @@ def build_trainer(
         spin_dataloaders=False,
         device=resolve_device(recipe),
         precision=recipe.precision,
+        compile_config=_compile_settings() if recipe.compile else None,
         device_train_microbatch_size=recipe.data.train.per_device_microbatch_size,
         seed=recipe.seed,
         auto_log_hparams=False,
@@ -250,6 +255,14 @@ def build_trainer(
     if shards is not None:
         trainer._rng_state = shards.rng_state
     return trainer
+
+
+def _compile_settings() -> dict[str, Any]:
+    # Kernels for each shape that comes: sizes as variables make slower ones, and torch 2.7.0 fails on them at the
+    # second image size. Stages, an epoch's last batch and evaluation make more shapes than the eight after which torch
+    # would go on uncompiled.
+    torch._dynamo.config.cache_size_limit = 64
+    return {"dynamic": False}
 
 
 def _source(recipe: Recipe) -> dict[str, Any]:

@@ -144,6 +144,7 @@ class _RecipeKeys:
     schedule: Any = None
     duration: Duration = field(default_factory=Duration)
     precision: Literal["fp32", "amp_bf16", "amp_fp16"] = "fp32"
+    compile: bool = False  # the model, by torch.compile: once for each image size and batch size, a minute or so each
     device: Literal["auto", "cpu", "gpu", "mps"] = "auto"
     parallelism: Parallelism = field(default_factory=Parallelism)
     logging: Logging = field(default_factory=Logging)
@@ -172,6 +173,7 @@ class Recipe:
     schedule: dict[str, Any]
     epochs: int
     precision: str
+    compile: bool
     device: str
     parallelism: Parallelism
     logging: Logging
@@ -240,6 +242,7 @@ def _recipe(top: dict[str, Any]) -> Recipe:
         schedule=top["schedule"],
         epochs=top["duration"]["epochs"],
         precision=top["precision"],
+        compile=top["compile"],
         device=top["device"],
         parallelism=Parallelism(**{**top["parallelism"], "fsdp": FSDP(**top["parallelism"]["fsdp"])}),
         logging=Logging(**top["logging"]),
@@ -405,6 +408,12 @@ def _check_ranges(top: dict[str, Any]) -> None:
     for path, value in positive.items():
         if value is not None and value < 1:
             raise RecipeError(path, f"is {value}; it must be at least 1")
+    if top["compile"] and top["parallelism"]["strategy"] == "deepspeed":
+        raise RecipeError(
+            "compile",
+            "is true, and parallelism.strategy is deepspeed, which runs the model as it is; "
+            "set compile=false, or parallelism.strategy to ddp or fsdp",
+        )
     if not top["run_name"] or Path(top["run_name"]).name != top["run_name"]:
         raise RecipeError(
             "run_name", f"is {top['run_name']!r}; it names a folder, so it cannot be empty or hold a slash"

@@ -182,6 +182,19 @@ def test_two_ranks_train_what_one_process_does(short_recipe: Any, overrides: lis
     assert json.loads((two_dir / "summary.json").read_text())["world_size"] == 2
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(280)
+def test_a_compiled_model_trains_alike(short_recipe: Any) -> None:
+    one_size = ("duration.epochs=1", "schedule.warmup_epochs=0", "algorithms.progressive_resizing=null",
+                "algorithms.fixres=null")  # fmt: skip
+    plain = session.train(short_recipe("run_name=plain", *one_size), say=quiet).history
+    compiled = session.train(short_recipe("run_name=compiled", "compile=true", *one_size), say=quiet).history
+    np.testing.assert_allclose(compiled.steps["loss"], plain.steps["loss"], atol=1e-4, rtol=0)
+    # The same names in the checkpoint: what a compiled run leaves loads anywhere.
+    names = [final_state(short_recipe(f"run_name={name}").run_dir).keys() for name in ("plain", "compiled")]
+    assert names[0] == names[1]
+
+
 @pytest.mark.timeout(120)
 def test_a_run_leaves_what_people_look_at(short_recipe: Any) -> None:
     recipe = short_recipe()
@@ -241,6 +254,7 @@ def test_resuming_under_another_recipe_is_refused(short_recipe: Any) -> None:
         ("load=/nowhere/a.pt", "there is no such file"),
         ("device=gpu", "device: is gpu, which this machine does not have"),
         ("precision=amp_bf16", "precision: is amp_bf16, which Composer does not train in on a CPU"),
+        ("compile=1.5", "compile: is 1.5; it must be true or false"),
         ("results_dir=/proc/results", "cannot be written"),
         ("data.source={name: folder, path: /nowhere}", "no folder /nowhere/train"),
         ("data.train.path=/nowhere.beton", "/nowhere.beton"),
