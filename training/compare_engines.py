@@ -5,17 +5,9 @@
 Every engine trains a few steps in fresh processes of its own (training/engine_probe.py). An engine that is not
 installed, or that refuses the recipe, is named and left out.
 
-Formulas, in bytes a rank: P weights in float32, s bytes of optimizer state a weight, N ranks.
-
-                        parameters  gradients  optimizer state
-    none, ddp, zero0        4 P        4 P         s P
-    fsdp                   4 P/N      4 P/N       s P/N
-    zero1                   4 P        4 P      (s + 4) P/N
-    zero2                   4 P       4 P/N     (s + 4) P/N
-    zero3                  4 P/N      4 P/N     (s + 4) P/N
-
-ZeRO 1 to 3 train a copy of their part of the weights, which is the 4 in s + 4 (Rajbhandari 2020, arXiv 1910.02054,
-counts it as part of K). SGD with momentum has s = 4, AdamW s = 8.
+The formulas are those of training.memory.expected_bytes. What is cut is padded to N equal parts, ZeRO-2 also
+holds the gradient of a weight that two ranks share whole, and ZeRO-3 keeps weights whole that have fewer elements than
+zero_optimization.stage3_param_persistence_threshold (100,000): on small networks all of them.
 """
 
 from __future__ import annotations
@@ -40,16 +32,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from training.optimizers import build_optimizer
+from training.memory import FLOAT32_BYTES, PARTS, expected_bytes, state_bytes_per_parameter
 from training.recipe import Recipe, load_recipe
 from training.report import write_json
 from training.schema import RecipeError
 
 ENGINES = ("none", "ddp", "fsdp", "zero0", "zero1", "zero2", "zero3")
-PARTS = ("parameters", "gradients", "optimizer_state")  # and activations, which no formula here tells
-_FLOAT32 = 4  # bytes
 _COLORS = {"parameters": "#4477aa", "gradients": "#ee6677", "optimizer_state": "#228833", "activations": "#ccbb44"}
 _PAUSE_SECONDS = 0.2
 
@@ -74,27 +63,6 @@ class Cost:
     activations: int
     peak: int
     expected: dict[str, float]
-
-
-def expected_bytes(engine: str, *, num_parameters: int, state_bytes: float, ranks: int) -> dict[str, float]:
-    """Bytes a rank under the names of `PARTS`, by the formulas above; state_bytes is s."""
-    weights, state = _FLOAT32 * num_parameters, state_bytes * num_parameters
-    stage = int(engine.removeprefix("zero")) if engine.startswith("zero") else 0
-    sharded = (stage >= 3, stage >= 2, stage >= 1) if engine != "fsdp" else (True, True, True)
-    whole = (weights, weights, state + (weights if stage else 0))
-    return {
-        part: size / (ranks if is_sharded else 1) for part, size, is_sharded in zip(PARTS, whole, sharded, strict=True)
-    }
-
-
-def state_bytes_per_parameter(optimizer: Mapping[str, Any]) -> float:
-    """s of a recipe's optimizer, found by a step with a few weights."""
-    weights = nn.Linear(64, 64, bias=False)
-    weights.weight.grad = torch.ones_like(weights.weight)
-    made = build_optimizer(weights, dict(optimizer), learning_rate=1e-3)
-    made.step()
-    tensors = [value for state in made.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
-    return sum(tensor.nbytes for tensor in tensors if tensor.numel() > 1) / weights.weight.numel()
 
 
 def settings_for(
@@ -150,7 +118,8 @@ def format_table(costs: Sequence[Cost], left_out: Mapping[str, str], facts: Mapp
     lines = [
         f"# Engines: {facts['run_name']}",
         "",
-        f"{facts['date']}, {facts['hardware']}; {facts['versions']}. {facts['ranks']} ranks with "
+        f"{facts['date']}, {facts['hardware']}, load {facts['load']:g} beforehand; {facts['versions']}. "
+        f"{facts['ranks']} ranks with "
         f"{facts['threads']} threads each; {facts['model']}, {facts['num_parameters']:,} parameters, "
         f"{facts['image_size']} px, {facts['per_device_batch_size']} images a rank, {facts['optimizer']}, "
         f"{facts['precision']}. Median of {facts['steps']} steps after two.",
@@ -176,7 +145,9 @@ def plot_costs(costs: Sequence[Cost], path: Path, *, title: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (memory, speed) = pyplot.subplots(1, 2, figsize=(11, 1.4 + 0.5 * len(costs)), width_ratios=(3, 2))
+    figure, (memory, speed) = pyplot.subplots(
+        1, 2, figsize=(11, 1.7 + 0.5 * len(costs)), width_ratios=(3, 2), sharey=True, layout="constrained"
+    )
     names = [f"{cost.engine} ({cost.ranks})" for cost in costs]
     begins = [0.0] * len(costs)
     for part, color in _COLORS.items():
@@ -189,16 +160,15 @@ def plot_costs(costs: Sequence[Cost], path: Path, *, title: str) -> None:
             [expected] * 2, [row - 0.42, row + 0.42], color="black", label=None if row else "formula, first three"
         )
     memory.set_xlabel("MB a rank")
-    memory.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.25), ncol=5)
+    figure.legend(frameon=False, fontsize=8, loc="outside lower left", ncol=5)
     bars = speed.barh(names, [cost.images_per_second for cost in costs], color="#999999", height=0.6)
     speed.bar_label(bars, [_efficiency_text(cost) for cost in costs], padding=3, fontsize=8)
     speed.margins(x=0.3)
     speed.set_xlabel("images/s of all ranks, and share of linear scaling")
+    memory.invert_yaxis()  # and with it that of `speed`
     for axes in (memory, speed):
-        axes.invert_yaxis()
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, fontsize=11)
-    figure.tight_layout()
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 
@@ -208,13 +178,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         recipe = load_recipe(options.file, options.overrides)
+        load = os.getloadavg()[0]  # before there is any of our own
         costs, left_out = compare_engines(
             recipe, options.engines, ranks=options.ranks, steps=options.steps, timeout_seconds=options.timeout
         )
         if not costs:
             raise RecipeError("", "every engine was left out: " + "; ".join(f"{k}: {v}" for k, v in left_out.items()))
         prefix = Path(options.output or recipe.results_dir / f"{recipe.run_name}_engines")
-        text = _write(recipe, costs, left_out, prefix, options)
+        text = _write(recipe, costs, left_out, prefix, options, load=load)
     except (RecipeError, OSError) as error:
         print(f"compare_engines: {error}", file=sys.stderr)
         return 2
@@ -315,19 +286,26 @@ def _cost(
 
 
 def _write(
-    recipe: Recipe, costs: Sequence[Cost], left_out: Mapping[str, str], prefix: Path, options: argparse.Namespace
+    recipe: Recipe,
+    costs: Sequence[Cost],
+    left_out: Mapping[str, str],
+    prefix: Path,
+    options: argparse.Namespace,
+    *,
+    load: float,
 ) -> str:
     prefix.parent.mkdir(parents=True, exist_ok=True)
     facts = {
         "run_name": recipe.run_name,
         "date": time.strftime("%Y-%m-%d"),
         "hardware": _hardware(),
+        "load": round(load, 1),
         "versions": ", ".join(f"{name} {_version(name)}" for name in ("torch", "mosaicml", "deepspeed")),
         "ranks": options.ranks,
         "threads": _threads(options.ranks),
         "steps": options.steps,
         "model": recipe.model["name"],
-        "num_parameters": round(costs[0].expected["parameters"] / _FLOAT32 * _shards(costs[0])),
+        "num_parameters": round(costs[0].expected["parameters"] / FLOAT32_BYTES * _shards(costs[0])),
         "image_size": recipe.data.train.image_size,
         "per_device_batch_size": _per_device_batch_size(recipe, options.ranks),
         "optimizer": recipe.optimizer["name"],
@@ -393,7 +371,16 @@ def _free_port() -> int:
 def _hardware() -> str:
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    return f"{os.cpu_count()} CPU cores ({platform.machine()})"
+    return f"{os.cpu_count()} CPU cores ({_cpu_model() or platform.machine()})"
+
+
+def _cpu_model() -> str | None:
+    """As Linux tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
 
 
 def _version(name: str) -> str:

@@ -260,12 +260,17 @@ def _initialize(state: State, config: dict[str, Any], recipe: Recipe) -> Any:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
     deepspeed.utils.logger.setLevel(logging.getLevelName(recipe.logging.level.upper()))
+    deepspeed.utils.logger.addFilter(_is_of_use)
     optimizer = state.optimizers[0]
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", float(group["lr"]))
     engine, *_ = deepspeed.initialize(model=state.model, optimizer=optimizer, config=config)
     reproducibility.seed_all(state.seed)
     return engine
+
+
+def _is_of_use(record: logging.LogRecord) -> bool:
+    return "untested optimizer" not in record.getMessage()  # check_deepspeed has refused those that ZeRO breaks
 
 
 def _update(metrics: dict[str, Metric], model: Any, batch: Any, outputs: Tensor) -> None:

@@ -9,31 +9,31 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from training.recipe import Recipe
-from training.schema import RecipeError, refuse_unknown
+from training.schema import RecipeError, parse
 
 ALGORITHMS = ("blurpool", "channels_last", "cutmix", "label_smoothing", "mixup", "progressive_resizing")
 
 _PATH = "parallelism.deepspeed"
-_KEYS = (
-    "aio",
-    "comms_logger",
-    "communication_data_type",
-    "csv_monitor",
-    "disable_python_gc",
-    "flops_profiler",
-    "gradient_allreduce_op",
-    "gradient_predivide_factor",
-    "memory_breakdown",
-    "prescale_gradients",
-    "tensorboard",
-    "timers",
-    "wall_clock_breakdown",
-    "wandb",
-    "zero_optimization",
-)
+
+
+@dataclass
+class _Settings:
+    """DeepSpeed's keys that a recipe may set: how work is divided and reported, not what is trained."""
+
+    zero_optimization: Any = None
+    communication_data_type: Literal["fp32", "fp16", "bf16"] | None = None
+    prescale_gradients: bool = False
+    gradient_predivide_factor: float = 1.0
+    disable_python_gc: bool = False
+    comms_logger: Any = None
+    wall_clock_breakdown: bool = False
+    memory_breakdown: bool = False
+
+
 # DeepSpeed's key -> what says the same in a recipe, for every engine.
 _ELSEWHERE = {
     "activation_checkpointing": "model.gradient_checkpointing",
@@ -83,9 +83,9 @@ def check_deepspeed(recipe: Recipe, *, device: str) -> None:
                 f"does not run under deepspeed, which takes {', '.join(ALGORITHMS)}; set algorithms.{name}=null, or "
                 "parallelism.strategy=ddp or fsdp",
             )
-    _check_keys(recipe)
     if device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # read when DeepSpeed is imported; else it takes what it finds
+    _check_keys(recipe)
     _check_zero(recipe)
     stage = zero_stage(recipe)
     if stage and recipe.optimizer["name"] not in _ELEMENTWISE:
@@ -123,35 +123,63 @@ def _zero_settings(recipe: Recipe) -> dict[str, Any]:
 
 def _check_keys(recipe: Recipe) -> None:
     settings = recipe.parallelism.deepspeed
-    if settings is not None and not isinstance(settings, dict):
-        raise RecipeError(_PATH, f"is {settings!r}; it must be a mapping of DeepSpeed's JSON keys, or null")
-    for key in settings or {}:
+    for key in settings if isinstance(settings, dict) else ():
         if key in _ELSEWHERE:
             raise RecipeError(f"{_PATH}.{key}", f"is what {_ELSEWHERE[key]} says, for every engine; give that instead")
-        refuse_unknown(key, _KEYS, path=f"{_PATH}.{key}", what="key of DeepSpeed's that a recipe may set")
+    given = parse(_Settings, settings, path=_PATH)
+    if given["gradient_predivide_factor"] <= 0:
+        raise RecipeError(
+            f"{_PATH}.gradient_predivide_factor", f"is {given['gradient_predivide_factor']:g}; it must be above 0"
+        )
+    from deepspeed.comm.config import CommsLoggerConfig
+
+    _check_with(CommsLoggerConfig, given["comms_logger"], path=f"{_PATH}.comms_logger")
 
 
 def _check_zero(recipe: Recipe) -> None:
-    from pydantic import ValidationError
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     path, settings = f"{_PATH}.zero_optimization", (recipe.parallelism.deepspeed or {}).get("zero_optimization")
-    if settings is not None and not isinstance(settings, dict):
-        raise RecipeError(path, f"is {settings!r}; it must be a mapping, for example {{stage: 2}}")
+    _check_with(DeepSpeedZeroConfig, settings, path=path)
     stage = zero_stage(recipe)
     if stage not in range(4) or isinstance(stage, bool):
         raise RecipeError(f"{path}.stage", f"is {stage!r}; it must be 0, 1, 2 or 3")
+    if _zero_settings(recipe).get("zenflow") is not None:
+        raise RecipeError(f"{path}.zenflow", "applies some gradients late, which trains otherwise; leave it out")
     for key in _OFFLOADS:
         _check_offload(recipe, key, path=f"{path}.{key}")
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
+
+def _check_with(model: Any, settings: Any, *, path: str) -> None:
+    """Raise RecipeError for what `model`, one of DeepSpeed's own, does not take."""
+    from pydantic import ValidationError
+
+    if settings is not None and not isinstance(settings, dict):
+        raise RecipeError(path, f"is {settings!r}; it must be a mapping of DeepSpeed's keys, or null")
+    _refuse_old_names(model, settings or {}, path=path)
     try:
-        DeepSpeedZeroConfig(**(settings or {}))
+        model(**(settings or {}))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, (path, *first["loc"])))
-        raise RecipeError(
-            where, f"(given {first.get('input')!r}) is not what DeepSpeed takes: {first['msg']}"
-        ) from None
+        if first["type"] == "extra_forbidden":
+            raise RecipeError(where, f"unknown key (given {first['input']!r}); allowed: {_fields(model)}") from None
+        raise RecipeError(where, f"is {first['input']!r}, which DeepSpeed does not take: {first['msg']}") from None
+
+
+def _refuse_old_names(model: Any, settings: dict[str, Any], *, path: str) -> None:
+    for name, extra in _extras(model).items():
+        if name in settings and extra.get("deprecated"):
+            raise RecipeError(f"{path}.{name}", f"is an old name; give {extra.get('new_param') or 'none of it'}")
+
+
+def _fields(model: Any) -> str:
+    return ", ".join(sorted(name for name, extra in _extras(model).items() if not extra.get("deprecated")))
+
+
+def _extras(model: Any) -> dict[str, dict[str, Any]]:
+    """What DeepSpeed notes of each key, under the name that a configuration gives it."""
+    return {field.alias or name: field.json_schema_extra or {} for name, field in model.model_fields.items()}
 
 
 def _check_offload(recipe: Recipe, key: str, *, path: str) -> None:

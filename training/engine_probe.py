@@ -32,6 +32,14 @@ from training.session import start_distributed
 
 _WARM_UP_STEPS = 2
 _BACKWARD = "engine_probe: backward"
+# Where DeepSpeed 0.19's optimizers keep reduced gradients between the backward pass and the step: ZeRO 1 and 2 those of
+# the weights of their part, ready to be used and still to be; ZeRO 1 and 2 with offloading; ZeRO-3.
+_ZERO_GRADIENTS = (
+    "averaged_gradients",
+    "all_grad_tensors",
+    "accumulated_grads_in_cpu",
+    "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition",
+)
 _COLLECTIVES = ("gloo:", "nccl:", "nccldevkernel")
 
 
@@ -124,16 +132,22 @@ def _parameters(state: State) -> Iterable[Tensor]:
 
 def _gradients(state: State, zero: Any) -> Iterable[Tensor]:
     yield from (parameter.grad for parameter in state.model.parameters() if parameter.grad is not None)
-    yield from _tensors(getattr(zero, "averaged_gradients", {}))
-    yield from _tensors(getattr(zero, "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition", {}))
+    for attribute in _ZERO_GRADIENTS:
+        yield from _tensors(getattr(zero, attribute, None))
+    yield from (part.grad for part in _zero_weights(zero) if part.grad is not None)  # with the optimizer offloaded
 
 
 def _optimizer_state(state: State, zero: Any) -> Iterable[Tensor]:
     for optimizer in state.optimizers:
         for values in optimizer.state.values():
             yield from _tensors(values)
-    yield from _tensors(getattr(zero, "single_partition_of_fp32_groups", []))  # ZeRO 1 and 2 train a copy of their part
-    yield from _tensors(getattr(zero, "fp32_partitioned_groups_flat", []))  # and so does ZeRO-3
+    yield from _zero_weights(zero)
+
+
+def _zero_weights(zero: Any) -> Iterable[Tensor]:
+    """What ZeRO trains, a copy of its part of the weights."""
+    yield from _tensors(getattr(zero, "single_partition_of_fp32_groups", []))  # ZeRO 1 and 2
+    yield from _tensors(getattr(zero, "fp32_partitioned_groups_flat", []))  # ZeRO-3
 
 
 def _tensors(values: Any) -> Iterable[Tensor]:

@@ -1,10 +1,119 @@
-"""What to do when memory runs out, in one line that names the setting."""
+"""What a step takes in memory, how much there is, and what to do when it does not suffice.
+
+A step on b images of a rank takes   weights + gradients + optimizer state + c + b a   bytes: the first three by the
+engine's formula (`expected_bytes`), a and c measured on a few images (`step_bytes`), gradients being part of c.
+"""
 
 from __future__ import annotations
 
-import torch
+import contextlib
+import ctypes
+import gc
+import math
+import resource
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
+import torch
+from composer.core.precision import get_precision_context
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from training.optimizers import build_optimizer
 from training.recipe import Recipe
+
+PARTS = ("parameters", "gradients", "optimizer_state")  # and activations, which no formula here tells
+FLOAT32_BYTES = 4
+_MEASURED_IMAGES = (2, 6)
+_USABLE_SHARE = 0.8  # the rest is lost between blocks of memory, and to threads
+
+
+def expected_bytes(engine: str, *, num_parameters: int, state_bytes: float, ranks: int) -> dict[str, float]:
+    """Bytes a rank under the names of `PARTS`: P weights in float32, s bytes of optimizer state a weight, N ranks.
+
+                            parameters  gradients  optimizer state
+        none, ddp, zero0        4 P        4 P         s P
+        fsdp                   4 P/N      4 P/N       s P/N
+        zero1                   4 P        4 P      (s + 4) P/N
+        zero2                   4 P       4 P/N     (s + 4) P/N
+        zero3                  4 P/N      4 P/N     (s + 4) P/N
+
+    ZeRO 1 to 3 train a copy of their part of the weights, which is the 4 in s + 4 (Rajbhandari 2020, arXiv 1910.02054,
+    counts it as part of K). SGD with momentum has s = 4, AdamW s = 8.
+    """
+    weights, state = FLOAT32_BYTES * num_parameters, state_bytes * num_parameters
+    stage = int(engine.removeprefix("zero")) if engine.startswith("zero") else 0
+    sharded = (stage >= 3, stage >= 2, stage >= 1) if engine != "fsdp" else (True, True, True)
+    whole = (weights, weights, state + (weights if stage else 0))
+    return {
+        part: size / (ranks if is_sharded else 1) for part, size, is_sharded in zip(PARTS, whole, sharded, strict=True)
+    }
+
+
+def state_bytes_per_parameter(optimizer: Mapping[str, Any]) -> float:
+    """s of a recipe's optimizer, found by a step with a few weights."""
+    weights = nn.Linear(64, 64, bias=False)
+    weights.weight.grad = torch.ones_like(weights.weight)
+    made = build_optimizer(weights, dict(optimizer), learning_rate=1e-3)
+    made.step()
+    tensors = [value for state in made.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
+    return sum(tensor.nbytes for tensor in tensors if tensor.numel() > 1) / weights.weight.numel()
+
+
+def step_bytes(
+    network: nn.Module, *, image_size: int, device: torch.device, precision: str = "fp32"
+) -> tuple[float, float]:
+    """c and a: what a forward and a backward pass of `network` on b images takes at most is c + b a bytes.
+
+    Weights are not counted, gradients are. Measured on two small batches of images [b, 3, image_size, image_size].
+    Takes the gradients of `network` away.
+    """
+    network = network.to(device).train()
+    few, more = _MEASURED_IMAGES
+    peaks = [
+        _peak_bytes(network, torch.rand(n, 3, image_size, image_size, device=device), precision) for n in (few, more)
+    ]
+    per_image = (peaks[1] - peaks[0]) / (more - few)
+    return max(0.0, peaks[0] - few * per_image), per_image
+
+
+def free_bytes(device: torch.device) -> int:
+    """How much more this process may take on `device`: a GPU's free memory; this machine's, within the limits set."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
+    rooms = (_field_bytes("/proc/meminfo", "MemAvailable"), _control_group_bytes(), _address_space_bytes())
+    return min((room for room in rooms if room is not None), default=0)
+
+
+def largest_batch(
+    recipe: Recipe, network: nn.Module, *, image_size: int, device: torch.device, ranks: int
+) -> tuple[int, float, float]:
+    """The most images of a forward pass that fit a rank, what each takes, and what is there for all, in bytes.
+
+    What the failed attempt took must be free again, see `forget`. 0 where not even the weights fit.
+    """
+    num_parameters = sum(parameter.numel() for parameter in network.parameters())
+    engine = recipe.parallelism.strategy
+    if engine == "deepspeed":
+        zero = (recipe.parallelism.deepspeed or {}).get("zero_optimization") or {}
+        engine = f"zero{zero.get('stage', 0)}"
+    fixed = expected_bytes(
+        engine,
+        num_parameters=num_parameters,
+        state_bytes=state_bytes_per_parameter(recipe.optimizer),
+        ranks=ranks,
+    )
+    available = free_bytes(device)
+    constant, per_image = step_bytes(network, image_size=image_size, device=device, precision=recipe.precision)
+    gradients = FLOAT32_BYTES * num_parameters
+    constant += fixed["gradients"] - gradients  # measured whole, and sharded in the run
+    if engine == "ddp":
+        constant += gradients  # its buckets
+    room = _USABLE_SHARE * available - fixed["parameters"] - fixed["optimizer_state"] - constant
+    return max(0, math.floor(room / per_image)), per_image, available
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -13,20 +122,127 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
-def describe_out_of_memory(recipe: Recipe, *, device: str, per_device_batch_size: int) -> str:
-    """Which settings of `recipe` take less memory; those come first that change nothing of what is trained."""
+def forget(error: BaseException) -> None:
+    """Free what the frames hold that `error` came through: a Trainer, its network, its activations."""
+    seen: set[int] = set()
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        traceback.clear_frames(cause.__traceback__)
+        cause = cause.__cause__ or cause.__context__
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what is freed
+
+
+def describe_out_of_memory(
+    recipe: Recipe, *, device: str, per_device_batch_size: int, fits: tuple[int, float, float] | None
+) -> str:
+    """Which settings of `recipe` take less memory; those come first that change nothing of what is trained.
+
+    fits: what `largest_batch` found; None where it was not to be found.
+    """
     given = recipe.data.train.per_device_microbatch_size
     images = given if isinstance(given, int) else per_device_batch_size
-    repairs = [f"data.train.per_device_microbatch_size={images // 2} or less"] if images > 1 else []
+    text = f"out of memory with {images} images a rank in a forward pass"
+    repairs = []
+    if fits is not None:
+        number, per_image, available = fits
+        if number >= images:  # another process had the memory then
+            number = images // 2
+        text += f"; about {number} would fit, at {per_image / 1e6:.3g} MB each in {available / 1e9:.3g} GB"
+        if number:
+            repairs.append(f"data.train.per_device_microbatch_size={number}")
     fsdp2 = recipe.parallelism.strategy == "fsdp" and recipe.parallelism.fsdp.version == 2
     if device == "gpu" and given != "auto" and not fsdp2 and recipe.parallelism.strategy != "deepspeed":
-        repairs.insert(0, "data.train.per_device_microbatch_size=auto, which finds the largest that fits")
+        repairs.append("data.train.per_device_microbatch_size=auto")
     if recipe.model.get("gradient_checkpointing") is False:
         repairs.append("model.gradient_checkpointing=true")
     if recipe.parallelism.strategy == "ddp":
         repairs.append("parallelism.strategy=fsdp")
     repairs.append("a smaller image_size")
     return (
-        f"out of memory with {images} images a rank in a forward pass; set {', or '.join(repairs)} "
+        f"{text}; set {', or '.join(repairs)} "
         f"(in evaluation: data.eval.per_device_batch_size below {recipe.data.eval.per_device_batch_size})"
     )
+
+
+def _peak_bytes(network: nn.Module, images: torch.Tensor, precision: str) -> int:
+    """The most that a forward and a backward pass hold at once beyond what was there before."""
+    network.zero_grad(set_to_none=True)
+    on_gpu = images.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(images.device)
+        before = torch.cuda.memory_allocated(images.device)
+        _forward_and_backward(network, images, precision)
+        return torch.cuda.max_memory_allocated(images.device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        _forward_and_backward(network, images, precision)
+    held = peak = 0
+    for event in sorted(_memory_events(profiled), key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    network.zero_grad(set_to_none=True)
+    return peak
+
+
+def _memory_events(profiled: Any) -> list[Any]:
+    return [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+
+
+def _forward_and_backward(network: nn.Module, images: torch.Tensor, precision: str) -> None:
+    with get_precision_context(precision):
+        loss = network(images).float().logsumexp(dim=1).mean()
+    loss.backward()
+
+
+def _address_space_bytes() -> int | None:
+    """What `ulimit -v` leaves to this process, with what malloc has and nobody uses."""
+    limit, used = resource.getrlimit(resource.RLIMIT_AS)[0], _field_bytes("/proc/self/status", "VmSize")
+    if limit == resource.RLIM_INFINITY or used is None:
+        return None
+    unused = 0
+    with contextlib.suppress(OSError, AttributeError):  # glibc before 2.33, or another library
+        mallinfo = ctypes.CDLL(None).mallinfo2
+        mallinfo.restype = _MallocInfo
+        unused = mallinfo().fordblks
+    return limit - used + unused
+
+
+class _MallocInfo(ctypes.Structure):
+    """glibc's struct mallinfo2; fordblks are bytes in free blocks."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "keepcost",
+        )
+    ]
+
+
+def _control_group_bytes() -> int | None:
+    """What this container may still take (cgroup v2)."""
+    folder = Path("/sys/fs/cgroup")
+    try:
+        limit, used = ((folder / name).read_text().strip() for name in ("memory.max", "memory.current"))
+    except OSError:
+        return None
+    return None if limit == "max" else int(limit) - int(used)
+
+
+def _field_bytes(table: str, field: str) -> int | None:
+    """A field of one of Linux's tables, which are in KiB."""
+    try:
+        lines = Path(table).read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), None)

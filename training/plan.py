@@ -82,7 +82,7 @@ def make_plan(recipe: Recipe, facts: DataFacts, *, world_size: int = 1) -> Plan:
             f"is {recipe.schedule['warmup_epochs']:g}, longer than the run of {recipe.epochs} epochs; make it shorter",
         )
     algorithms = arrange_algorithms(recipe)
-    network = _network(recipe, facts, algorithms)
+    network = network_as_trained(recipe, facts, algorithms)
     shapes = _epoch_shapes(recipe, algorithms, world_size=world_size)
     initial = initial_learning_rate(recipe, world_size=world_size)
     macs = {size: _macs(network, size, recipe) for size in {size for size, _ in shapes}}
@@ -102,8 +102,18 @@ def make_plan(recipe: Recipe, facts: DataFacts, *, world_size: int = 1) -> Plan:
 
 def network_summary(recipe: Recipe, facts: DataFacts) -> str:
     """The network's layers, as the recipe's algorithms make it: shapes, parameters, multiply-adds; for people."""
-    network = _network(recipe, facts, arrange_algorithms(recipe))
+    network = network_as_trained(recipe, facts, arrange_algorithms(recipe))
     return summarize(network, image_size=recipe.data.train.image_size)
+
+
+def network_as_trained(recipe: Recipe, facts: DataFacts, algorithms: Mapping[str, SpeedUp]) -> nn.Module:
+    """The recipe's network with `algorithms` having changed it, as they do when training starts."""
+    network = build_network(recipe, facts)
+    state = State(rank_zero_seed=recipe.seed, model=network, run_name=recipe.run_name, device=get_device("cpu"))
+    for algorithm in algorithms.values():
+        if Event.INIT in algorithm.events and Resource.MODEL in algorithm.contract.writes:
+            algorithm.apply(Event.INIT, state, Logger(state))
+    return state.model
 
 
 def without_algorithms(recipe: Recipe, run_name: str) -> Recipe:
@@ -215,15 +225,6 @@ def _learning_rate(epoch: float, recipe: Recipe, algorithms: Mapping[str, SpeedU
     assert isinstance(schedule, LearningRate)
     modifiers = [one for one in algorithms.values() if isinstance(one, LearningRateModifier)]
     return schedule.learning_rate(epoch, total_epochs=recipe.epochs, initial=initial, modifiers=modifiers)
-
-
-def _network(recipe: Recipe, facts: DataFacts, algorithms: Mapping[str, SpeedUp]) -> nn.Module:
-    network = build_network(recipe, facts)
-    state = State(rank_zero_seed=recipe.seed, model=network, run_name=recipe.run_name, device=get_device("cpu"))
-    for algorithm in algorithms.values():
-        if Event.INIT in algorithm.events and Resource.MODEL in algorithm.contract.writes:
-            algorithm.apply(Event.INIT, state, Logger(state))
-    return state.model
 
 
 def _macs(network: nn.Module, image_size: int, recipe: Recipe) -> int:

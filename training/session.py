@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
@@ -19,6 +20,7 @@ from composer.utils import dist, get_device, reproducibility
 from training import report
 from training.build import (
     DataFacts,
+    arrange_algorithms,
     build_loaders,
     build_test_loader,
     build_trainer,
@@ -29,10 +31,18 @@ from training.build import (
 )
 from training.callbacks import build_callbacks, is_complete
 from training.checkpoints import find_latest
-from training.memory import describe_out_of_memory, is_out_of_memory
+from training.memory import describe_out_of_memory, forget, is_out_of_memory, largest_batch
 from training.parallel import check_parallelism
 from training.peers import PeerWatch
-from training.plan import Plan, format_plan, make_plan, network_summary, without_algorithms, without_weights
+from training.plan import (
+    Plan,
+    format_plan,
+    make_plan,
+    network_as_trained,
+    network_summary,
+    without_algorithms,
+    without_weights,
+)
 from training.recipe import Recipe
 from training.recorder import Recorder
 from training.report import History
@@ -45,7 +55,7 @@ log = logging.getLogger(__name__)
 _DIST_TIMEOUT_SECONDS = 600.0
 # Keys that may differ between a run and its continuation: they do not change what is computed.
 _FREE_ON_RESUME = (
-    "load", "autoresume", "logging", "results_dir", "checkpoints", "device", "data.cache_dir",
+    "load", "autoresume", "logging", "results_dir", "checkpoints", "device", "compile", "data.cache_dir",
     "parallelism.strategy", "parallelism.fsdp", "parallelism.lost_rank_timeout_seconds",
 )  # fmt: skip
 _FREE_ON_RESUME_ENDINGS = (".num_workers", ".loader", ".path")
@@ -94,9 +104,7 @@ def _train(recipe: Recipe, say: Callable[[str], None]) -> Result:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        images = per_device_batch_size(recipe, world_size=dist.get_world_size())
-        text = describe_out_of_memory(recipe, device=resolve_device(recipe), per_device_batch_size=images)
-        raise ValueError(text) from error
+        raise ValueError(_out_of_memory_text(recipe, plan, error)) from error
     result = _result(recipe, plan, history, seconds=seconds, resumed=load_path is not None)
     if test_loader is not None:
         checkpoint = _best_checkpoint(recipe)
@@ -149,6 +157,22 @@ def _best_checkpoint(recipe: Recipe) -> Path:
     folder = recipe.run_dir / "checkpoints"
     best = folder / "best.pt"
     return best if best.exists() else folder / "latest.pt"
+
+
+def _out_of_memory_text(recipe: Recipe, plan: Plan, error: BaseException) -> str:
+    forget(error)
+    device, ranks, fits = resolve_device(recipe), dist.get_world_size(), None
+    if device != "mps":  # which does not tell what it holds
+        with contextlib.suppress(RuntimeError, MemoryError):  # the few images that are measured do not fit either
+            fits = largest_batch(
+                recipe,
+                network_as_trained(recipe, plan.facts, arrange_algorithms(recipe)),
+                image_size=max(epoch.image_size for epoch in plan.epochs),
+                device=torch.device("cuda" if device == "gpu" else device),
+                ranks=ranks,
+            )
+    images = per_device_batch_size(recipe, world_size=ranks)
+    return describe_out_of_memory(recipe, device=device, per_device_batch_size=images, fits=fits)
 
 
 def compare(recipe: Recipe, *, say: Callable[[str], None] = print) -> str:

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -27,8 +28,11 @@ def rank_environment(rank: int, ranks: int, *, port: int) -> dict[str, str]:
     }  # fmt: skip
 
 
-def run_ranks(ranks: int, *arguments: str, timeout: float) -> None:
-    """Run `python arguments...` as so many ranks. Raises AssertionError with what they said unless all end well."""
+def run_ranks(ranks: int, *arguments: str, timeout: float, statuses: Sequence[int] | None = None) -> None:
+    """Run `python arguments...` as so many ranks. Raises AssertionError with what they said unless all end well.
+
+    statuses: with what else each shall end; -9 is a kill.
+    """
     port = free_port()
     processes = [
         subprocess.Popen(
@@ -42,4 +46,4 @@ def run_ranks(ranks: int, *arguments: str, timeout: float) -> None:
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0] * ranks, "\n".join(said)
+    assert [process.returncode for process in processes] == list(statuses or [0] * ranks), "\n".join(said)
