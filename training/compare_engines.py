@@ -189,9 +189,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (RecipeError, OSError) as error:
         print(f"compare_engines: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stop:
+        # Composer turns SIGINT and SIGTERM into an exit with 128 + the signal's number.
         print("compare_engines: stopped; its processes are ended, and nothing is written", file=sys.stderr)
-        return 130
+        return stop.code if isinstance(stop, SystemExit) and isinstance(stop.code, int) else 128 + signal.SIGINT
     print(text)
     print(f"written: {prefix}.md, .json, .png")
     return 0
