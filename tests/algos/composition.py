@@ -1,7 +1,7 @@
 """Small runs of any set of algorithms under any condition, for comparison with a plain run of the same set.
 
-Run as a script on several ranks (`python -m torch.distributed.run ... composition.py STRATEGY FOLDER`), it trains every
-case in turn and leaves each one's weights in FOLDER.
+Run as a script on several ranks (`python -m torch.distributed.run ... composition.py STRATEGY FOLDER [sets] [pairs]
+[composer]`), it trains every case in turn and leaves each one's weights in FOLDER.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import sys
 import warnings
 from collections.abc import Iterable, Mapping
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "stochastic_depth": {"drop_rate": 0.3},
 }
 SETS: dict[str, list[str]] = {"nothing": [], **{name: [name] for name in names()}, "all together": names()}
+PAIRS = {"+".join(pair): list(pair) for pair in combinations(names(), 2)}
 # Composer's own, in recipes under composer.<name>, with settings as close to ours as they go.
 COMPOSER_EXAMPLES: dict[str, dict[str, Any]] = {
     "composer.blurpool": {"replace_convs": True, "replace_maxpools": True, "blur_first": True},
@@ -248,7 +250,17 @@ def furthest(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
     return max((one[name].double() - other[name].double()).abs().max().item() for name in one)
 
 
-def main(strategy: str, folder: Path, *, with_composer: bool) -> None:
+def train_applied_twice(chosen: list[str]) -> dict[str, Tensor]:
+    """Weights after a run whose Trainer is given each of these algorithms twice."""
+    trainer = make_trainer([*arranged(chosen), *(make(name) for name in chosen)])
+    try:
+        trainer.fit()
+        return weights(trainer)
+    finally:
+        trainer.close()
+
+
+def main(strategy: str, folder: Path, wanted: list[str]) -> None:
     """Train every set on this rank; write its weights, or why it was refused."""
     from composer.utils import get_device
 
@@ -256,7 +268,8 @@ def main(strategy: str, folder: Path, *, with_composer: bool) -> None:
     torch.set_num_threads(1)
     dist.initialize_dist(get_device("cpu"), timeout=120.0)
     rank, refused = dist.get_global_rank(), {}
-    for name, chosen in {**SETS, **(composer_sets() if with_composer else {})}.items():
+    known = {"sets": SETS, "pairs": PAIRS, "composer": composer_sets()}
+    for name, chosen in {name: chosen for what in wanted for name, chosen in known[what].items()}.items():
         try:
             torch.save(train(chosen, fsdp=strategy == "fsdp"), folder / f"{name}.{rank}.pt")
         except Exception as error:  # whatever it is, it is what the cell says
@@ -265,4 +278,4 @@ def main(strategy: str, folder: Path, *, with_composer: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), with_composer="composer" in sys.argv[3:])
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])

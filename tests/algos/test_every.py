@@ -11,7 +11,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -21,14 +20,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 from composition import (
     COMPILED,
     EXAMPLES,
+    PAIRS,
     SETS,
     STOPPED_AT,
     furthest,
-    make_trainer,
     train,
+    train_applied_twice,
     train_interrupted,
 )
-from composition import make as make_algorithm
 
 from algos.registry import find, names
 
@@ -93,38 +92,57 @@ def test_resuming_is_exact(chosen: list[str], moment: str, tmp_path: Path) -> No
 @pytest.mark.parametrize("name", names())
 def test_listed_twice_it_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"{find(name).__name__} is among .* twice"):
-        make_trainer([make_algorithm(name), make_algorithm(name)])
+        train_applied_twice([name])
 
 
 @pytest.fixture(scope="session", params=["ddp", "fsdp"])
 def two_ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """Every set trained by two gloo ranks in one launch: the strategy, and the folder with their weights."""
-    folder = tmp_path_factory.mktemp(request.param)
+    return request.param, launch(request.param, "sets", tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="session", params=["ddp", "fsdp"])
+def pairs_on_two_ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """The same of every pair."""
+    return request.param, launch(request.param, "pairs", tmp_path_factory.mktemp(f"{request.param}_pairs"))
+
+
+def launch(strategy: str, what: str, folder: Path) -> Path:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
-        [*launcher, str(HERE / "composition.py"), request.param, str(folder)],
-        cwd=HERE.parents[1], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=280,
+        [*launcher, str(HERE / "composition.py"), strategy, str(folder), what],
+        cwd=HERE.parents[1], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=580,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
-    return request.param, folder
+    return folder
 
 
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize("name", SETS)
-def test_two_ranks_train_what_one_process_does(name: str, two_ranks: tuple[str, Path]) -> None:
-    strategy, folder = two_ranks
+def assert_as_one_process(chosen: list[str], name: str, strategy: str, folder: Path) -> None:
     refused = json.loads((folder / "refused.0.json").read_text())
     assert name not in refused, refused.get(name)
     ranks = [torch.load(folder / f"{name}.{rank}.pt") for rank in (0, 1)]
     assert furthest(*ranks) == 0.0, "the ranks drifted apart"
     # Composer's FSDP2 computes in float32.
-    tolerance = 1e-10 if strategy == "ddp" else 1e-5
-    assert furthest(ranks[0], train(SETS[name], as_two_ranks=True)) < tolerance
+    assert furthest(ranks[0], train(chosen, as_two_ranks=True)) < (1e-10 if strategy == "ddp" else 1e-5)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", SETS)
+def test_two_ranks_train_what_one_process_does(name: str, two_ranks: tuple[str, Path]) -> None:
+    assert_as_one_process(SETS[name], name, *two_ranks)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pair", list(combinations(names(), 2)), ids="+".join)
-def test_every_pair_survives_microbatches_and_resuming(pair: tuple[str, str], tmp_path: Path) -> None:
-    chosen = list(pair)
-    assert furthest(train_interrupted(chosen, tmp_path, moment="batch 6"), reference(chosen)) == 0.0
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", PAIRS)
+def test_two_ranks_train_a_pair_as_one_process_does(name: str, pairs_on_two_ranks: tuple[str, Path]) -> None:
+    assert_as_one_process(PAIRS[name], name, *pairs_on_two_ranks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chosen", PAIRS.values(), ids=PAIRS)
+def test_every_pair_survives_microbatches_compiling_and_resuming(chosen: list[str], tmp_path: Path) -> None:
     assert furthest(train(chosen, device_train_microbatch_size=2), reference(chosen)) < ROUNDING
+    assert furthest(train_interrupted(chosen, tmp_path, moment="batch 6"), reference(chosen)) == 0.0
+    torch._dynamo.reset()
+    assert furthest(train(chosen, compile_config=COMPILED), reference(chosen)) < ROUNDING
