@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import gc
 import math
+import os
 import resource
 import traceback
 from collections.abc import Mapping
@@ -176,6 +177,7 @@ def _peak_bytes(network: nn.Module, images: torch.Tensor, precision: str) -> int
         before = torch.cuda.memory_allocated(images.device)
         _forward_and_backward(network, images, precision)
         return torch.cuda.max_memory_allocated(images.device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # else it complains that there is no GPU
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         _forward_and_backward(network, images, precision)
     held = peak = 0
