@@ -1,7 +1,9 @@
-"""What every algorithm shares: the Composer types, the Contract, and the base class.
+"""What every algorithm shares: the events, the Contract, and the base class.
 
-This is the one module of the package that imports Composer. Without Composer the functional forms work as they are and
-the classes can be named and inspected, but making one of them says what to install.
+Composer takes seconds to import, and a plain loop needs none of it. So this package knows Composer by the shape of what
+it hands over: an algorithm is anything with `match` and `apply`, an event anything that has a name. Composer itself is
+imported when the first algorithm object is made, to be told that they are algorithms; without Composer that says what
+to install, and the functional forms work as they are.
 """
 
 from __future__ import annotations
@@ -17,35 +19,46 @@ if TYPE_CHECKING:
     from composer.core import Algorithm, Event, State
     from composer.loggers import Logger
 else:
-    try:
-        from composer.core import Algorithm, Event, State
-        from composer.loggers import Logger
-    except ModuleNotFoundError as _error:
-        if _error.name != "composer":  # Composer is there and something that it needs is not: hiding that helps nobody
-            raise
+    Algorithm = object
+    State = Logger = Any
 
-        class _Missing(type):
-            # Class bodies say `events = (Event.INIT,)`; the names alone are enough for plans and documentation.
-            def __getattr__(cls, name: str) -> str:
-                if name.startswith("_"):
-                    raise AttributeError(name)
-                return name.lower()
+    class Event(Enum):
+        """Composer's events, by their names; equal to Composer's own members."""
 
-        class Algorithm:
-            """Stands in for composer.core.Algorithm where Composer is not installed; cannot be instantiated."""
+        INIT = "init"
+        BEFORE_LOAD = "before_load"
+        AFTER_LOAD = "after_load"
+        FIT_START = "fit_start"
+        EPOCH_START = "epoch_start"
+        BEFORE_DATALOADER = "before_dataloader"
+        AFTER_DATALOADER = "after_dataloader"
+        BATCH_START = "batch_start"
+        BEFORE_TRAIN_BATCH = "before_train_batch"
+        BEFORE_FORWARD = "before_forward"
+        AFTER_FORWARD = "after_forward"
+        BEFORE_LOSS = "before_loss"
+        AFTER_LOSS = "after_loss"
+        BEFORE_BACKWARD = "before_backward"
+        AFTER_BACKWARD = "after_backward"
+        AFTER_TRAIN_BATCH = "after_train_batch"
+        BATCH_END = "batch_end"
+        BATCH_CHECKPOINT = "batch_checkpoint"
+        EPOCH_END = "epoch_end"
+        EPOCH_CHECKPOINT = "epoch_checkpoint"
+        FIT_END = "fit_end"
+        EVAL_BEFORE_ALL = "eval_before_all"
+        EVAL_START = "eval_start"
+        EVAL_END = "eval_end"
+        EVAL_AFTER_ALL = "eval_after_all"
+        PREDICT_START = "predict_start"
+        PREDICT_END = "predict_end"
 
-            def __new__(cls, *args: Any, **kwargs: Any) -> Algorithm:
-                raise ModuleNotFoundError(
-                    f"{cls.__name__} hooks into MosaicML Composer's Trainer, and Composer is not installed: "
-                    "pip install 'brisk-vision[train]', or use the functional form in your own loop "
-                    "(see docs/algorithms)",
-                    name="composer",
-                )
+        __hash__ = Enum.__hash__  # of the name, as Composer's
 
-        class Event(metaclass=_Missing):
-            """Stands in for composer.core.Event."""
+        def __eq__(self, other: object) -> bool:
+            # Composer's own asks here, on the right-hand side, once it does not know the type.
+            return isinstance(other, Enum) and (self.name, self.value) == (other.name, other.value)
 
-        State = Logger = Any
 
 __all__ = ["Algorithm", "Contract", "Event", "Logger", "Resource", "SpeedUp", "State"]
 
@@ -115,6 +128,38 @@ class SpeedUp(Algorithm):
         if event == Event.INIT:
             refuse_twice(self, state)
         return event in self.events and not self.suspended
+
+    if not TYPE_CHECKING:  # what Composer asks of every algorithm, with Composer's answers
+        find_unused_parameters = backwards_create_graph = False
+
+        def __new__(cls, *args: Any, **kwargs: Any) -> SpeedUp:
+            try:
+                from composer.core import Algorithm
+            except ModuleNotFoundError as error:
+                if (
+                    error.name != "composer"
+                ):  # Composer is there and something that it needs is not: hiding that helps nobody
+                    raise
+                raise ModuleNotFoundError(
+                    f"{cls.__name__} hooks into MosaicML Composer's Trainer, and Composer is not installed: "
+                    "pip install 'brisk-vision[train]', or use the functional form in your own loop "
+                    "(see docs/algorithms)",
+                    name="composer",
+                ) from None
+            Algorithm.register(SpeedUp)  # for those who ask isinstance
+            return super().__new__(cls)
+
+        @staticmethod
+        def required_on_load() -> bool:
+            """Whether a checkpoint that was written with this algorithm cannot be loaded without it."""
+            return False
+
+        def state_dict(self) -> dict[str, Any]:
+            """What a checkpoint holds of this algorithm."""
+            return {"repr": repr(self)}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            """Take back what `state_dict` gave."""
 
 
 def act_last(algorithm: Algorithm, state: State) -> None:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from algos.base import Algorithm, Contract, Event, Resource
+from algos.base import Contract, Event, Resource
+
+if TYPE_CHECKING:
+    from algos.base import Algorithm
 
 PREFIX = "composer."
 
@@ -60,6 +63,7 @@ def refuse_doubles(chosen: Iterable[str]) -> None:
 
 def _classes() -> dict[str, type[Algorithm]]:
     from composer import algorithms
+    from composer.core import Algorithm
 
     found: dict[str, type[Algorithm]] = {}
     for public in vars(algorithms).values():

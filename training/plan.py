@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby
 
+from composer.core import State
+from composer.loggers import Logger
 from composer.utils import get_device
 from torch import nn
 
-from algos.base import Event, Logger, Resource, SpeedUp, State
+from algos.base import Event, Resource, SpeedUp
 from algos.fixres import FixRes
 from algos.learning_rate import LearningRate
 from algos.progressive_resizing import ProgressiveResizing

@@ -9,7 +9,7 @@ import pytest
 
 import algos
 from algos import registry
-from algos.base import Contract, Resource
+from algos.base import Contract, Event, Resource
 from algos.ordering import arrange
 
 IMAGES, MIXING, MODEL, TARGETS = Resource.IMAGES, Resource.MIXING, Resource.MODEL, Resource.TARGETS
@@ -131,3 +131,26 @@ def test_importing_the_package_imports_no_algorithm():
     script = "import algos, sys; assert not [m for m in sys.modules if m.startswith(('algos.', 'torch', 'composer'))]"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_functional_forms_and_classes_do_not_import_composer():
+    script = (
+        "import sys; from algos import SAM, apply_blurpool, arrange, mixup_batch, sam_gradients; SAM.contract; "
+        "assert 'composer' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_composer_knows_the_events_and_the_algorithms():
+    import composer.core
+
+    for event in Event:
+        theirs = composer.core.Event[event.name]
+        assert event == theirs
+        assert theirs == event
+        assert hash(event) == hash(theirs)
+        assert [other for other in composer.core.Event if other in (event,)] == [theirs]
+    assert Event.INIT != composer.core.Event.FIT_START
+    assert isinstance(registry.find("sam")(), composer.core.Algorithm)
+    assert {name for name in dir(composer.core.Algorithm) if not name.startswith("_")} <= set(dir(registry.find("sam")))
