@@ -18,7 +18,7 @@ demo: setup
 	@$(PY) run.py -f yamls/digits_medium.yaml --compare $(ARGS)
 
 # Two at a time: a test runs on one thread (tests/conftest.py), some on two ranks.
-PYTEST := $(PY) -m pytest --numprocesses 2 --dist worksteal
+PYTEST := $(PY) -m pytest --numprocesses 2 --dist loadgroup
 
 test: setup
 	@$(PYTEST) $(ARGS)

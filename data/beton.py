@@ -219,5 +219,6 @@ def _is_color(values: Any, *, least: float) -> bool:
 
 def _broken(path: Path, what: str) -> ValueError:
     return ValueError(
-        f"{path} cannot be used: {what}. Remove it and convert the images again: python -m data.convert SOURCE {path}"
+        f"{path} cannot be used: {what}. Give the path of a .beton file; one that was damaged is made anew with: "
+        f"python -m data.convert SOURCE {path}"
     )

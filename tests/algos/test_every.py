@@ -127,6 +127,7 @@ def assert_as_one_process(chosen: list[str], name: str, strategy: str, folder: P
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.xdist_group("two_ranks")  # one worker of pytest-xdist has the runs that these share
 @pytest.mark.parametrize("name", SETS)
 def test_two_ranks_train_what_one_process_does(name: str, two_ranks: tuple[str, Path]) -> None:
     assert_as_one_process(SETS[name], name, *two_ranks)
@@ -134,6 +135,7 @@ def test_two_ranks_train_what_one_process_does(name: str, two_ranks: tuple[str, 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+@pytest.mark.xdist_group("pairs_on_two_ranks")
 @pytest.mark.parametrize("name", PAIRS)
 def test_two_ranks_train_a_pair_as_one_process_does(name: str, pairs_on_two_ranks: tuple[str, Path]) -> None:
     assert_as_one_process(PAIRS[name], name, *pairs_on_two_ranks)

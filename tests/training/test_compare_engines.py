@@ -36,6 +36,9 @@ def arguments(folder: Path, engines: str, *overrides: str) -> list[str]:
     return [*TINY, *files, *overrides, "--engines", engines, "--output", str(folder / "costs")]
 
 
+pytestmark = pytest.mark.xdist_group("compare_engines")  # one worker of pytest-xdist has the runs that these share
+
+
 @pytest.fixture(scope="module")
 def network() -> nn.Module:
     return vit_digits(num_classes=10)

@@ -42,6 +42,9 @@ KILL = -9
 TOLERANCE = 1e-5
 
 
+pytestmark = pytest.mark.xdist_group("deepspeed")  # one worker of pytest-xdist has the runs that these share
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every run of two ranks that is not killed, from one start of them."""

@@ -21,6 +21,9 @@ from training.schema import RecipeError
 SCRIPT = str(Path(__file__).with_name("fsdp_ranks.py"))
 
 
+pytestmark = pytest.mark.xdist_group("fsdp")  # one worker of pytest-xdist has the runs that these share
+
+
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every run of two ranks, from one start of them."""
