@@ -115,6 +115,14 @@ class FixRes(SpeedUp):
             )
         return total_epochs - self.epochs
 
+    def suspends(self, algorithm: Any) -> TypeGuard[SpeedUp]:
+        """Whether `algorithm` changes images and is to do nothing in the phase."""
+        if not (self.plain_images and isinstance(algorithm, SpeedUp)):
+            return False
+        # Progressive resizing changes images too where the loader cannot, and goes on: it sets their size.
+        writes = algorithm.contract.writes
+        return Resource.IMAGES in writes and Resource.LOADER_SHAPE not in writes
+
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         """Put loader and model into the phase that the run is in."""
         if event == Event.INIT:
@@ -124,8 +132,8 @@ class FixRes(SpeedUp):
             self._check_run(state)
         in_phase = state.timestamp.epoch.value >= self.start_epoch(run_epochs(state))
         self._set_loader(state.dataloader, in_phase=in_phase)
-        for other in filter(_augments, state.algorithms):
-            other.suspended = in_phase and self.plain_images
+        for other in filter(self.suspends, state.algorithms):
+            other.suspended = in_phase
         if in_phase:
             freeze_for_fixres(state.model, train=self.train)
 
@@ -159,12 +167,6 @@ class FixRes(SpeedUp):
             require_schedule(state, "fixres.learning_rate")
         if self.train != "all":  # a model without such layers is better found now than at the phase's start
             _kept_modules(state.model, with_norm=self.train == "classifier_and_norm")
-
-
-def _augments(algorithm: Any) -> TypeGuard[SpeedUp]:
-    # Progressive resizing changes images too where the loader cannot, and goes on: it sets their size.
-    writes = algorithm.contract.writes if isinstance(algorithm, SpeedUp) else ()
-    return Resource.IMAGES in writes and Resource.LOADER_SHAPE not in writes
 
 
 def _kept_modules(model: nn.Module, *, with_norm: bool) -> set[nn.Module]:

@@ -36,6 +36,7 @@ class Epoch:
     passes: float  # forward passes an image; 2 under SAM at every step
     frozen: bool  # nothing below the classifier is trained: no backward pass to speak of
     test_crop: bool
+    suspended: tuple[str, ...]  # algorithms that are on in the run and do nothing in this epoch
 
     @property
     def total_forward_macs(self) -> float:
@@ -219,6 +220,11 @@ def _plan_epoch(
         passes=1 + 1 / sam.interval if isinstance(sam, SAM) else 1,
         frozen=in_fixres and isinstance(fixres, FixRes) and fixres.train != "all",
         test_crop=in_fixres,
+        suspended=tuple(
+            name
+            for name, algorithm in algorithms.items()
+            if in_fixres and isinstance(fixres, FixRes) and fixres.suspends(algorithm)
+        ),
     )
 
 
@@ -240,13 +246,14 @@ def _macs(network: nn.Module, image_size: int, recipe: Recipe) -> int:
 def _phase_lines(plan: Plan) -> list[str]:
     lines, first = [], 0
     for _, run in groupby(
-        plan.epochs, key=lambda e: (e.image_size, e.global_batch_size, e.frozen, e.test_crop, e.passes)
+        plan.epochs, key=lambda e: (e.image_size, e.global_batch_size, e.frozen, e.test_crop, e.suspended, e.passes)
     ):
         epochs = list(run)
         start, end = epochs[0], epochs[-1]
         notes = [
             *(["test-time crop"] if start.test_crop else []),
             *(["last layers only"] if start.frozen else []),
+            *(f"no {name}" for name in start.suspended),
             *([f"{start.passes:g} passes a step"] if start.passes > 1 else []),
         ]
         rates = f"{start.learning_rate[0]:.3g} to {end.learning_rate[1]:.3g}"

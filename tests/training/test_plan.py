@@ -46,7 +46,7 @@ def test_text_names_order_phases_and_savings(short_recipe: Any) -> None:
     assert sorted(names[:8]) == sorted([*recipe.algorithms, "learning_rate"])
     assert names.index("mixup") < names.index("label_smoothing")
     assert "1,438 training and 359 held-out images of 10 classes, 78,042 parameters" in text
-    assert "test-time crop, last layers only" in text
+    assert "test-time crop, last layers only, no mixup" in text
     assert "less forward" in text
 
 
