@@ -40,7 +40,7 @@ def train_in_little_memory(folder: Path, microbatch_size: int | None) -> tuple[i
              f"results_dir={folder}", f"data.cache_dir={folder / 'cache'}"]  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", LIMITED, *given], cwd=ROOT, capture_output=True, text=True, timeout=140,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "MALLOC_ARENA_MAX": "1"},  # an arena a thread reserves 64 MB each
     )  # fmt: skip
     return done.returncode, done.stderr
 
@@ -60,7 +60,8 @@ def test_the_batch_that_is_named_fits_and_twice_as_many_do_not(tmp_path: Path) -
     largest = int(named[1])
     assert 16 < largest < 512
     assert train_in_little_memory(tmp_path, largest)[0] == 0
-    assert train_in_little_memory(tmp_path, 2 * largest)[0] == 1
+    # Where memory ends inside a library that does not ask whether it got any, the process is killed: no status of ours.
+    assert train_in_little_memory(tmp_path, 2 * largest)[0] != 0
 
 
 @pytest.mark.timeout(60)
