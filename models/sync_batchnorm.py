@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed.nn.functional import all_reduce
 
 
 class CrossRankBatchNorm2d(nn.BatchNorm2d):
@@ -33,11 +32,11 @@ class CrossRankBatchNorm2d(nn.BatchNorm2d):
         return input * scale.to(input.dtype).view(per_channel) + shift.to(input.dtype).view(per_channel)
 
     @torch.no_grad()
-    def _track(self, count: float, mean: Tensor, var: Tensor) -> None:
+    def _track(self, count: Tensor, mean: Tensor, var: Tensor) -> None:
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
         momentum = self.momentum if self.momentum is not None else 1.0 / self.num_batches_tracked.item()
-        for running, value in ((self.running_mean, mean), (self.running_var, var * count / max(count - 1, 1))):
+        for running, value in ((self.running_mean, mean), (self.running_var, var * count / (count - 1).clamp(min=1))):
             assert running is not None
             running.lerp_(value.to(running.dtype), momentum)
 
@@ -52,18 +51,34 @@ def synchronize_batchnorm(model: nn.Module, *, device_type: str) -> nn.Module:
     return model
 
 
-def _moments_over_ranks(images: Tensor) -> tuple[float, Tensor, Tensor]:
+def _moments_over_ranks(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     wide = images.double()
-    count = wide.new_tensor([wide.numel() / wide.shape[1]])
+    count = wide.new_full((1,), wide.numel() / wide.shape[1])
     sums = _sum_over_ranks(torch.cat([wide.sum((0, 2, 3)), count]))
-    total, mean = sums[-1].item(), sums[:-1] / sums[-1].detach()
+    total = sums[-1].detach()
+    mean = sums[:-1] / total
     centered = wide - mean.view(1, -1, 1, 1)
     var = _sum_over_ranks(centered.square().sum((0, 2, 3))) / total
     return total, mean, var
 
 
+# An operation of its own, so that torch.compile sees one graph: where it breaks at a collective, an activation in place
+# behind the batch norm changes what the convolution in the next graph has saved, and backward fails (torch 2.7.0).
+@torch.library.custom_op("brisk::sum_over_ranks", mutates_args=())
 def _sum_over_ranks(values: Tensor) -> Tensor:
     """Sum over ranks; so is the gradient, on its way back."""
-    summed = all_reduce(values)
-    assert summed is not None
+    summed = values.clone(memory_format=torch.contiguous_format)
+    distributed.all_reduce(summed)
     return summed
+
+
+@_sum_over_ranks.register_fake
+def _(values: Tensor) -> Tensor:
+    return torch.empty_like(values, memory_format=torch.contiguous_format)
+
+
+def _sum_of_gradients(context: object, gradient: Tensor) -> Tensor:
+    return _sum_over_ranks(gradient)
+
+
+_sum_over_ranks.register_autograd(_sum_of_gradients)

@@ -52,6 +52,16 @@ def compare_with_ddp(folder: Path) -> None:
             )
 
 
+def compare_compiled(folder: Path) -> None:
+    """The digits recipe at one image size with its batch norm over ranks: plain, and compiled under both engines."""
+    fixed = ["algorithms.progressive_resizing=null", "algorithms.fixres=null", "data.train.image_size=12",
+             "data.eval.image_size=12", "parallelism.sync_batchnorm=true"]  # fmt: skip
+    for run_name, strategy, compiled in (("plain", "ddp", "false"), ("compiled_ddp", "ddp", "true"),
+                                         ("compiled_fsdp", "fsdp", "true")):  # fmt: skip
+        overrides = [*fixed, f"parallelism.strategy={strategy}", f"compile={compiled}"]
+        session.train(recipe_of(folder, run_name, *overrides), say=_quiet)
+
+
 def resume(folder: Path) -> None:
     """A run under FSDP2 that never stops, and two that stop in mid-epoch and go on: from a file, and from shards."""
     session.train(recipe_of(folder, "whole", *RESUMED), say=_quiet)

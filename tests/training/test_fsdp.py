@@ -62,6 +62,15 @@ def test_losses_are_those_of_ddp(two_ranks: Path, network: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(560)
+def test_compiled_ranks_train_as_others_do(tmp_path: Path) -> None:
+    run_ranks(2, SCRIPT, str(tmp_path), "compare_compiled", timeout=540)
+    plain = record(tmp_path / "plain")
+    for name in ("compiled_ddp", "compiled_fsdp"):
+        np.testing.assert_allclose(record(tmp_path / name)["step_loss"], plain["step_loss"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("kind", ["full", "sharded"])
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(two_ranks: Path, tmp_path: Path, kind: str) -> None:
