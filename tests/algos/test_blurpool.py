@@ -1,6 +1,7 @@
 """BlurPool against the paper's models, against Composer's, and against what an in-place change must leave alone."""
 
 import copy
+import functools
 import io
 import math
 import pickle
@@ -18,7 +19,7 @@ from torch.nn.utils import parametrizations, parametrize
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from algos import BlurPool as PublicBlurPool
-from algos.blurpool import BlurPool, _Blurred, apply_blurpool, blur
+from algos.blurpool import BlurPool, _Blurred, _pad, apply_blurpool, blur
 
 
 @pytest.fixture(autouse=True)
@@ -87,6 +88,25 @@ def test_reflecting_keeps_a_constant_constant_at_every_size(height, size):
     images = torch.full((1, 16, height, 5), 0.7, dtype=torch.float64)
     torch.testing.assert_close(blur(images, filter_size=size, stride=2), images[:, :, ::2, ::2])
     assert blur(images, filter_size=3, pad="zeros").min() < 0.6
+
+
+@pytest.mark.parametrize("size", [(4, 5), (9, 8)])
+@pytest.mark.parametrize("sides", [(1, 1, 1, 1), (0, 1, 0, 1), (2, 3, 3, 2), (0, 0, 1, 1)])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_the_padding_has_torchs_derivatives(size, sides, memory_format):
+    images = torch.randn(2, 3, *size, dtype=torch.float64).contiguous(memory_format=memory_format)
+    ours = functools.partial(_pad, sides=sides, mode="reflect")
+    theirs = functools.partial(F.pad, pad=sides, mode="reflect")
+    assert torch.equal(ours(images), theirs(images))
+    given, back = torch.func.vjp(ours, images)
+    gradient = torch.randn_like(given)
+    (found,), (expected,) = back(gradient), torch.func.vjp(theirs, images)[1](gradient)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
+    assert found.is_contiguous(memory_format=memory_format)
+    leaf = images.clone().requires_grad_()
+    assert torch.autograd.gradgradcheck(ours, (leaf,))
+    assert torch.equal(torch.func.jvp(ours, (images,), (images,))[1], theirs(images))
+    assert torch.equal(torch.func.vmap(ours)(images[:, None])[:, 0], theirs(images))
 
 
 def test_only_subsampled_axes_are_blurred():
