@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, dataclass, fields
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -431,15 +431,16 @@ def _pad_mode(images: Tensor, kernel: Tensor, pad: str) -> str:
 
 def _pad(images: Tensor, sides: Sides, *, mode: str) -> Tensor:
     # Compilers and exporters know the padding itself, and what comes of it with a derivative of ours.
-    if mode == "reflect" and not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
-        return _ReflectionPad.apply(images, sides)
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    if mode == "reflect" and not traced:
+        return cast(Tensor, _ReflectionPad.apply(images, sides))
     return F.pad(images, sides, mode=mode)
 
 
 class _ReflectionPad(torch.autograd.Function):
     """F.pad(mode="reflect") with a derivative that is a copy and four narrow sums.
 
-    torch's own is one scalar addition a pixel for NCHW on a CPU, five times the work of the padding. On a GPU it adds in
+    torch's own is a scalar addition a pixel for NCHW on a CPU, five times the work of the padding. On a GPU it adds in
     no fixed order, so that no two runs are alike and torch.use_deterministic_algorithms refuses it.
     """
 
