@@ -27,8 +27,6 @@ import gc
 import importlib
 import importlib.metadata
 import json
-import math
-import platform
 import random
 import statistics
 import sys
@@ -42,6 +40,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.algorithm_variants import BASELINES, OURS, PEERS, VARIANTS, Bench, Step, Variant, baseline
+from benchmarks.measuring import columns, hardware, progress, spread, verdict, versions
 
 GOAL_OVER_PEER = 1.02  # our step over that of the cheapest peer
 GOAL_BLURPOOL = 0.5  # our BlurPool's overhead over that of Composer's
@@ -83,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report = {
         "date": time.strftime("%Y-%m-%d"),
         "hardware": hardware(device),
-        "versions": versions(),
+        "versions": versions(LIBRARIES),
         "settings": {name: value for name, value in vars(options).items() if name != "json"},
         "absent": absent,
         "variants": [described(row) for row in rows],
@@ -234,52 +233,7 @@ def time_step(step: Step, bench: Bench, steps: int) -> tuple[float, float]:
     return cost_ms / steps, wall * 1e3 / steps
 
 
-def progress(text: str) -> None:
-    """One line on stderr, written over where there is a terminal."""
-    if sys.stderr.isatty():
-        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
-    elif text:
-        print(text, file=sys.stderr, flush=True)
-
-
 # --- reporting -----------------------------------------------------------------------------------------------------
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, its 95 % confidence interval, quartiles and range."""
-    ordered = sorted(values)
-    quartiles = statistics.quantiles(ordered, n=4, method="inclusive") if len(ordered) > 1 else ordered * 3
-    low, high = median_interval(len(ordered))
-    numbers = {
-        "median": quartiles[1],
-        "low": ordered[low],
-        "high": ordered[high],
-        "q1": quartiles[0],
-        "q3": quartiles[2],
-        "min": ordered[0],
-        "max": ordered[-1],
-    }
-    return {name: round(value, 4) for name, value in numbers.items()}
-
-
-def median_interval(count: int) -> tuple[int, int]:
-    """Indices into `count` sorted values between which the true median lies with a probability of 95 % or more.
-
-    All of them where they are fewer than six, which cannot be that sure.
-    """
-    # The number of values below the median is binomial: cut off at most 2.5 % at either end.
-    low, below = 0, 0.5**count
-    while below + math.comb(count, low + 1) * 0.5**count <= 0.025:
-        low += 1
-        below += math.comb(count, low) * 0.5**count
-    return low, count - 1 - low
-
-
-def verdict(values: dict[str, float], goal: float) -> str:
-    """Whether a `spread` is at most `goal`: met, missed or open."""
-    if values["high"] <= goal:
-        return "met"
-    return "missed" if values["low"] > goal else "open"
 
 
 def described(row: Row) -> dict[str, Any]:
@@ -361,9 +315,7 @@ def table(report: dict[str, Any]) -> str:
                 f"{one['ratio']['median']:.3f} {one['cheapest_peer']}" if one and mine else "",
             ]
         )
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    said = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join([*said, "", *verdicts(report)])
+    return "\n".join([columns(lines), "", *verdicts(report)])
 
 
 def verdicts(report: dict[str, Any]) -> list[str]:
@@ -381,27 +333,6 @@ def verdicts(report: dict[str, Any]) -> list[str]:
             f"Composer's {goal['composers_overhead']:+.1%}"
         )
     return lines
-
-
-def hardware(device: torch.device) -> dict[str, Any]:
-    """What the figures were measured on."""
-    model = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    found: dict[str, Any] = {"cpu": model, "cpu_capability": torch.backends.cpu.get_cpu_capability()}
-    if device.type == "cuda":
-        found |= {"gpu": torch.cuda.get_device_name(), "cuda": getattr(torch, "version").cuda}  # noqa: B009 (its stubs lack it)
-    return found
-
-
-def versions() -> dict[str, str]:
-    """Of Python and of every library that takes part."""
-    found = {"python": platform.python_version()}
-    for name in LIBRARIES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
 
 
 if __name__ == "__main__":

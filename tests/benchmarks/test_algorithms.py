@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from benchmarks.algorithm_variants import OURS, VARIANTS, Variant, baseline
-from benchmarks.algorithms import Row, comparisons, goals, median_interval, spread, verdict
+from benchmarks.algorithms import Row, comparisons, goals
+from benchmarks.measuring import median_interval, spread, verdict
 
 ROOT = Path(__file__).parents[2]
 
