@@ -218,7 +218,8 @@ def _is_color(values: Any, *, least: float) -> bool:
 
 
 def _broken(path: Path, what: str) -> ValueError:
+    out = path if path.suffix == ".beton" else "OUT.beton"  # nobody is told to write over a file of another kind
     return ValueError(
         f"{path} cannot be used: {what}. Give the path of a .beton file; one that was damaged is made anew with: "
-        f"python -m data.convert SOURCE {path}"
+        f"python -m data.convert SOURCE {out}"
     )
