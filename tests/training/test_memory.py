@@ -16,7 +16,8 @@ from models.resnet import resnet_digits
 from training.memory import forget, free_bytes, is_out_of_memory, step_bytes
 
 ROOT = Path(__file__).parents[2]
-ROOM_BYTES = 600_000_000  # beyond what the process has after its imports
+# Beyond what the process has after its imports; much, beside the address space that threads and libraries reserve.
+ROOM_BYTES = 2_000_000_000
 LIMITED = f"""
 import resource, sys
 import training.cli, training.session
@@ -26,7 +27,7 @@ sys.exit(training.cli.main(sys.argv[1:]))
 """
 RECIPE = [
     "-f", str(ROOT / "yamls" / "digits_medium.yaml"), "parallelism.strategy=none", "algorithms=null",
-    "duration.epochs=1", "schedule.warmup_epochs=0", "data.train.image_size=32", "data.train.global_batch_size=1024",
+    "duration.epochs=1", "schedule.warmup_epochs=0", "data.train.image_size=64", "data.train.global_batch_size=1024",
     "data.train.num_workers=1", "data.eval.num_workers=1", "data.eval.per_device_batch_size=20",
     "logging.progress_bar=false",
 ]  # fmt: skip
@@ -39,7 +40,7 @@ def train_in_little_memory(folder: Path, microbatch_size: int | None) -> tuple[i
     given = [*RECIPE, f"data.train.per_device_microbatch_size={microbatch}",
              f"results_dir={folder}", f"data.cache_dir={folder / 'cache'}"]  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-c", LIMITED, *given], cwd=ROOT, capture_output=True, text=True, timeout=140,
+        [sys.executable, "-c", LIMITED, *given], cwd=ROOT, capture_output=True, text=True, timeout=180,
         env={**os.environ, "PYTHONPATH": str(ROOT), "MALLOC_ARENA_MAX": "1"},  # an arena a thread reserves 64 MB each
     )  # fmt: skip
     return done.returncode, done.stderr
@@ -47,7 +48,7 @@ def train_in_little_memory(folder: Path, microbatch_size: int | None) -> tuple[i
 
 @linux_only
 @pytest.mark.slow
-@pytest.mark.timeout(500)
+@pytest.mark.timeout(560)
 def test_the_batch_that_is_named_fits_and_twice_as_many_do_not(tmp_path: Path) -> None:
     status, said = train_in_little_memory(tmp_path, None)
     assert status == 1
@@ -58,7 +59,7 @@ def test_the_batch_that_is_named_fits_and_twice_as_many_do_not(tmp_path: Path) -
     )
     assert named, said
     largest = int(named[1])
-    assert 16 < largest < 512
+    assert 200 < largest < 512
     assert train_in_little_memory(tmp_path, largest)[0] == 0
     # Where memory ends inside a library that does not ask whether it got any, the process is killed: no status of ours.
     assert train_in_little_memory(tmp_path, 2 * largest)[0] != 0
