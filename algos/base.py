@@ -136,10 +136,8 @@ class SpeedUp(Algorithm):
             try:
                 from composer.core import Algorithm
             except ModuleNotFoundError as error:
-                if (
-                    error.name != "composer"
-                ):  # Composer is there and something that it needs is not: hiding that helps nobody
-                    raise
+                if error.name != "composer":
+                    raise  # Composer is there and something that it needs is not: hiding that helps nobody
                 raise ModuleNotFoundError(
                     f"{cls.__name__} hooks into MosaicML Composer's Trainer, and Composer is not installed: "
                     "pip install 'brisk-vision[train]', or use the functional form in your own loop "

@@ -25,7 +25,6 @@ import contextlib
 import ctypes
 import gc
 import importlib
-import importlib.metadata
 import json
 import random
 import statistics

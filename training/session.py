@@ -329,6 +329,7 @@ def _flat(value: Any, path: str = "") -> dict[str, Any]:
 
 
 def start_distributed(recipe: Recipe) -> None:
+    """Join the ranks of the run; RecipeError where the recipe's engine cannot run on them."""
     device = resolve_device(recipe)
     check_parallelism(recipe, device=device, world_size=dist.get_world_size())
     with warnings.catch_warnings():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -62,7 +63,7 @@ def test_the_batch_that_is_named_fits_and_twice_as_many_do_not(tmp_path: Path) -
     assert 200 < largest < 512
     assert train_in_little_memory(tmp_path, largest)[0] == 0
     # Where memory ends inside a library that does not ask whether it got any, the process is killed: no status of ours.
-    assert train_in_little_memory(tmp_path, 2 * largest)[0] != 0
+    assert train_in_little_memory(tmp_path, 2 * largest)[0] in (1, -signal.SIGSEGV, -signal.SIGABRT)
 
 
 @pytest.mark.timeout(60)
