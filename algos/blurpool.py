@@ -14,16 +14,14 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, dataclass, fields
 from itertools import pairwise
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from algos.base import Contract, Event, Logger, Resource, SpeedUp, State
-
-Pair = tuple[int, int]  # rows, columns
-Sides = tuple[int, int, int, int]  # left, right, top, bottom: as F.pad takes them
+from algos.blur import Pair, binomial_kernel, check_filter, convolve, pair
 
 
 def apply_blurpool(
@@ -84,18 +82,6 @@ def apply_blurpool(
     return model
 
 
-def blur(
-    images: Tensor, *, filter_size: int = 3, stride: int | Pair = 1, pad: Literal["reflect", "zeros"] = "reflect"
-) -> Tensor:
-    """Blur [N, C, H, W] with the binomial filter and keep every stride-th pixel: [N, C, ⌈H/stride⌉, ⌈W/stride⌉].
-
-    filter_size, pad: as in `apply_blurpool`; here both axes are blurred. Dtype, device and memory format are kept.
-    """
-    _Settings(filter_size, "before", pad)
-    kernel = _binomial_kernel((filter_size, filter_size), like=images)
-    return _blur(images, kernel, stride=_pair(stride), pad=pad)
-
-
 class BlurPool(SpeedUp):
     """Blurs where the model subsamples, from the start of training; see `apply_blurpool` for the settings."""
 
@@ -130,12 +116,9 @@ class _Settings:
     max_pools: bool = True
 
     def __post_init__(self) -> None:
-        if self.filter_size not in range(2, 8):
-            raise ValueError(f"filter_size {self.filter_size} must be a whole number from 2 to 7; 3 is usual")
+        check_filter(self.filter_size, self.pad)
         if self.placement not in ("before", "after"):
             raise ValueError(f"placement {self.placement!r} must be 'before' or 'after' (the paper's)")
-        if self.pad not in ("reflect", "zeros"):
-            raise ValueError(f"pad {self.pad!r} must be 'reflect' or 'zeros'")
         if self.min_channels < 1:
             raise ValueError(
                 f"min_channels {self.min_channels} must be at least 1, which blurs every strided convolution"
@@ -172,7 +155,7 @@ def _plan_before(model: nn.Module, settings: _Settings) -> _Changes:
         if _is_pointwise(layer):
             changes[layer] = _blur_then_pointwise(layer, settings)
         else:
-            changes[layer] = _Change(blur_input=(1, 1), taps=_taps(_pair(layer.stride), settings))
+            changes[layer] = _Change(blur_input=(1, 1), taps=_taps(pair(layer.stride), settings))
     return changes
 
 
@@ -198,14 +181,14 @@ def _plan_max_pools(model: nn.Module, settings: _Settings) -> _Changes:
         return {}
     changes: _Changes = {}
     for name, layer in model.named_modules():
-        if not isinstance(layer, nn.MaxPool2d) or isinstance(layer, _Blurred) or max(_pair(layer.stride)) == 1:
+        if not isinstance(layer, nn.MaxPool2d) or isinstance(layer, _Blurred) or max(pair(layer.stride)) == 1:
             continue
         if layer.return_indices:
             warnings.warn(
                 f"BlurPool leaves max-pool {name!r} alone: a blurred maximum has no index to return", stacklevel=4
             )
             continue
-        stride = _pair(layer.stride)
+        stride = pair(layer.stride)
         changes[layer] = _Change(blur_output=stride, taps=_taps(stride, settings), stride=(1, 1))
     return changes
 
@@ -227,16 +210,16 @@ def _plan_resnet(model: Any, settings: _Settings, changes: _Changes) -> None:
     pool = getattr(model, "maxpool", None)
     if pool not in changes:
         return
-    if (_pair(pool.kernel_size), _pair(pool.stride), _pair(pool.padding)) == ((3, 3), (2, 2), (1, 1)):
+    if (pair(pool.kernel_size), pair(pool.stride), pair(pool.padding)) == ((3, 3), (2, 2), (1, 1)):
         # The authors' window: the blur takes over what the overlap of 3x3 windows was there for.
         changes[pool] = _Change(blur_output=(2, 2), taps=_taps((2, 2), settings), stride=(1, 1), kernel_size=(2, 2))
     if model.conv1 in _strided_convolutions(model, settings):
-        _blur_between(model.conv1, pool, _pair(model.conv1.stride), (1, 1), settings, changes)
+        _blur_between(model.conv1, pool, pair(model.conv1.stride), (1, 1), settings, changes)
 
 
 def _plan_alexnet(model: Any, settings: _Settings, changes: _Changes) -> None:
     first, pool = model.features[0], model.features[2]
-    if first in _strided_convolutions(model, settings) and _pair(first.stride) == (4, 4) and pool in changes:
+    if first in _strided_convolutions(model, settings) and pair(first.stride) == (4, 4) and pool in changes:
         # The authors keep half of the stride of 4: at stride 1 the 11x11 convolution would cost 16 times its work.
         _blur_between(first, pool, (2, 2), (2, 2), settings, changes)
 
@@ -244,7 +227,7 @@ def _plan_alexnet(model: Any, settings: _Settings, changes: _Changes) -> None:
 def _plan_dense_transition(transition: Any, settings: _Settings, changes: _Changes) -> None:
     pool = transition.pool
     if settings.max_pools and isinstance(pool, nn.AvgPool2d) and not isinstance(pool, _Blurred):
-        stride = _pair(pool.stride)
+        stride = pair(pool.stride)
         changes[pool] = _Change(blur_output=stride, taps=_taps(stride, settings))
 
 
@@ -263,7 +246,7 @@ def _blur_behind_activation(layers: Sequence[nn.Conv2d], settings: _Settings, ch
     """Of layers that follow each other with activations between: the strided ones hand their stride to the next."""
     for layer, following in pairwise(layers):
         if layer in _strided_convolutions(layer, settings):
-            _blur_between(layer, following, _pair(layer.stride), (1, 1), settings, changes)
+            _blur_between(layer, following, pair(layer.stride), (1, 1), settings, changes)
 
 
 def _blur_between(
@@ -277,7 +260,7 @@ def _blur_between(
 
 def _blur_then_pointwise(layer: nn.Conv2d, settings: _Settings) -> _Change:
     # A 1x1 convolution commutes with subsampling; after it, it works on a 1/s² of the pixels.
-    stride = _pair(layer.stride)
+    stride = pair(layer.stride)
     return _Change(blur_input=stride, taps=_taps(stride, settings), stride=(1, 1))
 
 
@@ -289,14 +272,14 @@ def _strided_convolutions(model: nn.Module, settings: _Settings) -> list[nn.Conv
         for layer in model.modules()
         if isinstance(layer, nn.Conv2d)
         and not isinstance(layer, _Blurred)
-        and max(_pair(layer.stride)) > 1
+        and max(pair(layer.stride)) > 1
         and layer.in_channels >= settings.min_channels
     ]
 
 
 def _is_pointwise(layer: nn.Module) -> bool:
     # Not a subclass, whose forward pass may do something else besides.
-    return type(layer) is nn.Conv2d and _pair(layer.kernel_size) == (1, 1) and layer.padding in ((0, 0), "valid")
+    return type(layer) is nn.Conv2d and pair(layer.kernel_size) == (1, 1) and layer.padding in ((0, 0), "valid")
 
 
 def _taps(stride: Pair, settings: _Settings) -> Pair:
@@ -331,7 +314,7 @@ class _Blurred(nn.Module):
         return self._blurred(pooled, change.blur_output).contiguous()
 
     def _blurred(self, images: Tensor, stride: Pair) -> Tensor:
-        return _blur(images, self.blur_kernel, stride=stride, pad=self.blur_settings.pad)
+        return convolve(images, self.blur_kernel, stride=stride, pad=self.blur_settings.pad)
 
     def extra_repr(self) -> str:
         change = self.blur_change
@@ -344,7 +327,7 @@ class _Blurred(nn.Module):
         # Materializing a model that was built on the meta device leaves buffers unset; no checkpoint holds this one.
         if not self.blur_kernel.is_meta:
             with torch.no_grad():
-                self.blur_kernel.copy_(_binomial_kernel(self.blur_change.taps, like=self.blur_kernel))
+                self.blur_kernel.copy_(binomial_kernel(self.blur_change.taps, like=self.blur_kernel))
         return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -360,7 +343,7 @@ def _change_layer(layer: Any, change: _Change, settings: _Settings, *, like: Ten
     layer.__class__ = _blurred_class(type(layer))
     layer.blur_change, layer.blur_settings = change, settings
     own = next(layer.parameters(recurse=False), like)
-    layer.register_buffer("blur_kernel", _binomial_kernel(change.taps, like=own), persistent=False)
+    layer.register_buffer("blur_kernel", binomial_kernel(change.taps, like=own), persistent=False)
     if change.stride is not None:
         layer.stride = change.stride
     if change.kernel_size is not None:
@@ -388,7 +371,7 @@ def _extend_for_ceil_mode(images: Tensor, pool: nn.MaxPool2d, stride: Pair) -> T
     extra = [
         _missing_in_ceil_mode(size, *sizes)
         for size, *sizes in zip(
-            images.shape[-2:], _pair(pool.kernel_size), stride, _pair(pool.padding), _pair(pool.dilation), strict=True
+            images.shape[-2:], pair(pool.kernel_size), stride, pair(pool.padding), pair(pool.dilation), strict=True
         )
     ]
     return F.pad(images, (0, extra[1], 0, extra[0]), value=-math.inf) if any(extra) else images
@@ -400,90 +383,6 @@ def _missing_in_ceil_mode(size: int, kernel_size: int, stride: int, padding: int
     if last * stride >= size + padding:  # it would begin in the right padding, and is dropped
         last -= 1
     return max(0, last * stride + 1 - dense)
-
-
-# --- the filter ----------------------------------------------------------------------------------------------------
-
-
-def _blur(images: Tensor, kernel: Tensor, *, stride: Pair, pad: str) -> Tensor:
-    channels = int(images.shape[-3])  # a number for ONNX's tracer too, whose convolutions have weights of known shape
-    rows, columns = kernel.shape[-2:]
-    padding = ((rows - 1) // 2, (columns - 1) // 2)
-    if pad == "reflect" or not rows % 2 == columns % 2 == 1:
-        channels_last = images.is_contiguous(memory_format=torch.channels_last)
-        images = _pad(images, (padding[1], columns // 2, padding[0], rows // 2), mode=_pad_mode(images, kernel, pad))
-        if channels_last:
-            # Reflection keeps the format on CPU and not everywhere else; where a compiler believes otherwise, a norm
-            # behind it gets the wrong gradient (torch 2.7.0, aot_eager, GroupNorm).
-            images = images.contiguous(memory_format=torch.channels_last)
-        padding = (0, 0)
-    weight = kernel.to(images).expand(channels, 1, rows, columns)
-    return F.conv2d(images, weight, stride=stride, padding=padding, groups=channels)
-
-
-def _pad_mode(images: Tensor, kernel: Tensor, pad: str) -> str:
-    if pad == "zeros":
-        return "constant"
-    # Reflecting p pixels takes an axis of more than p.
-    height, width = images.shape[-2:]
-    return "reflect" if kernel.shape[-2] // 2 < height and kernel.shape[-1] // 2 < width else "replicate"
-
-
-def _pad(images: Tensor, sides: Sides, *, mode: str) -> Tensor:
-    # Compilers and exporters know the padding itself, and what comes of it with a derivative of ours.
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-    if mode == "reflect" and not traced:
-        return cast(Tensor, _ReflectionPad.apply(images, sides))
-    return F.pad(images, sides, mode=mode)
-
-
-class _ReflectionPad(torch.autograd.Function):
-    """F.pad(mode="reflect") with a derivative that is a copy and four narrow sums.
-
-    torch's own is a scalar addition a pixel for NCHW on a CPU, five times the work of the padding. On a GPU it adds in
-    no fixed order, so that no two runs are alike and torch.use_deterministic_algorithms refuses it.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(images: Tensor, sides: Sides) -> Tensor:
-        return F.pad(images, sides, mode="reflect")
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Sides], output: Tensor) -> None:
-        ctx.sides = inputs[1]
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        left, right, top, bottom = ctx.sides
-        width = gradient.shape[-1] - left - right
-        folded = [_fold_rows(part, top, bottom) for part in gradient.split((left, width, right), dim=-1)]
-        inner = folded[1]
-        inner.narrow(-1, 1, left).add_(folded[0].flip(-1))
-        inner.narrow(-1, width - 1 - right, right).add_(folded[2].flip(-1))
-        return inner, None
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
-        return F.pad(tangent, ctx.sides, mode="reflect")
-
-
-def _fold_rows(padded: Tensor, top: int, bottom: int) -> Tensor:
-    """The transpose of reflecting at the upper and the lower edge: a row beyond it is added to the one it mirrors."""
-    height = padded.shape[-2] - top - bottom
-    above, inner, below = padded.split((top, height, bottom), dim=-2)
-    inner = inner.clone()
-    inner.narrow(-2, 1, top).add_(above.flip(-2))
-    inner.narrow(-2, height - 1 - bottom, bottom).add_(below.flip(-2))
-    return inner
-
-
-def _binomial_kernel(taps: Pair, *, like: Tensor) -> Tensor:
-    rows, columns = ([math.comb(size - 1, k) / 2 ** (size - 1) for k in range(size)] for size in taps)
-    # Exact in every floating-point type down to bfloat16: numerators below 2^8 over a power of two.
-    kernel = [[row * column for column in columns] for row in rows]
-    return torch.tensor([[kernel]], dtype=like.dtype, device=like.device)
 
 
 # --- checks --------------------------------------------------------------------------------------------------------
@@ -509,10 +408,3 @@ def _refuse_lazy(model: nn.Module) -> None:
                 f"layer {name!r} is a LazyConv2d that does not know its channels yet; "
                 "BlurPool needs them: run one batch through the model first"
             )
-
-
-def _pair(value: Any) -> Pair:
-    if isinstance(value, int):
-        return value, value
-    rows, columns = value
-    return rows, columns
