@@ -63,6 +63,11 @@ def convolve(images: Tensor, kernel: Tensor, *, stride: Pair, pad: str) -> Tenso
     return cast(Tensor, _Blur.apply(images, kernel, rows, columns))
 
 
+def to_channels_last(images: Tensor) -> Tensor:
+    """[N, C, H, W] in memory as [N, H, W, C]; `contiguous(memory_format=)`, which torch.vmap does not have."""
+    return images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+
+
 def _is_traced() -> bool:
     # Compilers and exporters know a padding and a convolution, and what comes of them with a derivative of ours.
     return torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
@@ -199,9 +204,9 @@ def _matrix(axis: _Axis) -> tuple[tuple[float, ...], ...]:
 
 
 def _pad(images: Tensor, rows: _Axis, columns: _Axis) -> Tensor:
-    channels_last = _is_channels_last(images)
-    if channels_last and rows.mode == columns.mode == "reflect" and not _is_traced():
-        return _reflect(images, rows, columns)
+    channels_last, reflect = _is_channels_last(images), rows.mode == columns.mode == "reflect"
+    if channels_last and reflect and images.device.type != "cpu" and not _is_traced():
+        return _reflect_channels_last(images, rows, columns)
     if rows.mode == columns.mode:
         images = F.pad(images, (columns.before, columns.after, rows.before, rows.after), mode=rows.mode)
     else:
@@ -209,17 +214,17 @@ def _pad(images: Tensor, rows: _Axis, columns: _Axis) -> Tensor:
         images = F.pad(images, (0, 0, rows.before, rows.after), mode=rows.mode)
     # Reflection keeps the format on CPU and not everywhere else; where a compiler believes otherwise, a norm behind it
     # gets the wrong gradient (torch 2.7.0, aot_eager, GroupNorm).
-    return images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2) if channels_last else images
+    return to_channels_last(images) if channels_last else images
 
 
-def _reflect(images: Tensor, rows: _Axis, columns: _Axis) -> Tensor:
-    """F.pad(mode="reflect") in channels-last: one copy, where PyTorch's on a GPU changes the format and back."""
+def _reflect_channels_last(images: Tensor, rows: _Axis, columns: _Axis) -> Tensor:
+    """F.pad(mode="reflect") with one copy of the images, where PyTorch's on a GPU changes their format as well."""
     padded = _empty(images, rows.padded_size, columns.padded_size, channels_last=True)
     between = padded.narrow(-1, columns.before, columns.size)
     between.narrow(-2, rows.before, rows.size).copy_(images)
     for whole, dim, axis in ((between, -2, rows), (padded, -1, columns)):
         for border, mirrored in _mirrored(whole, dim, axis):
-            border.copy_(mirrored.flip(dim))
+            border.copy_(_flip(mirrored, dim))
     return padded
 
 
@@ -228,7 +233,7 @@ def _fold(padded: Tensor, dim: int, axis: _Axis) -> Tensor:
     inner = padded.narrow(dim, axis.before, axis.size)
     if axis.mode == "reflect":
         for border, mirrored in _mirrored(padded, dim, axis):
-            mirrored.add_(border.flip(dim))
+            mirrored.add_(_flip(border, dim))
     elif axis.mode == "replicate":
         ends = ((0, axis.before, 0), (axis.before + axis.size, axis.after, axis.size - 1))
         for start, length, edge in ends:
@@ -245,6 +250,10 @@ def _mirrored(padded: Tensor, dim: int, axis: _Axis) -> list[tuple[Tensor, Tenso
         for border, source, length in borders
         if length
     ]
+
+
+def _flip(pixels: Tensor, dim: int) -> Tensor:
+    return pixels.flip(dim) if pixels.shape[dim] > 1 else pixels  # flipping is copying
 
 
 def _empty(like: Tensor, height: int, width: int, *, channels_last: bool) -> Tensor:

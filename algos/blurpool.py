@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from algos.base import Contract, Event, Logger, Resource, SpeedUp, State
-from algos.blur import Pair, binomial_kernel, check_filter, convolve, pair
+from algos.blur import Pair, binomial_kernel, check_filter, convolve, pair, to_channels_last
 
 
 def apply_blurpool(
@@ -310,7 +310,7 @@ class _Blurred(nn.Module):
             images = _extend_for_ceil_mode(images, self, change.blur_output)
         if not _pools_slowly(images):
             return self._blurred(super().forward(images), change.blur_output)
-        pooled = super().forward(images.contiguous(memory_format=torch.channels_last))
+        pooled = super().forward(to_channels_last(images))
         return self._blurred(pooled, change.blur_output).contiguous()
 
     def _blurred(self, images: Tensor, stride: Pair) -> Tensor:
@@ -363,7 +363,8 @@ def _rebuild(cls: type[nn.Module]) -> nn.Module:
 def _pools_slowly(images: Tensor) -> bool:
     # On CPU, PyTorch (2.7) vectorizes max-pools in channels-last alone: a dense 3x3 one takes 18 times as long in NCHW,
     # and what it takes to change the format is a fifth of the difference. A compiler makes its own kernels.
-    return images.device.type == "cpu" and images.is_contiguous() and not torch.compiler.is_compiling()
+    on_cpu = images.device.type == "cpu" and not torch.compiler.is_compiling()
+    return on_cpu and images.dim() == 4 and images.is_contiguous()
 
 
 def _extend_for_ceil_mode(images: Tensor, pool: nn.MaxPool2d, stride: Pair) -> Tensor:

@@ -69,7 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = torch.device(options.device)
     if device.type == "cpu":
         torch.set_num_threads(options.threads)
-        keep_freed_memory()
+        if not options.fresh_memory:
+            keep_freed_memory()
     absent = absent_peers()
     for name, reason in absent.items():
         print(f"{name} is left out: {reason}", file=sys.stderr)
@@ -118,6 +119,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--memory-format", choices=("auto", *FORMATS.values()), default="auto", help="of all models")
     parser.add_argument("--threads", type=int, default=1, help="of torch on a CPU; several spin and blur CPU-seconds")
+    parser.add_argument(
+        "--fresh-memory", action="store_true", help="on a CPU, let glibc hand freed memory back, as it does by itself"
+    )
     parser.add_argument("--compile", action="store_true", help="torch.compile every model")
     parser.add_argument("--only", nargs="+", choices=known, metavar="NAME", help=f"of {', '.join(known)}")
     parser.add_argument("--quick", action="store_true", help="two rounds of a small model, to see that it runs")

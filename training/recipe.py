@@ -81,6 +81,8 @@ class Data:
 
 @dataclass
 class Duration:
+    """How long a run trains: passes over the training images, whatever their sizes and batches."""
+
     epochs: int = MISSING
 
 
@@ -127,6 +129,8 @@ class Checkpoints:
 
 @dataclass
 class Logging:
+    """What a run says on standard error while it trains."""
+
     progress_bar: bool | None = None  # null: a bar on a terminal, a line an epoch elsewhere
     level: Literal["debug", "info", "warning", "error"] = "warning"
 

@@ -19,7 +19,7 @@ from torch.nn.utils import parametrizations, parametrize
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from algos import BlurPool as PublicBlurPool
-from algos.blur import binomial_kernel, blur, convolve
+from algos.blur import _Axis, _reflect_channels_last, binomial_kernel, blur, convolve
 from algos.blurpool import BlurPool, _Blurred, apply_blurpool
 
 
@@ -123,6 +123,17 @@ def test_a_blur_and_its_derivatives_are_those_of_padding_and_convolving(size, ta
     close(torch.func.vmap(ours)(images[:, None])[:, 0], theirs(images))
     close(ours(images[0]), theirs(images)[0])
     assert torch.autograd.gradgradcheck(ours, (images[:1].clone().requires_grad_(),))
+
+
+@pytest.mark.parametrize("taps", [3, 4, 7])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_padding_of_gpus_is_torchs(taps, stride):
+    images = torch.randn(2, 3, 5, 8).contiguous(memory_format=torch.channels_last)
+    rows, columns = (_Axis.of(size, taps, stride, "reflect", any_size=False) for size in (5, 8))
+    padded = _reflect_channels_last(images, rows, columns)
+    expected = F.pad(images, (columns.before, columns.after, rows.before, rows.after), mode="reflect")
+    assert torch.equal(padded, expected)
+    assert padded.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_a_blur_keeps_no_image_for_its_derivative():
@@ -305,6 +316,14 @@ def test_max_pools_keep_their_output_size_and_take_dense_maxima(size, ceil_mode,
     assert torch.isfinite(pooled).all()
     # Blurring keeps the range: no value may leave that of the dense maxima.
     assert pooled.max() <= images.max() + 1e-12
+
+
+def test_a_layer_takes_one_image_without_a_batch_and_batches_of_batches():
+    images = torch.randn(3, 2, 16, 20, 20)
+    model = apply_blurpool(nn.Sequential(nn.MaxPool2d(3, 2, 1), nn.Conv2d(16, 8, 3, stride=2)))
+    expected = torch.stack([model(batch) for batch in images])
+    torch.testing.assert_close(torch.func.vmap(model)(images), expected)
+    torch.testing.assert_close(torch.stack([model(image) for image in images[0]]), expected[0])
 
 
 def test_max_pool_equals_maximum_then_blur():
