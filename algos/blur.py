@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 Pair = tuple[int, int]  # rows, columns
 
-# Pixels of a map that a matrix product blurs on a CPU. There a border is most of the map, and PyTorch's padding goes
+# Up to which a matrix product blurs a map on a CPU. There a border is most of the map, and PyTorch's padding goes
 # through it pixel by pixel.
-SMALL_MAP = 64
+SMALL_MAP_PIXELS = 64
 
 
 def blur(
@@ -26,6 +26,7 @@ def blur(
     """Blur [N, C, H, W] with the binomial filter and keep every stride-th pixel: [N, C, ⌈H/stride⌉, ⌈W/stride⌉].
 
     filter_size, pad: as in `apply_blurpool`; here both axes are blurred. Dtype, device and memory format are kept.
+    Raises ValueError for a filter_size that is not 2 to 7 and for another pad.
     """
     check_filter(filter_size, pad)
     return convolve(images, binomial_kernel((filter_size, filter_size), like=images), stride=pair(stride), pad=pad)
@@ -48,7 +49,10 @@ def binomial_kernel(taps: Pair, *, like: Tensor) -> Tensor:
 
 
 def convolve(images: Tensor, kernel: Tensor, *, stride: Pair, pad: str) -> Tensor:
-    """Filter each channel of [N, C, H, W] or [C, H, W] with a binomial `kernel` and keep every stride-th pixel."""
+    """Filter each channel of [N, C, H, W] or [C, H, W] with a binomial `kernel` and keep every stride-th pixel.
+
+    kernel: [1, 1, rows, columns], of `binomial_kernel`; no gradient reaches it. stride, pad: as in `blur`.
+    """
     if images.dim() == 3:
         return convolve(images.unsqueeze(0), kernel, stride=stride, pad=pad).squeeze(0)
     traced = _is_traced()
@@ -58,7 +62,7 @@ def convolve(images: Tensor, kernel: Tensor, *, stride: Pair, pad: str) -> Tenso
     )
     if traced:
         return _convolve(images, kernel, rows, columns)
-    if images.device.type == "cpu" and rows.size * columns.size <= SMALL_MAP and not _is_channels_last(images):
+    if images.device.type == "cpu" and rows.size * columns.size <= SMALL_MAP_PIXELS and not _is_channels_last(images):
         return _multiply(images, rows, columns)
     return cast(Tensor, _Blur.apply(images, kernel, rows, columns))
 
