@@ -10,7 +10,7 @@ help:
 
 setup: .venv/.ready
 
-.venv/.ready: pyproject.toml setup.py constraints.txt scripts/setup.sh data/native/decode.cpp
+.venv/.ready: pyproject.toml setup.py constraints.txt scripts/setup.sh data/decoding/native/decode.cpp
 	@scripts/setup.sh
 	@touch $@
 

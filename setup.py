@@ -1,4 +1,5 @@
-"""Builds the native decoder (data/native). Where that fails, the package installs without it and another stands in."""
+"""Builds the native decoder (data/decoding/native). Where that fails, the package installs without it, and another
+decoder stands in."""
 
 import shutil
 import subprocess
@@ -17,8 +18,8 @@ def pkg_config(kind: str, prefix: str) -> list[str]:
 setup(
     ext_modules=[
         Extension(
-            "data._native_decode",
-            ["data/native/decode.cpp"],
+            "data.decoding._native_decode",
+            ["data/decoding/native/decode.cpp"],
             include_dirs=pkg_config("--cflags", "-I"),
             library_dirs=pkg_config("--libs", "-L"),
             libraries=["jpeg"],

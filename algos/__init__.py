@@ -9,12 +9,12 @@ from importlib import import_module
 from typing import Any
 
 _MORE = {
-    "Contract": ".base",
+    "Contract": ".framework.base",
     "LearningRate": ".learning_rate",
-    "Resource": ".base",
-    "SpeedUp": ".base",
+    "Resource": ".framework.base",
+    "SpeedUp": ".framework.base",
     "Stage": ".progressive_resizing",
-    "arrange": ".ordering",
+    "arrange": ".framework.ordering",
     "averaged_state_dict": ".ema",
     "averaged_weights": ".ema",
     "draw_cutmix": ".cutmix",
@@ -41,6 +41,6 @@ def __dir__() -> list[str]:
 
 
 def _public_names() -> dict[str, str]:
-    from algos.registry import public_names
+    from algos.framework.registry import public_names
 
     return public_names() | _MORE

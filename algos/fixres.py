@@ -13,9 +13,9 @@ from typing import Any, Literal, TypeGuard
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from algos.base import Contract, Event, Logger, Resource, SpeedUp, State, act_last
+from algos.framework.base import Contract, Event, Logger, Resource, SpeedUp, State, act_last
+from algos.framework.protocols import CropSwitchingLoader, ResizableLoader
 from algos.learning_rate import require_schedule, run_epochs
-from algos.protocols import CropSwitchingLoader, ResizableLoader
 
 Trained = Literal["classifier_and_norm", "classifier", "all"]
 
@@ -156,12 +156,13 @@ class FixRes(SpeedUp):
         if not isinstance(loader, CropSwitchingLoader):
             raise ValueError(
                 f"fixres trains on the test-time crop, and the loader, a {type(loader).__name__}, cannot be switched "
-                "to it; use a loader with set_test_crop (algos.protocols.CropSwitchingLoader)"
+                "to it; use a loader with set_test_crop (algos.framework.protocols.CropSwitchingLoader)"
             )
         if self.image_size is not None and not isinstance(loader, ResizableLoader):
             raise ValueError(
                 f"fixres.image_size is {self.image_size}, and the loader, a {type(loader).__name__}, cannot change its "
-                "size; leave image_size out, or use a loader with set_image_size (algos.protocols.ResizableLoader)"
+                "size; leave image_size out, or use a loader with set_image_size "
+                "(algos.framework.protocols.ResizableLoader)"
             )
         if self.learning_rate is not None:
             require_schedule(state, "fixres.learning_rate")

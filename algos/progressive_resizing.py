@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from algos.base import Contract, Event, Logger, Resource, SpeedUp, State, world_size
-from algos.batches import split_batch
+from algos.framework.base import Contract, Event, Logger, Resource, SpeedUp, State, world_size
+from algos.framework.batches import split_batch
+from algos.framework.protocols import ResizableLoader
 from algos.learning_rate import require_schedule, run_epochs
-from algos.protocols import ResizableLoader
 
 log = logging.getLogger(__name__)
 
@@ -305,7 +305,8 @@ class ProgressiveResizing(SpeedUp):
         if any(stage.per_device_batch_size or stage.global_batch_size for stage in self.stages):
             raise ValueError(
                 f"a stage sets a batch size, and the loader, a {type(loader).__name__}, cannot change it; use a loader "
-                "with set_image_size and set_batch_size (algos.protocols.ResizableLoader), or drop the batch sizes"
+                "with set_image_size and set_batch_size (algos.framework.protocols.ResizableLoader), or drop the batch "
+                "sizes"
             )
 
     def _refuse_another_plan(self) -> None:

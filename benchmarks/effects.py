@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from algos.registry import names
+from algos.framework.registry import names
 from benchmarks.measuring import columns, hardware, progress, versions
 from benchmarks.time_to_accuracy import QUICK, RECIPE, SCENES, make_scenes, run
 from training.recipe import Recipe, load_recipe

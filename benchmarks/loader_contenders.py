@@ -45,7 +45,7 @@ Epoch = Callable[[int, int], Iterator[Any]]
 
 def ours(job: Job, *, decoder: str = "native") -> Epoch:
     """This package's FFCVLoader."""
-    from data.ffcv_loader import FFCVLoader
+    from data.loading.ffcv_loader import FFCVLoader
 
     loader = FFCVLoader(
         job.beton,
@@ -157,9 +157,9 @@ def limit(job: Job, *, entropy_only: bool) -> Epoch:
     """What libjpeg-turbo takes for the same bytes and the same crops in `num_workers` threads; gives no pixels."""
     import numpy as np
 
-    from data.beton import Beton
-    from data.crops import CropSettings
-    from data.order import train_batches
+    from data.beton.format import Beton
+    from data.decoding.crops import CropSettings
+    from data.loading.order import train_batches
 
     decode_batch = _compile_limits()
     beton = Beton(job.beton)

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data.beton import Beton, report_path
+from data.beton.format import Beton, report_path
+from data.beton.write import WRITE_MODES, default_write_settings, write_beton
 from data.sources import SOURCES, SPLITS, FolderSource, build_source
-from data.write import WRITE_MODES, default_write_settings, write_beton
 
 INTERRUPTED = 130  # exit status: 128 and the number of SIGINT
 

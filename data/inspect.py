@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from data.beton import Beton, report_path, sidecar_path
-from data.decode import Decoder, make_decoder
-from data.partial import whole_file
+from data.beton.format import Beton, report_path, sidecar_path
+from data.decoding.decode import Decoder, make_decoder
 from data.prefetch import PrefetchIterator
+from data.whole_files import whole_file
 
 _MOST_CLASSES = 20  # that are listed one by one
 _BAR_CHARACTERS = 40
@@ -114,7 +114,7 @@ def contact_sheet(images: np.ndarray, captions: Sequence[str], *, columns: int) 
 
 
 def _save_sheet(args: argparse.Namespace) -> None:
-    from data.ffcv_loader import FFCVLoader
+    from data.loading.ffcv_loader import FFCVLoader
 
     loader = FFCVLoader(
         args.file,

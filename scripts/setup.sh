@@ -56,7 +56,7 @@ say "installing the project (about 6 GB of packages the first time; torch brings
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 .venv/bin/python -m pip install --quiet --constraint constraints.txt uv setuptools
 .venv/bin/uv pip install --quiet --python .venv/bin/python --constraint constraints.txt --editable ".[${EXTRAS:-dev}]"
-if ! .venv/bin/python -c "from data.native_decode import NativeDecoder; NativeDecoder()" 2>/dev/null; then
+if ! .venv/bin/python -c "from data.decoding.native_decode import NativeDecoder; NativeDecoder()" 2>/dev/null; then
     say "the native decoder was not built; another one stands in, at twice the CPU time. It needs g++ and libjpeg-turbo's headers; to see why: .venv/bin/uv pip install --python .venv/bin/python --no-deps --verbose --editable ."
 fi
 say "ready: .venv/bin/python run.py --help"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from algos import registry
+from algos.framework import registry
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- algorithms: begin (scripts/table.py) -->", "<!-- algorithms: end -->"

@@ -45,7 +45,7 @@ def test_no_layer_imports_a_higher_one(path: Path) -> None:
 
 def test_the_check_sees_an_import_that_is_not_allowed(tmp_path: Path) -> None:
     module = tmp_path / "module.py"
-    module.write_text("def late():\n    from training.plan import Plan\n    import data.order as order\n")
+    module.write_text("def late():\n    from training.plan import Plan\n    import data.loading.order as order\n")
     assert imported_packages(module) == {"training": 2, "data": 3}
 
 

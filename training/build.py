@@ -17,16 +17,16 @@ from composer.utils import reproducibility
 from torch import nn
 
 from algos import LearningRate, SpeedUp, arrange
-from algos.registry import maker as algorithm_maker
+from algos.framework.registry import maker as algorithm_maker
 from data import Normalizer, build_loader, build_source
 from models import registry as models
 from models.classifier import ImageClassifier
 from models.sync_batchnorm import synchronize_batchnorm
+from training.checkpoints.sharded import LoadShards, is_sharded
+from training.engines.parallel import LikeDDP, fsdp_config
 from training.optimizers import build_optimizer, peak_learning_rate
-from training.parallel import LikeDDP, fsdp_config
 from training.recipe import Recipe
-from training.schema import RecipeError
-from training.sharded_checkpoint import LoadShards, is_sharded
+from training.recipe.schema import RecipeError
 
 log = logging.getLogger(__name__)
 

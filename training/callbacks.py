@@ -9,12 +9,12 @@ from typing import Any
 from composer.core import Callback, State, Timestamp
 from composer.loggers import Logger
 
-from training.checkpoints import Checkpoints
+from training.checkpoints.saving import Checkpoints
+from training.checkpoints.sharded import save_shards
 from training.plan import Plan
-from training.progress import ProgressBar
 from training.recipe import Recipe
-from training.recorder import Recorder
-from training.sharded_checkpoint import save_shards
+from training.results.progress import ProgressBar
+from training.results.recorder import Recorder
 
 
 def build_callbacks(

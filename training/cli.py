@@ -53,13 +53,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     try:
         from training.recipe import load_recipe
-        from training.schema import RecipeError
+        from training.recipe.schema import RecipeError
     except ModuleNotFoundError as error:
         return _complain(f"{error.name} is not installed: pip install 'brisk-vision[train]'")
     try:
         recipe = load_recipe(options.file, options.overrides)
         logging.getLogger().setLevel(recipe.logging.level.upper())
-        from training import report, session
+        from training import session
+        from training.results import report
 
         if options.plan:
             _say(session.plan_text(recipe))
@@ -126,7 +127,7 @@ def _complain(text: str, *, status: int = 2) -> int:
 
 def _lost_rank(error: RuntimeError) -> int:
     """Say that another rank is gone, if that is what `error` means; each machine says it for itself, at once."""
-    from training.peers import describe_lost_rank
+    from training.engines.peers import describe_lost_rank
 
     text = describe_lost_rank(error)
     if text is None:

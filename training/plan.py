@@ -11,16 +11,16 @@ from composer.loggers import Logger
 from composer.utils import get_device
 from torch import nn
 
-from algos.base import Event, Resource, SpeedUp
 from algos.fixres import FixRes
+from algos.framework.base import Event, Resource, SpeedUp
+from algos.framework.protocols import LearningRateModifier
 from algos.learning_rate import LearningRate
 from algos.progressive_resizing import ProgressiveResizing
-from algos.protocols import LearningRateModifier
 from algos.sam import SAM
 from models.summary import count_forward_macs, count_parameters, summarize
 from training.build import DataFacts, arrange_algorithms, build_network, initial_learning_rate, per_device_batch_size
 from training.recipe import Recipe
-from training.schema import RecipeError
+from training.recipe.schema import RecipeError
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ import yaml
 from composer import Trainer
 from composer.utils import dist, get_device, reproducibility
 
-from training import report
 from training.build import (
     DataFacts,
     arrange_algorithms,
@@ -30,10 +29,12 @@ from training.build import (
     resolve_device,
 )
 from training.callbacks import build_callbacks, is_complete
-from training.checkpoints import find_latest
-from training.memory import describe_out_of_memory, forget, is_out_of_memory, largest_batch
-from training.parallel import check_parallelism
-from training.peers import PeerWatch
+from training.checkpoints.saving import find_latest
+from training.checkpoints.sharded import is_sharded
+from training.checkpoints.zero import is_zero
+from training.engines.memory import describe_out_of_memory, forget, is_out_of_memory, largest_batch
+from training.engines.parallel import check_parallelism
+from training.engines.peers import PeerWatch
 from training.plan import (
     Plan,
     format_plan,
@@ -44,11 +45,10 @@ from training.plan import (
     without_weights,
 )
 from training.recipe import Recipe
-from training.recorder import Recorder
-from training.report import History
-from training.schema import RecipeError
-from training.sharded_checkpoint import is_sharded
-from training.zero_checkpoint import is_zero
+from training.recipe.schema import RecipeError
+from training.results import report
+from training.results.recorder import Recorder
+from training.results.report import History
 
 log = logging.getLogger(__name__)
 
@@ -97,8 +97,8 @@ def _train(recipe: Recipe, say: Callable[[str], None]) -> Result:
     loaders, test_loader = build_loaders(recipe, **place), build_test_loader(recipe, **place)
     engine, judge = _train_with_composer, _evaluate_with_composer
     if recipe.parallelism.strategy == "deepspeed":
-        from training.deepspeed import evaluate_deepspeed as judge
-        from training.deepspeed import train_deepspeed as engine
+        from training.engines.deepspeed import evaluate_deepspeed as judge
+        from training.engines.deepspeed import train_deepspeed as engine
     try:
         history, seconds = engine(recipe, plan, facts, loaders, load_path=load_path, say=say)
     except (RuntimeError, MemoryError) as error:
@@ -243,7 +243,7 @@ def _prepare_run_dir(recipe: Recipe, say: Callable[[str], None]) -> str | None:
         raise RecipeError(
             "load",
             f"is {load_path}, which deepspeed wrote; continue with parallelism.strategy=deepspeed, or start from its "
-            "weights: python -m training.export_checkpoint, then model.weights",
+            "weights: python -m training.checkpoints.export, then model.weights",
         )
     if load_path is not None and Path(load_path).parent.parent == run_dir:
         _refuse_another_recipe(recipe)

@@ -20,14 +20,14 @@ from composer.core import Algorithm, Callback, DataSpec, Event, State
 from composer.utils import dist
 from torch import Tensor, nn
 
-import algos.base
+import algos.framework.base
 from algos import LearningRate, arrange
-from algos.registry import find, maker, names
+from algos.framework.registry import find, maker, names
 from data import Normalizer, build_loader
 from models.classifier import ImageClassifier
 from models.resnet import SmallResNet
 from training.callbacks import _LoaderPosition
-from training.checkpoints import Checkpoints
+from training.checkpoints.saving import Checkpoints
 from training.session import _restore_random_state
 
 EPOCHS, STEPS_AN_EPOCH, GLOBAL_BATCH_SIZE, IMAGE_SIZE = 3, 4, 8, 16
@@ -101,16 +101,16 @@ def act_as_two_ranks(algorithm: Any) -> None:
             apply_to_batch(event, state, logger)
             return
         batch, halves, kept = state.batch, [], []
-        whole = algos.base._distributed
+        whole = algos.framework.base._distributed
         try:
             for rank in (0, 1):
-                algos.base._distributed = lambda what, default, rank=rank: rank if what == "get_rank" else 1
+                algos.framework.base._distributed = lambda what, default, rank=rank: rank if what == "get_rank" else 1
                 state.batch = tuple(part.chunk(2)[rank] for part in batch)
                 apply_to_batch(event, state, logger)
                 halves.append(state.batch)
                 kept.append(getattr(algorithm, "_kept", None))
         finally:
-            algos.base._distributed = whole
+            algos.framework.base._distributed = whole
         if kept[0] is not None:  # what stochastic depth has drawn for the rows of the batch
             algorithm._kept = torch.cat(kept, dim=1)
         state.batch = tuple(torch.cat(parts) for parts in zip(*halves, strict=True))

@@ -9,13 +9,13 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
-from algos.base import Contract, Event, Resource
 from algos.cutmix import CutMix, cutmix_batch, draw_cutmix
+from algos.framework.base import Contract, Event, Resource
+from algos.framework.mixing import has_turn
+from algos.framework.ordering import arrange
+from algos.framework.randomness import generator_at
 from algos.label_smoothing import LabelSmoothing
-from algos.mixing import has_turn
 from algos.mixup import MixUp
-from algos.ordering import arrange
-from algos.randomness import generator_at
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +72,7 @@ def test_the_draw_is_timms_formula():
 
 
 def _beta(replay):
-    from algos.mixing import draw_beta
+    from algos.framework.mixing import draw_beta
 
     return draw_beta(1.0, generator=replay, num_samples=1)[0]
 
@@ -236,7 +236,7 @@ def test_two_of_a_kind_are_refused_at_the_start(others):
 
 
 def test_another_mixer_beside_cutmix_is_refused_at_the_first_batch():
-    from algos.registry import maker
+    from algos.framework.registry import maker
 
     cutmix = CutMix()
     state = state_at(0, [cutmix, maker("composer.mixup")()])

@@ -29,7 +29,7 @@ from composition import (
     train_interrupted,
 )
 
-from algos.registry import find, names
+from algos.framework.registry import find, names
 
 HERE = Path(__file__).parent
 ROUNDING = 1e-12  # float64, a dozen steps

@@ -8,9 +8,9 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
+from algos.framework.randomness import generator_at
 from algos.label_smoothing import LabelSmoothing, smooth_labels
 from algos.mixup import MixUp, draw_mixup, mixup_batch
-from algos.randomness import generator_at
 
 
 @pytest.fixture(autouse=True)

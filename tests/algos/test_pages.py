@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from algos import registry
+from algos.framework import registry
 
 PAGES = Path(__file__).parents[2] / "docs" / "algorithms"
 NAMES = [

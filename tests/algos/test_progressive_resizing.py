@@ -10,9 +10,9 @@ from fake_loader import FakeLoader, FixedLoader
 from torch import nn
 from torch.nn import functional as F
 
+from algos.framework.protocols import CropSwitchingLoader, ResizableLoader
 from algos.learning_rate import LearningRate
 from algos.progressive_resizing import ProgressiveResizing, Stage, ramp_stages, resize_images, stage_at
-from algos.protocols import CropSwitchingLoader, ResizableLoader
 
 
 @pytest.fixture(autouse=True)

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from algos.base import Event
+from algos.framework.base import Event
+from algos.framework.ordering import arrange
+from algos.framework.randomness import generator_at
 from algos.mixup import MixUp
-from algos.ordering import arrange
 from algos.randaugment import OPERATIONS, RandAugment, draw_randaugment, randaugment_batch
-from algos.randomness import generator_at
-from data.normalize import normalize
+from data.loading.normalize import normalize
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 TORCHVISIONS = (

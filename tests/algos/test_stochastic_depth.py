@@ -13,7 +13,7 @@ from torchvision.models.vision_transformer import EncoderBlock, VisionTransforme
 from torchvision.ops import stochastic_depth
 
 from algos.blurpool import apply_blurpool
-from algos.randomness import generator_at, microbatch_draws
+from algos.framework.randomness import generator_at, microbatch_draws
 from algos.sam import SAM
 from algos.stochastic_depth import StochasticDepth, apply_stochastic_depth, draw_stochastic_depth
 from models.resnet import resnet20, resnet_digits

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from algos.registry import names
+from algos.framework.registry import names
 from benchmarks.effects import NONE, effect, merge, recipe_of, table
 
 ROOT = Path(__file__).parents[2]

@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 
 import data.build
-import data.decode
-import data.libffcv_decode
-import data.native_decode
+import data.decoding.decode
+import data.decoding.libffcv_decode
+import data.decoding.native_decode
 from data import FFCVLoader, TorchLoader
 from data.build import build_loader
 from data.convert import main
-from data.decode import make_decoder
+from data.decoding.decode import make_decoder
 from data.sources import digits
 
 pytestmark = pytest.mark.timeout(60)
@@ -57,8 +57,8 @@ def absent(monkeypatch: pytest.MonkeyPatch):
 
     def hide(*names: str) -> None:
         for name in names:
-            module = {"native": data.native_decode, "libffcv": data.libffcv_decode}[name]
-            for place in (module, data.decode):
+            module = {"native": data.decoding.native_decode, "libffcv": data.decoding.libffcv_decode}[name]
+            for place in (module, data.decoding.decode):
                 monkeypatch.setattr(place, f"find_{name}", lambda: None)
             module._library.cache_clear()
             monkeypatch.setattr(module, "_library", module._library.__wrapped__)
@@ -165,7 +165,7 @@ def test_mistakes_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_importing_the_package_costs_neither_torch_nor_ffcv():
     script = (
         "import sys; from data import Beton, digits, write_beton, random_resized_crops, train_batches; "
-        "import data.decode; data.decode.present_decoders(); "
+        "import data.decoding.decode; data.decoding.decode.present_decoders(); "
         "print([m for m in ('torch', 'numba', 'ffcv', 'torchvision', 'sklearn', 'algos', 'models', 'training') "
         "if m in sys.modules])"
     )

@@ -17,9 +17,9 @@ import pytest
 from PIL import Image
 
 from data import Beton
-from data.beton import sidecar_path
+from data.beton.format import sidecar_path
 from data.convert import main
-from data.partial import partial_files, remove_abandoned, whole_file
+from data.whole_files import partial_files, remove_abandoned, whole_file
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from data.beton import Beton, sidecar_path
+from data.beton.format import Beton, sidecar_path
 
 pytestmark = pytest.mark.timeout(240)  # up to five processes in a row, each of which imports torch
 

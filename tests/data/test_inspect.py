@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from data import Beton, FFCVLoader, digits, write_beton
-from data.beton import sidecar_path
+from data.beton.format import sidecar_path
 from data.inspect import contact_sheet, main
 
 pytestmark = pytest.mark.timeout(60)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from training.optimizers import build_optimizer, check_settings, parameter_groups, peak_learning_rate, settings_of
-from training.schema import RecipeError, parse
+from training.recipe.schema import RecipeError, parse
 
 STEPS = 6
 TORCHS = [

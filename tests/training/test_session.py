@@ -20,7 +20,7 @@ from torch import nn
 
 from models import registry as models
 from training import cli, session
-from training.schema import RecipeError
+from training.recipe.schema import RecipeError
 
 ROOT = Path(__file__).parents[2]
 

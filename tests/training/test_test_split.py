@@ -11,10 +11,11 @@ import torch
 
 from data.sources import digits
 from models.weights import load_weights
-from training import cli, report, session
+from training import cli, session
 from training.build import build_network, data_facts
 from training.recipe import Recipe
-from training.schema import RecipeError
+from training.recipe.schema import RecipeError
+from training.results import report
 from training.session import train
 
 TEST = ("data.source.test_fraction=0.2", "data.test={}")

@@ -1,0 +1,1 @@
+"""The .beton file: its format, and how it is written."""

@@ -1,0 +1,225 @@
+"""FFCV's .beton file: its layout, and reading it with numpy alone.
+
+Header, one descriptor a field, one metadata row an image, pages of 8 MiB with the images' bytes, and a table of
+allocations at the end. Beside it lies `<file>.json`, the sidecar, with what the format has no place for.
+`data.beton.write` writes both; FFCV reads these files, and this reads FFCV's.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+# Little-endian and packed as FFCV 1.0 has them (its types.py, fields/basics.py and fields/rgb_image.py).
+HEADER = np.dtype(
+    [
+        ("version", "<u2"),
+        ("num_fields", "<u2"),
+        ("page_size", "<u4"),
+        ("num_samples", "<u8"),
+        ("table_start", "<u8"),
+    ],
+    align=True,
+)
+FIELD = np.dtype([("type_id", "<u1"), ("name", "<u1", 16), ("arguments", "<u1", 1024)], align=True)
+ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
+FIELD_METADATA = {
+    0: np.dtype("<f8"),  # FloatField
+    1: np.dtype("<i8"),  # IntField
+    2: np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")]),  # RGBImageField
+}
+INT_FIELD, IMAGE_FIELD = 1, 2
+VERSION = 2
+PAGE_BYTES = 8 << 20
+MAX_SIDE_PX = 65_535
+MODES = {"jpg": 0, "raw": 1}
+SIDECAR_VERSION = 1
+_IMAGENET_MEAN = (123.675, 116.28, 103.53)
+_IMAGENET_STD = (58.395, 57.12, 57.375)
+
+
+class Beton:
+    """A .beton file with one image field and one integer field, opened for reading.
+
+    Opening checks the whole frame: a file that is cut short, foreign or not the one its sidecar describes is refused
+    here, because read as it is it would give black images with plausible labels.
+
+    Attributes:
+        labels, heights, widths: int64 [N]; heights and widths in px.
+        class_names: from the sidecar, else the labels' numbers.
+        mean, std: per channel on the 0..255 scale; from the sidecar, else ImageNet's.
+        sidecar: all that the sidecar says; empty where there is none.
+        described: whether there is a sidecar. Files that FFCV itself wrote have none.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a whole .beton file, or not the one that the sidecar describes.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise FileNotFoundError(
+                f"no file {self.path}: correct the path, or write it with: python -m data.convert SOURCE {self.path}"
+            )
+        frame = read_frame(self.path)
+        self.labels = frame.labels
+        self.heights = frame.images["height"].astype(np.int64)
+        self.widths = frame.images["width"].astype(np.int64)
+        self._modes = frame.images["mode"].copy()
+        self._starts = frame.images["data_ptr"].astype(np.int64)
+        self._sizes = frame.sizes
+        # A plain view: slicing np.memmap itself costs microseconds, and there is one slice an image.
+        self._bytes = np.memmap(self.path, dtype=np.uint8, mode="r").view(np.ndarray)
+        sidecar = _checked_sidecar(self.path, frame)
+        self.described = sidecar is not None
+        self.sidecar: dict[str, Any] = sidecar or {}
+        names = self.sidecar.get("class_names") or [str(i) for i in range(int(self.labels.max()) + 1)]
+        self.class_names: tuple[str, ...] = tuple(names)
+        self.mean: tuple[float, float, float] = tuple(self.sidecar.get("mean", _IMAGENET_MEAN))
+        self.std: tuple[float, float, float] = tuple(self.sidecar.get("std", _IMAGENET_STD))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def addresses(self, indices: np.ndarray) -> np.ndarray:
+        """uint64 [B]: where the stored bytes of images lie in memory, for as long as this object lives."""
+        return (self._bytes.ctypes.data + self._starts[indices]).astype(np.uint64)
+
+    def num_bytes(self, indices: np.ndarray) -> np.ndarray:
+        """int64 [B]: how many bytes are stored of each image."""
+        return self._sizes[indices]
+
+    def image_bytes(self, index: int) -> np.ndarray:
+        """uint8 [size]: the stored bytes of an image, a view into the file."""
+        start = self._starts[index]
+        return self._bytes[start : start + self._sizes[index]]
+
+    def is_jpeg(self, index: int | np.ndarray) -> np.ndarray:
+        """Whether the stored bytes are a JPEG file; otherwise they are pixels, [height, width, 3] RGB."""
+        return self._modes[index] == MODES["jpg"]
+
+
+def sidecar_path(path: str | Path) -> Path:
+    """Where the description of a .beton file lies."""
+    return Path(f"{path}.json")
+
+
+def report_path(path: str | Path) -> Path:
+    """Where the images that a .beton file's conversion left out are listed, if there are any."""
+    return Path(f"{path}.report.txt")
+
+
+class Frame(NamedTuple):
+    """All of a file but the images' bytes."""
+
+    images: np.ndarray  # metadata of the image field [N]
+    labels: np.ndarray  # int64 [N]
+    sizes: np.ndarray  # stored bytes of each image, int64 [N]
+    num_bytes: int
+    checksum: int  # of everything but the pages
+
+
+def read_frame(path: Path) -> Frame:
+    """Read and check header, descriptors, metadata and allocations. Raises ValueError where they are not whole."""
+    num_bytes = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(HEADER.itemsize)
+        if len(head) < HEADER.itemsize:
+            raise _broken(path, f"it has {num_bytes} bytes, fewer than a header")
+        header = np.frombuffer(head, dtype=HEADER)[0]
+        num_samples, num_fields, table_start = (int(header[k]) for k in ("num_samples", "num_fields", "table_start"))
+        if header["version"] != VERSION or not 0 < num_fields < 64 or num_samples == 0:
+            raise _broken(path, "it does not begin with the header of a .beton file of version 2 that holds images")
+        raw_fields = file.read(num_fields * FIELD.itemsize)
+        if len(raw_fields) < num_fields * FIELD.itemsize:
+            raise _broken(path, "it is cut short inside its field descriptors")
+        row, image_name, label_name = _metadata_row(path, np.frombuffer(raw_fields, dtype=FIELD))
+        pages_start = file.tell() + num_samples * row.itemsize
+        if not pages_start <= table_start <= num_bytes:
+            raise _broken(path, f"it is cut short: {num_bytes} bytes, and its allocation table begins at {table_start}")
+        raw_rows = file.read(num_samples * row.itemsize)
+        file.seek(table_start)
+        raw_table = file.read()
+    if len(raw_table) != num_samples * ALLOCATION.itemsize:
+        raise _broken(
+            path,
+            f"its allocation table has {len(raw_table)} bytes, and {num_samples} images make "
+            f"{num_samples * ALLOCATION.itemsize}",
+        )
+    rows, table = np.frombuffer(raw_rows, dtype=row), np.frombuffer(raw_table, dtype=ALLOCATION)
+    sizes = _image_sizes(path, rows[image_name], table, pages_start, table_start)
+    checksum = 0
+    for part in (head, raw_fields, raw_rows, raw_table):
+        checksum = zlib.crc32(part, checksum)
+    return Frame(rows[image_name], rows[label_name].astype(np.int64), sizes, num_bytes, checksum)
+
+
+def _metadata_row(path: Path, fields: np.ndarray) -> tuple[np.dtype, str, str]:
+    types = [int(t) for t in fields["type_id"]]
+    if types.count(IMAGE_FIELD) != 1 or types.count(INT_FIELD) < 1 or not set(types) <= set(FIELD_METADATA):
+        raise _broken(path, f"its fields are of types {types}; one RGBImageField (2) and an IntField (1) are needed")
+    row = np.dtype([("", FIELD_METADATA[t]) for t in types], align=True)
+    return row, f"f{types.index(IMAGE_FIELD)}", f"f{types.index(INT_FIELD)}"
+
+
+def _image_sizes(path: Path, images: np.ndarray, table: np.ndarray, pages_start: int, table_start: int) -> np.ndarray:
+    # FFCV's table is in the order in which its workers finished, so images are found by their address.
+    table = table[np.argsort(table["ptr"], kind="stable")]
+    found = np.searchsorted(table["ptr"], images["data_ptr"]).clip(max=len(table) - 1)
+    sizes = table["size"][found].astype(np.int64)
+    starts = images["data_ptr"].astype(np.int64)
+    pixels = images["height"].astype(np.int64) * images["width"].astype(np.int64) * 3
+    bad = (table["ptr"][found] != images["data_ptr"]) | (starts < pages_start) | (starts + sizes > table_start)
+    bad |= (sizes <= 0) | (pixels == 0) | ((images["mode"] == MODES["raw"]) & (sizes != pixels))
+    bad |= ~np.isin(images["mode"], list(MODES.values()))
+    if bad.any():
+        index = int(bad.argmax())
+        raise _broken(path, f"the entry of image {index} does not lead to its bytes")
+    return sizes
+
+
+def _checked_sidecar(path: Path, frame: Frame) -> dict[str, Any] | None:
+    beside = sidecar_path(path)
+    try:
+        sidecar = json.loads(beside.read_text(encoding="utf-8"))
+        expected = {"bytes": frame.num_bytes, "checksum": frame.checksum, "num_samples": len(frame.labels)}
+        wrong = [k for k, v in expected.items() if sidecar[k] != v]
+        highest = len(sidecar["class_names"]) - 1
+        if sidecar["format_version"] != SIDECAR_VERSION:
+            wrong.append("format_version")
+        if frame.labels.min() < 0 or frame.labels.max() > highest:
+            wrong.append("class_names")
+        wrong += [key for key in ("mean", "std") if not _is_color(sidecar[key], least=0 if key == "mean" else 1e-9)]
+    except FileNotFoundError:
+        if frame.labels.min() < 0:
+            raise _broken(path, f"it has negative labels, down to {frame.labels.min()}") from None
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise _broken(path, f"its description {beside} cannot be read ({error!r})") from error
+    if wrong:
+        raise _broken(path, f"it is not the file that {beside} describes; they differ in: {', '.join(wrong)}")
+    return sidecar
+
+
+def damaged_image(path: Path, index: int, reason: str) -> ValueError:
+    """The error for an image that is not what the file's frame says, found when it is decoded."""
+    return ValueError(
+        f"image {index} of {path} cannot be decoded: {reason}. The file is damaged; convert the images again"
+    )
+
+
+def _is_color(values: Any, *, least: float) -> bool:
+    return len(values) == 3 and all(least <= value <= 255 for value in values)
+
+
+def _broken(path: Path, what: str) -> ValueError:
+    out = path if path.suffix == ".beton" else "OUT.beton"  # nobody is told to write over a file of another kind
+    return ValueError(
+        f"{path} cannot be used: {what}. Give the path of a .beton file; one that was damaged is made anew with: "
+        f"python -m data.convert SOURCE {out}"
+    )

@@ -1,0 +1,55 @@
+"""Which decoder makes pixels of what a .beton file stores."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+from data.beton.format import Beton
+from data.decoding.libffcv_decode import LibffcvDecoder, find_libffcv
+from data.decoding.native_decode import NativeDecoder, find_native
+
+
+class Decoder(Protocol):
+    """Makes the crops of a batch. Releases the interpreter's lock, so threads suffice to use all cores."""
+
+    name: str
+
+    def decode(self, beton: Beton, indices: np.ndarray, crops: np.ndarray, out: np.ndarray, *, exact: bool) -> None:
+        """Decode images, cut `crops` out of them, and write them to `out` at its size.
+
+        Args:
+            indices: of the images [B].
+            crops: int32 [B, 5]: top, left, height, width in px of the whole image, and 1 for a left-right flip.
+            out: uint8 [B, S, S, 3], contiguous.
+            exact: False may decode a JPEG that is much larger than needed at 1/2, 1/4 or 1/8 of its size, which
+                averages blocks of pixels nearly as the resizing would.
+
+        Raises:
+            ValueError: stored bytes are not a whole image of the size that the file says.
+        """
+        ...
+
+
+DECODERS = {"native": NativeDecoder, "libffcv": LibffcvDecoder}
+
+
+def present_decoders() -> list[str]:
+    """The names of those that are installed, the best first. Loads nothing."""
+    found = {"native": find_native(), "libffcv": find_libffcv()}
+    return [name for name, path in found.items() if path is not None]
+
+
+def make_decoder(name: str = "auto") -> Decoder:
+    """The decoder of this name; "auto" is the best one that is installed.
+
+    Raises:
+        ValueError: no such name.
+        ModuleNotFoundError: it is not installed, or none is; says what to do.
+    """
+    if name != "auto" and name not in DECODERS:
+        raise ValueError(f"decoder {name!r}: give auto or one of {', '.join(DECODERS)}")
+    if name == "auto":
+        name = next(iter(present_decoders()), "native")
+    return DECODERS[name]()

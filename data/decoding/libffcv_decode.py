@@ -1,0 +1,145 @@
+"""Stored bytes -> square crops of a batch, by FFCV's C library: what stands in where ours was not built.
+
+The library is loaded by itself: importing the `ffcv` package would also import numba and compile for seconds.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+
+from data.beton.format import Beton, damaged_image
+
+_INTER_AREA = 3  # OpenCV's number; libffcv 1.0 always uses it and ignores the argument, later ones read it
+_JPEG_DENOMINATORS = (8, 4, 2)  # the reductions for which libjpeg-turbo has vectorized transforms
+
+_scratch = threading.local()
+
+
+def find_libffcv() -> Path | None:
+    """Where FFCV's compiled library lies, or None where FFCV is not installed. Imports nothing."""
+    spec = find_spec("ffcv")
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        for found in sorted(Path(folder).glob("_libffcv*.so")):
+            return found
+    return None
+
+
+class LibffcvDecoder:
+    """Decodes with FFCV's library: the whole JPEG at a reduced size where that suffices, then the crop.
+
+    Raises:
+        ModuleNotFoundError: FFCV is not installed, or does not load; says what to do.
+    """
+
+    name = "libffcv"
+
+    def __init__(self) -> None:
+        _library()
+        _opencv()
+
+    def decode(self, beton: Beton, indices: np.ndarray, crops: np.ndarray, out: np.ndarray, *, exact: bool) -> None:
+        """See `data.decoding.decode.Decoder`. A reduced JPEG's crop moves by up to half a pixel of the result."""
+        for destination, index, crop in zip(out, indices.tolist(), crops.tolist(), strict=True):
+            _decode_image(beton, index, crop, destination, exact=exact)
+
+
+def _decode_image(beton: Beton, index: int, crop: list[int], destination: np.ndarray, *, exact: bool) -> None:
+    top, left, crop_height, crop_width, flip = crop
+    height, width = int(beton.heights[index]), int(beton.widths[index])
+    stored = beton.image_bytes(index)
+    size = destination.shape[0]
+    if beton.is_jpeg(index):
+        denominator = 1 if exact else _jpeg_denominator(crop_height, crop_width, size)
+        pixels = _decode_jpeg(stored, height, width, denominator)
+        if pixels is None:
+            raise damaged_image(beton.path, index, f"it is not a whole JPEG of {height}x{width} px")
+        if denominator > 1:
+            height, width = pixels.shape[:2]
+            top, crop_height = _scaled(top, crop_height, denominator, height)
+            left, crop_width = _scaled(left, crop_width, denominator, width)
+    else:
+        pixels = stored.reshape(height, width, 3)
+    if crop_height >= size and crop_width >= size:
+        _library().resize(
+            *(0, pixels.ctypes.data, height, width),
+            *(top, top + crop_height, left, left + crop_width),
+            *(destination.ctypes.data, size, size, _INTER_AREA),
+        )
+    else:
+        # libffcv's area interpolation repeats pixels when it enlarges; bilinear is what torchvision does.
+        cut = pixels[top : top + crop_height, left : left + crop_width]
+        cv2 = _opencv()
+        cv2.resize(cut, (size, size), dst=destination, interpolation=cv2.INTER_LINEAR)
+    if flip:
+        destination[:] = destination[:, ::-1].copy()
+
+
+def _jpeg_denominator(crop_height: int, crop_width: int, size: int) -> int:
+    shorter = min(crop_height, crop_width)
+    return next((d for d in _JPEG_DENOMINATORS if shorter // d >= size), 1)
+
+
+def _scaled(start: int, length: int, denominator: int, limit: int) -> tuple[int, int]:
+    length = min(round(length / denominator), limit)
+    return min(round(start / denominator), limit - length), length
+
+
+def _decode_jpeg(stored: np.ndarray, height: int, width: int, denominator: int) -> np.ndarray | None:
+    scaled_height, scaled_width = -(-height // denominator), -(-width // denominator)
+    pixels = _scratch_pixels(scaled_height, scaled_width)
+    status = _library().imdecode(
+        *(stored.ctypes.data, stored.size, height, width, pixels.ctypes.data),
+        *(height, width, 0, 0, 1, denominator, False, False),
+    )
+    return pixels if status == 0 else None
+
+
+def _scratch_pixels(height: int, width: int) -> np.ndarray:
+    # One buffer a thread, as large as its largest image so far.
+    needed = height * width * 3
+    buffer = getattr(_scratch, "buffer", None)
+    if buffer is None or buffer.size < needed:
+        buffer = _scratch.buffer = np.empty(needed, dtype=np.uint8)
+    return buffer[:needed].reshape(height, width, 3)
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    path = find_libffcv()
+    if path is None:
+        raise ModuleNotFoundError(
+            "the FFCV loader needs FFCV, which is not installed: pip install 'brisk-vision[ffcv]' (see "
+            "docs/installation.md), or use the loader 'torch'",
+            name="ffcv",
+        )
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise ModuleNotFoundError(
+            f"FFCV's library {path} does not load ({error}): install OpenCV and libturbojpeg as docs/installation.md "
+            "says, or use the loader 'torch'",
+            name="ffcv",
+        ) from error
+    library.resize.argtypes = [ctypes.c_int64] * 12
+    library.resize.restype = None
+    library.imdecode.argtypes = (
+        [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint32, ctypes.c_void_p]
+        + [ctypes.c_uint32] * 6
+        + [ctypes.c_bool] * 2
+    )
+    library.imdecode.restype = ctypes.c_int
+    return library
+
+
+@cache
+def _opencv() -> ModuleType:
+    import cv2  # comes with FFCV, which requires it
+
+    return cv2

@@ -1,0 +1,478 @@
+// Stored images -> square crops of a batch: the part of a JPEG that a crop covers is decoded, at the smallest DCT scale
+// that is still at least as large as the result, and resized row by row while it is in the cache.
+//
+// Everything after libjpeg is integer arithmetic, so vectorized and plain code give the same bits on every machine.
+// Nothing here trusts the bytes: sizes are checked against what the caller knows, libjpeg's errors return to decode(),
+// and reading stops where the memory given ends.
+
+#include <algorithm>
+#include <cmath>
+#include <csetjmp>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <new>
+#include <vector>
+
+#include <jpeglib.h>
+#include <jerror.h>
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#define HAS_X86 1
+#else
+#define HAS_X86 0
+#endif
+
+namespace {
+
+constexpr int kChannels = 3;
+constexpr int kVerticalBits = 7;     // 255 << 7 still fits a signed 16-bit number, which multiply-add instructions take
+constexpr int kHorizontalBits = 14;  // and so do the weights of the second pass
+constexpr int kFineBits = 14;        // of the first pass where an output row covers many rows
+constexpr int kFewTaps = 4;
+constexpr int kPadding = 32;         // bytes that a vector load may read beyond a row
+constexpr int64_t kMostPixels = int64_t{1} << 28;
+constexpr int kMostScans = 1000;     // a progressive file may claim millions, each a pass over the whole image
+
+// One image of a batch; data/decoding/native_decode.py has the same layout.
+struct Request {
+    const uint8_t* bytes;
+    uint64_t size;
+    int32_t is_jpeg;
+    int32_t height, width;  // px, of the whole image
+    int32_t top, left, crop_height, crop_width;
+    int32_t flip;
+};
+
+struct Failure {
+    char text[JMSG_LENGTH_MAX];
+};
+
+// --- the filter ------------------------------------------------------------------------------------------------------
+
+// Weights of one axis: output i is the sum of weights[i * stride + t] * input[first[i] + t], t < stride.
+struct Filter {
+    std::vector<int32_t> first;
+    std::vector<int16_t> weights;
+    int stride = 0;  // even, the last weights may be zero
+    int bits = 0;    // weights of an output sum to 1 << bits
+
+    int last(int i) const { return first[i] + stride - 1; }
+};
+
+// Output i of `side` covers [start + i * length / side, start + (i + 1) * length / side) of the input where that is at
+// least one input pixel (area); else it interpolates between the two nearest centers within [start, start + length).
+// Rounding errors are carried along a row of weights, so that they always sum to one.
+void make_filter(Filter& filter, double start, double length, int side, int bits) {
+    const double ratio = length / side;
+    const bool shrinks = ratio >= 1.0;
+    const int taps = shrinks ? static_cast<int>(std::ceil(ratio)) + 1 : 2;
+    filter.stride = (taps + 1) / 2 * 2;
+    filter.bits = bits;
+    filter.first.resize(side);
+    filter.weights.assign(static_cast<size_t>(side) * filter.stride, 0);
+    const double one = 1 << bits;
+    for (int i = 0; i < side; ++i) {
+        int16_t* weights = &filter.weights[static_cast<size_t>(i) * filter.stride];
+        if (shrinks) {
+            const double begin = start + i * ratio, end = start + (i + 1) * ratio;
+            const int first = static_cast<int>(std::floor(begin));
+            filter.first[i] = first;
+            int before = 0;
+            for (int t = 0; t < taps; ++t) {
+                const double covered = std::clamp((first + t + 1 - begin) / (end - begin), 0.0, 1.0);
+                const int until = t == taps - 1 ? static_cast<int>(one) : static_cast<int>(std::lround(covered * one));
+                weights[t] = static_cast<int16_t>(until - before);
+                before = until;
+            }
+        } else {
+            const double center = std::clamp(start + (i + 0.5) * ratio - 0.5, start, start + length - 1);
+            const int first = static_cast<int>(std::floor(center));
+            filter.first[i] = first;
+            weights[1] = static_cast<int16_t>(std::lround((center - first) * one));
+            weights[0] = static_cast<int16_t>(one - weights[1]);
+        }
+    }
+}
+
+void mirror(Filter& filter) {
+    const int side = static_cast<int>(filter.first.size());
+    for (int i = 0; i < side / 2; ++i) {
+        std::swap(filter.first[i], filter.first[side - 1 - i]);
+        std::swap_ranges(&filter.weights[static_cast<size_t>(i) * filter.stride],
+                         &filter.weights[static_cast<size_t>(i) * filter.stride] + filter.stride,
+                         &filter.weights[static_cast<size_t>(side - 1 - i) * filter.stride]);
+    }
+}
+
+// --- the two passes --------------------------------------------------------------------------------------------------
+
+// sums[x] = sum over t of rows[t][x] * weights[t], scaled to kVerticalBits.
+using VerticalPass = void (*)(const uint8_t* const* rows, const int16_t* weights, int taps, int count, int16_t* sums);
+// One output row of `side` pixels from the sums.
+using HorizontalPass = void (*)(const int16_t* sums, const Filter& filter, int side, uint8_t* out);
+
+inline __attribute__((always_inline)) void add_few_rows(const uint8_t* const* rows, const int16_t* weights, int taps,
+                                                       int count, int16_t* sums) {
+    const uint8_t *a = rows[0], *b = rows[1];
+    const int16_t wa = weights[0], wb = weights[1];
+    if (taps <= 2) {
+        for (int x = 0; x < count; ++x) sums[x] = static_cast<int16_t>(a[x] * wa + b[x] * wb);
+        return;
+    }
+    const uint8_t *c = rows[2], *d = rows[3];
+    const int16_t wc = weights[2], wd = weights[3];
+    if (wd == 0) {
+        for (int x = 0; x < count; ++x) sums[x] = static_cast<int16_t>(a[x] * wa + b[x] * wb + c[x] * wc);
+        return;
+    }
+    for (int x = 0; x < count; ++x) sums[x] = static_cast<int16_t>(a[x] * wa + b[x] * wb + c[x] * wc + d[x] * wd);
+}
+
+inline __attribute__((always_inline)) void add_many_rows(const uint8_t* const* rows, const int16_t* weights, int taps,
+                                                        int count, int16_t* sums) {
+    constexpr int kChunk = 256;
+    int32_t wide[kChunk];
+    for (int begin = 0; begin < count; begin += kChunk) {
+        const int length = std::min(kChunk, count - begin);
+        for (int x = 0; x < length; ++x) wide[x] = 1 << (kFineBits - kVerticalBits - 1);
+        for (int t = 0; t < taps; ++t) {
+            const uint8_t* row = rows[t] + begin;
+            const int32_t weight = weights[t];
+            for (int x = 0; x < length; ++x) wide[x] += row[x] * weight;
+        }
+        for (int x = 0; x < length; ++x) sums[begin + x] = static_cast<int16_t>(wide[x] >> (kFineBits - kVerticalBits));
+    }
+}
+
+inline __attribute__((always_inline)) void add_rows(const uint8_t* const* rows, const int16_t* weights, int taps,
+                                                   int count, int16_t* sums) {
+    if (taps <= kFewTaps) {
+        add_few_rows(rows, weights, taps, count, sums);
+    } else {
+        add_many_rows(rows, weights, taps, count, sums);
+    }
+}
+
+template <int Stride>  // 0: as the filter says; a number lets the compiler lay the taps out
+inline void weigh_pixels(const int16_t* sums, const Filter& filter, int begin, int side, uint8_t* out) {
+    constexpr int kShift = kVerticalBits + kHorizontalBits;
+    const int stride = Stride ? Stride : filter.stride;
+    for (int i = begin; i < side; ++i) {
+        const int16_t* input = sums + static_cast<ptrdiff_t>(filter.first[i]) * kChannels;
+        const int16_t* weights = &filter.weights[static_cast<size_t>(i) * stride];
+        int32_t red = 1 << (kShift - 1), green = red, blue = red;
+        for (int t = 0; t < stride; ++t, input += kChannels) {
+            red += input[0] * weights[t];
+            green += input[1] * weights[t];
+            blue += input[2] * weights[t];
+        }
+        out[i * kChannels] = static_cast<uint8_t>(red >> kShift);
+        out[i * kChannels + 1] = static_cast<uint8_t>(green >> kShift);
+        out[i * kChannels + 2] = static_cast<uint8_t>(blue >> kShift);
+    }
+}
+
+void vertical_plain(const uint8_t* const* rows, const int16_t* weights, int taps, int count, int16_t* sums) {
+    add_rows(rows, weights, taps, count, sums);
+}
+
+void horizontal_plain(const int16_t* sums, const Filter& filter, int side, uint8_t* out) {
+    if (filter.stride == 2) {
+        weigh_pixels<2>(sums, filter, 0, side, out);
+    } else if (filter.stride == 4) {
+        weigh_pixels<4>(sums, filter, 0, side, out);
+    } else {
+        weigh_pixels<0>(sums, filter, 0, side, out);
+    }
+}
+
+#if HAS_X86
+__attribute__((target("avx2"))) void vertical_avx2(const uint8_t* const* rows, const int16_t* weights, int taps,
+                                                   int count, int16_t* sums) {
+    add_rows(rows, weights, taps, count, sums);
+}
+
+// Two taps of a pixel lie next to each other as R G B R G B; the shuffle pairs the channels, and one multiply-add
+// instruction weighs and adds a pair. Two pixels a turn, one in each half of a register.
+__attribute__((target("avx2"))) void horizontal_avx2(const int16_t* sums, const Filter& filter, int side,
+                                                     uint8_t* out) {
+    constexpr int kShift = kVerticalBits + kHorizontalBits;
+    const __m256i pairs = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 6, 7, 2, 3, 8, 9, 4, 5, 10, 11, -1, -1, -1, -1));
+    const __m256i half = _mm256_set1_epi32(1 << (kShift - 1));
+    const int stride = filter.stride;
+    int i = 0;
+    for (; i + 3 < side; i += 2) {  // stores 2 bytes beyond its two pixels, which the next turn or the rest overwrites
+        const int16_t* left = sums + static_cast<ptrdiff_t>(filter.first[i]) * kChannels;
+        const int16_t* right = sums + static_cast<ptrdiff_t>(filter.first[i + 1]) * kChannels;
+        const int16_t* weights = &filter.weights[static_cast<size_t>(i) * stride];
+        __m256i sum = half;
+        for (int t = 0; t < stride; t += 2) {
+            const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(left + t * kChannels));
+            const __m128i high = _mm_loadu_si128(reinterpret_cast<const __m128i*>(right + t * kChannels));
+            int32_t pair_left, pair_right;
+            std::memcpy(&pair_left, weights + t, sizeof pair_left);
+            std::memcpy(&pair_right, weights + stride + t, sizeof pair_right);
+            const __m256i values = _mm256_shuffle_epi8(_mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1), pairs);
+            const __m256i weight = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_set1_epi32(pair_left)),
+                                                           _mm_set1_epi32(pair_right), 1);
+            sum = _mm256_add_epi32(sum, _mm256_madd_epi16(values, weight));
+        }
+        const __m256i shifted = _mm256_srai_epi32(sum, kShift);
+        const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(shifted), _mm256_extracti128_si256(shifted, 1));
+        const __m128i bytes = _mm_shuffle_epi8(_mm_packus_epi16(words, words),
+                                               _mm_setr_epi8(0, 1, 2, 4, 5, 6, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1));
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(out + i * kChannels), bytes);
+    }
+    weigh_pixels<0>(sums, filter, i, side, out);
+}
+#endif
+
+struct Passes {
+    VerticalPass vertical = vertical_plain;
+    HorizontalPass horizontal = horizontal_plain;
+};
+
+Passes choose_passes(bool plain) {
+#if HAS_X86
+    if (!plain && __builtin_cpu_supports("avx2")) return {vertical_avx2, horizontal_avx2};
+#endif
+    (void)plain;
+    return {};
+}
+
+// Rows in, resized rows out, as soon as the last one that they need is there.
+class Resizer {
+   public:
+    explicit Resizer(Passes passes) : passes_(passes) {}
+
+    // The crop begins at (y, x) of the rows that will be added, and may begin and end within a pixel.
+    void begin(double y, double crop_height, double x, double crop_width, int columns, int side, bool flip, uint8_t* out) {
+        const bool few = crop_height / side <= kFewTaps - 1;
+        make_filter(down_, y, crop_height, side, few ? kVerticalBits : kFineBits);
+        make_filter(across_, x, crop_width, side, kHorizontalBits);
+        if (flip) mirror(across_);
+        count_ = columns * kChannels;
+        sums_.assign(static_cast<size_t>(std::max(columns, furthest(across_))) * kChannels + kPadding, 0);
+        rows_.resize(down_.stride);
+        side_ = side;
+        next_ = 0;
+        out_ = out;
+    }
+
+    // Rows [0, available) lie at `pixels`, `pitch` bytes apart.
+    void resize_ready(const uint8_t* pixels, size_t pitch, int available, bool all) {
+        while (next_ < side_) {
+            const int first = down_.first[next_];
+            const int16_t* weights = &down_.weights[static_cast<size_t>(next_) * down_.stride];
+            int needed = down_.stride;
+            while (weights[needed - 1] == 0) --needed;
+            if (first + needed > available && !all) return;
+            // Taps without weight may lie beyond the last row: any row will do for them.
+            for (int t = 0; t < down_.stride; ++t) rows_[t] = pixels + pitch * std::min(first + t, available - 1);
+            passes_.vertical(rows_.data(), weights, down_.stride, count_, sums_.data());
+            passes_.horizontal(sums_.data(), across_, side_, out_ + static_cast<size_t>(next_) * side_ * kChannels);
+            ++next_;
+        }
+    }
+
+   private:
+    static int furthest(const Filter& filter) {
+        const int side = static_cast<int>(filter.first.size());
+        return std::max(filter.last(0), filter.last(side - 1)) + 1;
+    }
+
+    Passes passes_;
+    Filter down_, across_;
+    std::vector<int16_t> sums_;
+    std::vector<const uint8_t*> rows_;
+    int count_ = 0, side_ = 0, next_ = 0;
+    uint8_t* out_ = nullptr;
+};
+
+// --- JPEG ------------------------------------------------------------------------------------------------------------
+
+// What libjpeg calls back: errors leave by longjmp, as its interface wants.
+struct Handler {
+    jpeg_error_mgr base;
+    jmp_buf leave;
+};
+
+[[noreturn]] void leave(j_common_ptr info) { std::longjmp(reinterpret_cast<Handler*>(info->err)->leave, 1); }
+
+// Warnings that mean lost picture are errors: libjpeg would go on with grey. The others (stray bytes, odd markers) are
+// common in the wild and harmless.
+void on_message(j_common_ptr info, int level) {
+    if (level >= 0) return;
+    const int code = info->err->msg_code;
+    if (code == JWRN_EXTRANEOUS_DATA || code == JWRN_ADOBE_XFORM || code == JWRN_JFIF_MAJOR) return;
+    leave(info);
+}
+
+void on_progress(j_common_ptr info) {
+    auto* decoder = reinterpret_cast<j_decompress_ptr>(info);
+    if (info->is_decompressor && decoder->input_scan_number > kMostScans) {
+        info->err->msg_code = JWRN_BOGUS_PROGRESSION;
+        leave(info);
+    }
+}
+
+class Decoder {
+   public:
+    explicit Decoder(Passes passes) : resizer_(passes) {
+        info_.err = jpeg_std_error(&handler_.base);
+        handler_.base.error_exit = leave;
+        handler_.base.emit_message = on_message;
+        handler_.base.output_message = [](j_common_ptr) {};
+        created_ = setjmp(handler_.leave) == 0;
+        if (created_) jpeg_create_decompress(&info_);
+        monitor_.progress_monitor = on_progress;
+        info_.progress = &monitor_;
+    }
+    Decoder(const Decoder&) = delete;
+    Decoder& operator=(const Decoder&) = delete;
+    ~Decoder() {
+        if (created_) jpeg_destroy_decompress(&info_);
+    }
+
+    // The crop of one image, side x side px, at `out`; false, and why, where that is not to be had.
+    bool decode(const Request& request, int side, bool exact, uint8_t* out, Failure& failure) {
+        if (!plausible(request, side, failure)) return false;
+        if (!request.is_jpeg) {
+            const size_t pitch = static_cast<size_t>(request.width) * kChannels;
+            resizer_.begin(0, request.crop_height, 0, request.crop_width, request.crop_width, side, request.flip, out);
+            resizer_.resize_ready(request.bytes + pitch * request.top + size_t{kChannels} * request.left, pitch,
+                                  request.crop_height, true);
+            return true;
+        }
+        if (!created_) return fail(failure, "libjpeg does not start: another version was compiled against");
+        return decode_jpeg(request, side, exact, out, failure);
+    }
+
+   private:
+    static bool fail(Failure& failure, const char* text) {
+        std::snprintf(failure.text, sizeof failure.text, "%s", text);
+        return false;
+    }
+
+    static bool plausible(const Request& r, int side, Failure& failure) {
+        if (r.height < 1 || r.width < 1 || int64_t{r.height} * r.width > kMostPixels) {
+            return fail(failure, "its size is outside of what is decoded");
+        }
+        if (side < 1 || r.crop_height < 1 || r.crop_width < 1 || r.top < 0 || r.left < 0 ||
+            r.top > r.height - r.crop_height || r.left > r.width - r.crop_width) {
+            return fail(failure, "the crop does not lie within it");
+        }
+        if (!r.is_jpeg && r.size != static_cast<uint64_t>(r.height) * r.width * kChannels) {
+            return fail(failure, "its bytes are not as many as its pixels need");
+        }
+        return true;
+    }
+
+    // Nothing with a destructor may live in this function: errors jump out of it.
+    bool decode_jpeg(const Request& r, int side, bool exact, uint8_t* out, Failure& failure) {
+        if (setjmp(handler_.leave)) {
+            info_.err->format_message(reinterpret_cast<j_common_ptr>(&info_), failure.text);
+            jpeg_abort_decompress(&info_);
+            return false;
+        }
+        info_.err->num_warnings = 0;
+        jpeg_mem_src(&info_, const_cast<uint8_t*>(r.bytes), static_cast<unsigned long>(r.size));
+        jpeg_read_header(&info_, TRUE);
+        if (static_cast<int>(info_.image_height) != r.height || static_cast<int>(info_.image_width) != r.width) {
+            jpeg_abort_decompress(&info_);
+            return fail(failure, "it is of another size than the file says");
+        }
+        if (info_.num_components != 1 && info_.num_components != kChannels) {
+            jpeg_abort_decompress(&info_);
+            return fail(failure, "it is neither grey nor of three colors");
+        }
+        const int scale = exact ? 1 : dct_scale(r, side);
+        info_.out_color_space = JCS_RGB;
+        info_.scale_num = 1;
+        info_.scale_denom = static_cast<unsigned>(scale);
+        jpeg_start_decompress(&info_);
+
+        // The crop in scaled coordinates need not begin at a pixel's edge; the resizer takes it as it is. The margin
+        // gives the interpolation of colors its neighbours.
+        const double top = double(r.top) / scale, left = double(r.left) / scale;
+        const double height = double(r.crop_height) / scale, width = double(r.crop_width) / scale;
+        JDIMENSION first_column = static_cast<JDIMENSION>(std::max(0, static_cast<int>(std::floor(left)) - kMargin));
+        const JDIMENSION last_column =
+            std::min(info_.output_width, static_cast<JDIMENSION>(std::ceil(left + width)) + kMargin);
+        JDIMENSION columns = last_column - first_column;
+        jpeg_crop_scanline(&info_, &first_column, &columns);
+        const JDIMENSION first_row = static_cast<JDIMENSION>(std::floor(top));
+        const int rows = std::min<int>(info_.output_height, static_cast<int>(std::ceil(top + height))) - first_row;
+        if (first_row > 0 && jpeg_skip_scanlines(&info_, first_row) != first_row) {
+            jpeg_abort_decompress(&info_);
+            return fail(failure, "it ends before the crop");
+        }
+        // Above were only small things, so this is where memory is asked for: what the crop needs and no more.
+        const size_t pitch = static_cast<size_t>(columns) * kChannels;
+        prepare(pitch * rows, top - first_row, height, left - first_column, width, static_cast<int>(columns), side, r.flip, out);
+        for (int done = 0; done < rows;) {
+            JSAMPROW lines[kLines];
+            const int wanted = std::min(kLines, rows - done);
+            for (int i = 0; i < wanted; ++i) lines[i] = pixels_.data() + pitch * (done + i);
+            done += static_cast<int>(jpeg_read_scanlines(&info_, lines, static_cast<JDIMENSION>(wanted)));
+            resizer_.resize_ready(pixels_.data(), pitch, done, done == rows);
+        }
+        jpeg_abort_decompress(&info_);  // what lies below the crop is not looked at
+        return true;
+    }
+
+    void prepare(size_t bytes, double y, double crop_height, double x, double crop_width, int columns, int side,
+                 bool flip, uint8_t* out) {
+        if (pixels_.size() < bytes) pixels_.resize(bytes);
+        resizer_.begin(y, crop_height, x, crop_width, columns, side, flip, out);
+    }
+
+    // libjpeg-turbo has vectorized transforms for these reductions only; the others cost more than they save.
+    static int dct_scale(const Request& r, int side) {
+        const int shorter = std::min(r.crop_height, r.crop_width);
+        for (int scale : {8, 4, 2}) {
+            if (shorter >= side * scale) return scale;
+        }
+        return 1;
+    }
+
+    static constexpr int kLines = 8;
+    static constexpr int kMargin = 2;
+    Handler handler_{};
+    jpeg_decompress_struct info_{};
+    jpeg_progress_mgr monitor_{};
+    Resizer resizer_;
+    std::vector<uint8_t> pixels_;
+    bool created_ = false;
+};
+
+}  // namespace
+
+extern "C" {
+
+// Decode `count` images into `out`, uint8 [count, side, side, 3]. Returns -1, or the number of the first image that is
+// not as it should be, with the reason in `message` (of `message_size` bytes).
+int64_t brisk_decode_batch(const Request* requests, int64_t count, int32_t side, int32_t exact, int32_t plain,
+                           uint8_t* out, char* message, int64_t message_size) {
+    int64_t i = 0;
+    Failure failure{};
+    try {
+        Decoder decoder(choose_passes(plain));
+        while (i < count) {
+            uint8_t* crop = out + static_cast<size_t>(i) * side * side * kChannels;
+            if (!decoder.decode(requests[i], side, exact, crop, failure)) break;
+            ++i;
+        }
+    } catch (const std::bad_alloc&) {
+        std::snprintf(failure.text, sizeof failure.text, "there is not enough memory to decode it");
+    }
+    std::snprintf(message, static_cast<size_t>(message_size), "%s", failure.text);
+    return i < count ? i : -1;
+}
+
+// Raised with every change of the functions above: a library that was built before is then not used.
+int32_t brisk_decode_version() { return 1; }
+
+}  // extern "C"

@@ -1,0 +1,89 @@
+"""Stored bytes -> square crops of a batch, by the C++ of data/native: only what the crop covers is decoded."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+
+from data.beton.format import Beton, damaged_image
+
+_VERSION = 1  # of the functions in data/decoding/native/decode.cpp
+_MESSAGE_BYTES = 256
+# As `struct Request` in data/decoding/native/decode.cpp.
+_REQUEST = np.dtype(
+    [
+        ("bytes", np.uint64),
+        ("size", np.uint64),
+        ("is_jpeg", np.int32),
+        ("height", np.int32),
+        ("width", np.int32),
+        ("crop", np.int32, 5),
+    ],
+    align=True,
+)
+
+
+def find_native() -> Path | None:
+    """Where the compiled library lies, or None where it could not be built. Imports nothing."""
+    spec = find_spec("data.decoding._native_decode")
+    return Path(spec.origin) if spec and spec.origin else None
+
+
+class NativeDecoder:
+    """Decodes with this package's own library.
+
+    Args:
+        plain: True does without vector instructions; the pixels are the same.
+
+    Raises:
+        ModuleNotFoundError: it was not built, or does not load; says what to do.
+    """
+
+    name = "native"
+
+    def __init__(self, *, plain: bool = False) -> None:
+        self._library = _library()
+        self._plain = plain
+
+    def decode(self, beton: Beton, indices: np.ndarray, crops: np.ndarray, out: np.ndarray, *, exact: bool) -> None:
+        """See `data.decoding.decode.Decoder`. The crop's place is exact to a fraction of a pixel, reduced or not."""
+        if out.dtype != np.uint8 or not out.flags.c_contiguous or out.shape[1:] != (out.shape[1], out.shape[1], 3):
+            raise ValueError(f"crops go to contiguous uint8 [B, S, S, 3], not {out.dtype} {list(out.shape)}")
+        requests = np.zeros(len(indices), dtype=_REQUEST)
+        requests["bytes"], requests["size"] = beton.addresses(indices), beton.num_bytes(indices)
+        requests["is_jpeg"] = beton.is_jpeg(indices)
+        requests["height"], requests["width"] = beton.heights[indices], beton.widths[indices]
+        requests["crop"] = crops
+        message = ctypes.create_string_buffer(_MESSAGE_BYTES)
+        failed = self._library.brisk_decode_batch(
+            *(requests.ctypes.data, len(requests), out.shape[1], exact, self._plain),
+            *(out[: len(requests)].ctypes.data, message, _MESSAGE_BYTES),
+        )
+        if failed >= 0:
+            raise damaged_image(beton.path, int(indices[failed]), message.value.decode(errors="replace"))
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    path = find_native()
+    try:
+        if path is None:
+            raise OSError("it was not built")
+        library = ctypes.CDLL(str(path))
+        if library.brisk_decode_version() != _VERSION:
+            raise OSError(f"{path} is of another version than this package")
+    except (OSError, AttributeError) as error:
+        raise ModuleNotFoundError(
+            f"the native decoder does not load: {error}. Install a C++ compiler and libjpeg-turbo with its headers, "
+            "and this package again (see docs/installation.md), or use the loader 'torch'",
+            name="data.decoding._native_decode",
+        ) from error
+    library.brisk_decode_batch.argtypes = (
+        [ctypes.c_void_p, ctypes.c_int64] + [ctypes.c_int32] * 3 + [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int64]
+    )
+    library.brisk_decode_batch.restype = ctypes.c_int64
+    return library

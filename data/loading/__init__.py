@@ -1,0 +1,1 @@
+"""Batches: loaders whose sizes change between passes, the order of images, augmentation, normalization."""

@@ -1,0 +1,227 @@
+"""What both loaders share: position, sizes, order and crops. They differ only in how a batch is decoded."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from data.decoding.crops import CropSettings
+from data.loading.augment import Augmentation, augment_batch, build_augmentations
+from data.loading.order import eval_batches, train_batches
+from data.loading.to_device import Batch, to_device
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Everything but its index that decides about an image's pixels in one pass over the data."""
+
+    epoch: int
+    seed: int
+    image_size: int
+    augment: bool
+    crops: CropSettings
+    augmentations: tuple[Augmentation, ...] = ()
+
+    def crop_rows(self, indices: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
+        """int32 [B, 5]: top, left, height, width in px, and the flip."""
+        return self.crops.rows(indices, heights, widths, seed=self.seed, epoch=self.epoch, augment=self.augment)
+
+    def augment_images(self, indices: np.ndarray, images: np.ndarray) -> None:
+        """Augment uint8 [B, S, S, 3] in place; nothing where the pass does not augment."""
+        if self.augment:
+            augment_batch(images, indices, self.augmentations, seed=self.seed, epoch=self.epoch)
+
+
+class Loader(ABC):
+    """Batches of one rank, as (images, labels): uint8 [B, 3, S, S] in channels-last memory, and int64 [B].
+
+    Order and pixels follow from the seed, the epoch and the images alone: not from the number of workers, of ranks,
+    or from what was asked for before. Every batch has memory of its own.
+
+    Sizes and position are set for the next `iter()`; a pass that is under way keeps its own. Beginning a pass closes
+    the one before. Once its first batch is asked for, a pass counts as taken: the one after it is the next epoch.
+
+    Args:
+        num_samples: images of all ranks.
+        per_device_batch_size: images in a batch of one rank.
+        image_size: S, in px.
+        train: True shuffles, crops at random and flips; False keeps the order and crops the center.
+        num_workers: threads or processes that decode; 0 decodes where the batch is asked for.
+        drop_last: in training, leave out the last batch where it is not full. Evaluation never leaves anything out.
+        crop_scale: range of a training crop's share of the image's area.
+        crop_aspect: range of a training crop's width / height.
+        crop_ratio: side of a training crop over the image's shorter side, for squares of one size; None for crop_scale.
+        flip_probability: of a left-right flip in training.
+        eval_crop_ratio: side of the evaluation crop over the image's shorter side.
+        augmentations: what else is done in training, in this order, each a name in
+            `data.loading.augment.AUGMENTATIONS` and its settings: `[{"name": "color_jitter", "brightness": 0.4}]`.
+        device: where batches are handed out. On CUDA they are copied ahead of the step, on a stream of their own.
+
+    Attributes:
+        batch_size, image_size: of the next pass.
+        num_samples, class_names: of the data.
+        mean, std: per channel on the 0..255 scale.
+        position: (epoch, batch) that the next pass begins with.
+    """
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def __init__(
+        self,
+        *,
+        num_samples: int,
+        class_names: tuple[str, ...],
+        per_device_batch_size: int,
+        image_size: int,
+        train: bool,
+        seed: int = 0,
+        num_workers: int = 2,
+        rank: int = 0,
+        world_size: int = 1,
+        drop_last: bool = True,
+        crop_scale: tuple[float, float] = (0.08, 1.0),
+        crop_aspect: tuple[float, float] = (3 / 4, 4 / 3),
+        crop_ratio: float | None = None,
+        flip_probability: float = 0.5,
+        eval_crop_ratio: float = 0.875,
+        augmentations: Sequence[Mapping[str, Any]] = (),
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if num_workers < 0:
+            raise ValueError(f"num_workers {num_workers}: give a whole number of at least 0")
+        self.num_samples = num_samples
+        self.class_names = class_names
+        self.train = train
+        self.num_workers = num_workers
+        self.position = (0, 0)
+        self.device = torch.device(device)
+        self._seed = seed
+        self._rank = rank
+        self._world_size = world_size
+        self._drop_last = drop_last
+        self._test_crop = not train
+        self._decoding: Generator[Batch, None, None] | None = None
+        self._crops = CropSettings(
+            scale=(crop_scale[0], crop_scale[1]),
+            aspect=(crop_aspect[0], crop_aspect[1]),
+            crop_ratio=crop_ratio,
+            flip_probability=flip_probability,
+            eval_crop_ratio=eval_crop_ratio,
+        )
+        self._augmentations = build_augmentations(augmentations)
+        self.set_image_size(image_size)
+        self.set_batch_size(per_device_batch_size)
+
+    def set_image_size(self, image_size: int) -> None:
+        """Side in px of the images of the next pass.
+
+        Raises:
+            ValueError: not a whole number of at least 1.
+        """
+        self.image_size = _whole(image_size, "image size", "px")
+
+    def set_batch_size(self, per_device_batch_size: int) -> None:
+        """Images a device in a batch of the next pass.
+
+        Raises:
+            ValueError: not a whole number of at least 1, or the data do not fill a single batch.
+        """
+        size = _whole(per_device_batch_size, "per-device batch size", "images")
+        self._index_batches(epoch=0, per_device_batch_size=size)
+        self.batch_size = size
+
+    def set_test_crop(self, enabled: bool) -> None:
+        """From the next pass on, crop as evaluation does and augment nothing (True), or as in training (False).
+
+        The order is that of training either way. An evaluation loader has nothing but the test crop.
+        """
+        self._test_crop = enabled or not self.train
+
+    def set_position(self, epoch: int, batch: int = 0) -> None:
+        """Begin the next pass in `epoch` at its batch number `batch`; the batches before it are not decoded.
+
+        Raises:
+            ValueError: a negative number. A batch beyond the end of the epoch is found when the pass begins, because
+                the batch size may change until then.
+        """
+        if epoch < 0 or batch < 0:
+            raise ValueError(f"position (epoch {epoch}, batch {batch}): both count from 0")
+        self.position = (epoch, batch)
+
+    def __len__(self) -> int:
+        """Batches of a whole pass at the current batch size, the same on every rank."""
+        return len(self._index_batches(epoch=0, per_device_batch_size=self.batch_size))
+
+    def __iter__(self) -> Iterator[Batch]:
+        epoch, first = self.position
+        batches = self._index_batches(epoch=epoch, per_device_batch_size=self.batch_size)
+        if first > len(batches):
+            raise ValueError(
+                f"position (epoch {epoch}, batch {first}): an epoch has {len(batches)} batches of {self.batch_size}; "
+                "give a smaller batch number, or the batch size that the position was taken at"
+            )
+        this_pass = Pass(epoch, self._seed, self.image_size, not self._test_crop, self._crops, self._augmentations)
+        if self._decoding is not None:
+            self._decoding.close()
+            self._decoding = None
+        return self._serve(batches[first:], this_pass)
+
+    def _serve(self, batches: list[np.ndarray], this_pass: Pass) -> Generator[Batch, None, None]:
+        # Runs from the first next() on. A pass that is left early counts too: otherwise a loop that takes some batches
+        # of every epoch would see the same images for ever.
+        self.position = (this_pass.epoch + 1, 0)
+        decoding = self._decoding = self._decode(batches, this_pass)
+        try:
+            for batch in to_device(decoding, self.device):
+                yield batch
+                if self._decoding is not decoding:
+                    raise RuntimeError("this pass over the data is over: a newer one over the same loader has begun")
+        finally:
+            decoding.close()
+
+    def _index_batches(self, *, epoch: int, per_device_batch_size: int) -> list[np.ndarray]:
+        if not self.train:
+            return eval_batches(
+                self.num_samples,
+                per_device_batch_size=per_device_batch_size,
+                rank=self._rank,
+                world_size=self._world_size,
+            )
+        return train_batches(
+            self.num_samples,
+            per_device_batch_size=per_device_batch_size,
+            rank=self._rank,
+            world_size=self._world_size,
+            seed=self._seed,
+            epoch=epoch,
+            drop_last=self._drop_last,
+        )
+
+    @abstractmethod
+    def _decode(self, batches: list[np.ndarray], this_pass: Pass) -> Generator[Batch, None, None]:
+        """The batches of one pass, given the image indices of each. Closing it ends what works for it."""
+
+
+def empty_images(num_images: int, image_size: int, *, pinned: bool = False) -> tuple[torch.Tensor, np.ndarray]:
+    """Fresh memory for a batch, twice: as the tensor [B, 3, S, S] to hand out and as the array [B, S, S, 3] to fill.
+
+    pinned: in memory that a GPU reads by itself; torch keeps it for the next batch once the copy is done.
+    """
+    shape = (num_images, image_size, image_size, 3)
+    if pinned:
+        images = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+    else:
+        images = torch.from_numpy(np.empty(shape, dtype=np.uint8))  # numpy asks for huge pages, torch does not
+    return images.permute(0, 3, 1, 2), images.numpy()
+
+
+def _whole(value: int, what: str, unit: str) -> int:
+    if int(value) != value or value < 1:
+        raise ValueError(f"{what} {value}: give a whole number of {unit}, at least 1")
+    return int(value)

@@ -1,0 +1,101 @@
+"""The same batches without FFCV: torch's DataLoader and torchvision's transforms over a Source."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2 import functional
+
+from data.loading.loader import Batch, Loader, Pass, empty_images
+from data.sources import Source, channel_statistics
+
+_Item = tuple[int, Pass]
+
+
+class TorchLoader(Loader):
+    """Decodes a Source in `num_workers` processes, in the order and with the crops of `FFCVLoader`.
+
+    Workers stay alive between passes: the image size and the epoch reach them with every index. torch's global
+    generator is not touched.
+
+    Args:
+        source: the images.
+        settings: those of `Loader`, but for `num_samples` and `class_names`, which the source knows.
+    """
+
+    def __init__(self, source: Source, **settings: Any) -> None:
+        super().__init__(num_samples=len(source), class_names=source.class_names, **settings)
+        self._source = source
+        self._sampler = _PassSampler()
+        self._dataloader = DataLoader(
+            _CroppedImages(source),
+            batch_sampler=self._sampler,  # pyright: ignore[reportArgumentType] (items are not plain indices)
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=self.device.type == "cuda",
+            collate_fn=_collate,
+            generator=torch.Generator().manual_seed(0),  # for the workers' seeds, which nothing here uses
+        )
+
+    @cached_property
+    def _statistics(self) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+        return channel_statistics(self._source)
+
+    @property
+    def mean(self) -> tuple[float, float, float]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Per channel, on the 0..255 scale; looks at up to 2,000 images when first asked for."""
+        return self._statistics[0]
+
+    @property
+    def std(self) -> tuple[float, float, float]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Per channel, on the 0..255 scale; looks at up to 2,000 images when first asked for."""
+        return self._statistics[1]
+
+    def _decode(self, batches: list[np.ndarray], this_pass: Pass) -> Generator[Batch, None, None]:
+        self._sampler.batches = [[(int(index), this_pass) for index in indices] for indices in batches]
+        yield from self._dataloader
+
+
+class _PassSampler:
+    """What the DataLoader asks for the batches of the pass that begins."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[_Item]] = []
+
+    def __iter__(self) -> Iterator[list[_Item]]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+class _CroppedImages(Dataset[tuple[torch.Tensor, int]]):
+    def __init__(self, source: Source) -> None:
+        self._source = source
+
+    def __getitem__(self, item: _Item) -> tuple[torch.Tensor, int]:
+        index, this_pass = item
+        image = self._source.image(index)
+        height, width = image.shape[:2]
+        rows = this_pass.crop_rows(np.array([index]), np.array([height]), np.array([width]))
+        top, left, crop_height, crop_width, flip = rows[0].tolist()
+        size = [this_pass.image_size, this_pass.image_size]
+        pixels = torch.from_numpy(image).permute(2, 0, 1)
+        pixels = functional.resized_crop(pixels, top, left, crop_height, crop_width, size, antialias=True)
+        if flip:
+            pixels = functional.horizontal_flip(pixels)
+        images = pixels.permute(1, 2, 0).contiguous()
+        this_pass.augment_images(np.array([index]), images[None].numpy())
+        return images.permute(2, 0, 1), self._source.label(index)
+
+
+def _collate(samples: list[tuple[torch.Tensor, int]]) -> Batch:
+    images, _ = empty_images(len(samples), samples[0][0].shape[-1])
+    for destination, (pixels, _) in zip(images, samples, strict=True):
+        destination.copy_(pixels)
+    return images, torch.tensor([label for _, label in samples], dtype=torch.int64)

@@ -1,0 +1,41 @@
+"""Where images come from: folders, the digits, CIFAR, made-up ones; and what is made of image files."""
+
+from data.sources.sources import (
+    SOURCES,
+    SPLITS,
+    ArraySource,
+    FileSource,
+    FolderSource,
+    Source,
+    build_source,
+    channel_statistics,
+    channel_sums,
+    cifar10,
+    cifar100,
+    digits,
+    folder,
+    mean_and_std,
+    source_stamp,
+    statistics_picks,
+    synthetic,
+)
+
+__all__ = [
+    "SOURCES",
+    "SPLITS",
+    "ArraySource",
+    "FileSource",
+    "FolderSource",
+    "Source",
+    "build_source",
+    "channel_statistics",
+    "channel_sums",
+    "cifar10",
+    "cifar100",
+    "digits",
+    "folder",
+    "mean_and_std",
+    "source_stamp",
+    "statistics_picks",
+    "synthetic",
+]

@@ -1,0 +1,128 @@
+"""Every mistake in a recipe ends in one line that names file, key, what was given and what is allowed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from training.recipe import load_recipe
+from training.recipe.schema import RecipeError
+
+ROOT = Path(__file__).parents[3]
+DIGITS = ROOT / "yamls" / "digits_medium.yaml"
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("modle.name=resnet18", ["modle: unknown key", "did you mean model?"]),
+        ("data.train.image_siz=3", ["data.train.image_siz: unknown key (given 3)", "did you mean image_size?"]),
+        ("data.train.image_size=large", ["data.train.image_size: is 'large'; it must be a whole number"]),
+        ("data.train.image_size=12.5", ["data.train.image_size: is 12.5; it must be a whole number"]),
+        ("data.train.image_size=0", ["data.train.image_size: is 0; it must be at least 1"]),
+        ("data.train.image_size=null", ["data.train.image_size: is None; it must be a whole number"]),
+        ("data.train.loader=fcv", ["data.train.loader: is 'fcv'", "one of auto, ffcv, torch", "did you mean ffcv?"]),
+        ("data.train.crop_scale=[0.5]", ["data.train.crop_scale: is [0.5]", "a list of 2 values"]),
+        ("data.train.crop_ratio=1.5", ["data.train.crop_ratio: is 1.5; it must lie in (0, 1]"]),
+        ("data.train.crop_ratio=0.875", ["data.train.crop_ratio: is 0.875 beside crop_scale and crop_aspect_ratio"]),
+        ("data.train.per_device_batch_size=3", ["data.train: global_batch_size is 64", "give exactly one"]),
+        ("data.source.name=digit", ["data.source.name: 'digit' is no source", "did you mean digits?"]),
+        ("data.source.eval_fracton=0.1", ["data.source.eval_fracton: unknown key", "did you mean eval_fraction?"]),
+        ("model.name=resnet5", ["model.name: unknown model 'resnet5'", "did you mean resnet50?"]),
+        ("model.widht=3", ["model.widht: unknown key", "did you mean width?"]),
+        ("model=3", ["model.name: is missing (given 3)"]),
+        ("algorithms.mixupp={}", ["algorithms.mixupp: 'mixupp' is no algorithm", "did you mean mixup?"]),
+        ("algorithms.mixup.alpa=1", ["algorithms.mixup.alpa: unknown key (given 1)", "did you mean alpha?"]),
+        ("algorithms.mixup.alpha=much", ["algorithms.mixup.alpha: is 'much'; it must be a number"]),
+        ("algorithms.sam.rho=-1", ["algorithms.sam: sam.rho is -1"]),
+        ("algorithms.sam.perturbation=locl", ["algorithms.sam.perturbation: is 'locl'", "global, per_rank"]),
+        ("algorithms=3", ["algorithms: is 3; it must be a mapping"]),
+        (
+            "algorithms.progressive_resizing.stages=[{epochs: 1, imag_size: 3}]",
+            ["algorithms.progressive_resizing.stages[0].imag_size: unknown key", "did you mean image_size?"],
+        ),
+        (
+            "algorithms.progressive_resizing.stages=[{epochs: 1}]",
+            ["algorithms.progressive_resizing.stages[0].image_size: is missing; give a whole number"],
+        ),
+        ("optimizer.name=sdg", ["optimizer.name: 'sdg' is no optimizer", "did you mean sgd?"]),
+        ("optimizer.learning_rate=fast", ["optimizer.learning_rate: is 'fast'; it must be a number"]),
+        ("schedule.decay=cosin", ["schedule.decay: is 'cosin'", "did you mean cosine?"]),
+        ("schedule.decay=step", ["schedule: decay: step needs milestones_epochs"]),
+        ("precision=bf16", ["precision: is 'bf16'", "did you mean amp_bf16?"]),
+        ("parallelism.strategy=dpp", ["parallelism.strategy: is 'dpp'", "did you mean ddp?"]),
+        ("checkpoints.every_epochs=0", ["checkpoints.every_epochs: is 0; it must be at least 1"]),
+        ("run_name=a/b", ["run_name: is 'a/b'"]),
+        ("seed", ["seed: an override has the form key=value"]),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_it(override: str, says: list[str]) -> None:
+    with pytest.raises(RecipeError) as error:
+        load_recipe(DIGITS, [override])
+    text = str(error.value)
+    assert text.startswith(f"{DIGITS}: ")
+    assert "\n" not in text
+    for part in says:
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda text: text + "\nseed: 1\n", "found duplicate key seed"),
+        (lambda text: text.replace("run_name: digits_medium\n", ""), "run_name: is missing; give text"),
+        (lambda text: text.replace("learning_rate: 0.2, ", ""), "optimizer: learning_rate is None and learning"),
+        (lambda text: text + "\n  - [", "while parsing"),
+        (lambda text: "- a\n- b\n", "is not a mapping"),
+        (lambda text: text.replace("seed: 0", "seed: ${sed}"), "sed"),
+    ],
+)
+def test_a_broken_file_is_one_line(tmp_path: Path, change, says: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(change(DIGITS.read_text()))
+    with pytest.raises(RecipeError) as error:
+        load_recipe(path)
+    assert str(error.value).startswith(f"{path}: ")
+    assert "\n" not in str(error.value)
+    assert says in str(error.value)
+
+
+def test_a_missing_file_and_a_key_given_twice_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="no such file"):
+        load_recipe(tmp_path / "none.yaml")
+    with pytest.raises(RecipeError, match="seed: given twice"):
+        load_recipe(DIGITS, ["seed=1", "seed=2"])
+
+
+def test_a_number_with_an_exponent_is_a_number(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(DIGITS.read_text().replace("weight_decay: 5.0e-4", "weight_decay: 1e-3"))
+    assert load_recipe(path).optimizer["weight_decay"] == 1e-3
+    assert load_recipe(DIGITS, ["optimizer.weight_decay=1e-3"]).optimizer["weight_decay"] == 1e-3
+
+
+def test_toggling() -> None:
+    plain = load_recipe(DIGITS).algorithms
+    assert sorted(plain) == [
+        "blurpool", "channels_last", "fixres", "label_smoothing", "mixup", "progressive_resizing", "sam",
+    ]  # fmt: skip
+    off = load_recipe(DIGITS, ["algorithms.sam=null"]).algorithms
+    assert sorted({*plain} - {*off}) == ["sam"]
+    assert load_recipe(DIGITS, ["algorithms.mixup.alpha=0.1"]).algorithms["mixup"]["alpha"] == 0.1
+    # A setting turns on what a recipe has off, with every other setting at its default.
+    again = load_recipe(DIGITS, ["algorithms=null", "algorithms.mixup.alpha=0.3"]).algorithms
+    assert list(again) == ["mixup"]
+    assert again["mixup"]["alpha"] == 0.3
+    assert load_recipe(DIGITS, ["algorithms=null"]).algorithms == {}
+    assert load_recipe(DIGITS, ["algorithms.label_smoothing={}"]).algorithms["label_smoothing"]["smoothing"] == 0.1
+
+
+def test_the_settings_written_down_give_the_same_recipe(tmp_path: Path) -> None:
+    recipe = load_recipe(DIGITS, ["algorithms.sam=null", "seed=3"])
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe.settings))
+    again = load_recipe(path)
+    assert again.settings == recipe.settings
+    assert again.algorithms == recipe.algorithms

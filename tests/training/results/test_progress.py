@@ -1,0 +1,212 @@
+"""The progress bar: what it says, how it estimates, and that it always leaves the terminal in order."""
+
+from __future__ import annotations
+
+import io
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from composer import Trainer
+from composer.core import Callback
+from composer.models import ComposerModel
+from composer.utils import dist
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.classification import MulticlassAccuracy
+
+from training.checkpoints.saving import Checkpoints
+from training.results.progress import ProgressBar
+
+pytestmark = pytest.mark.timeout(120)
+
+STEPS_PER_EPOCH, BATCH_SIZE = 4, 8
+
+
+class TinyModel(ComposerModel):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.module = nn.Linear(6, 3)
+
+    def forward(self, batch):
+        return self.module(batch[0])
+
+    def loss(self, outputs, batch):
+        return F.cross_entropy(outputs, batch[1])
+
+    def eval_forward(self, batch, outputs=None):
+        return self.forward(batch) if outputs is None else outputs
+
+    def get_metrics(self, is_train=False):
+        return {} if is_train else {"top1": MulticlassAccuracy(num_classes=3, average="micro")}
+
+    def update_metric(self, batch, outputs, metric):
+        metric.update(outputs, batch[1])
+
+
+class SizedLoader(DataLoader):
+    image_size = 24
+
+
+class FakeClock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Spend(Callback):
+    """Each step of epoch n takes as many seconds as the n-th number says."""
+
+    def __init__(self, clock: FakeClock, seconds: list[float]) -> None:
+        self.clock, self.seconds = clock, seconds
+
+    def batch_start(self, state, logger):
+        self.clock.now += self.seconds[int(state.timestamp.epoch)]
+
+
+class Interrupt(Callback):
+    def __init__(self, *, after_step: int, error: type[BaseException] = KeyboardInterrupt) -> None:
+        self.after_step, self.error = after_step, error
+
+    def batch_start(self, state, logger):
+        if int(state.timestamp.batch) == self.after_step:
+            raise self.error("stopped")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def train(*, callbacks, epochs: int = 3, load_path=None) -> None:
+    generator = torch.Generator().manual_seed(3)
+    images = torch.randn(STEPS_PER_EPOCH * BATCH_SIZE, 6, generator=generator)
+    data = TensorDataset(images, torch.randint(0, 3, (len(images),), generator=generator))
+    model = TinyModel()
+    trainer = Trainer(
+        model=model,
+        train_dataloader=SizedLoader(data, batch_size=BATCH_SIZE, sampler=dist.get_sampler(data, shuffle=True)),
+        eval_dataloader=DataLoader(data, batch_size=16, sampler=dist.get_sampler(data)),
+        optimizers=torch.optim.SGD(model.parameters(), lr=0.1),
+        max_duration=f"{epochs}ep",
+        device="cpu",
+        seed=1,
+        callbacks=callbacks,
+        load_path=None if load_path is None else str(load_path),
+        progress_bar=False,
+        log_to_console=False,
+    )
+    try:
+        trainer.fit()
+    finally:
+        trainer.close()
+
+
+def etas(text: str) -> list[str]:
+    return re.findall(r"ETA (\S+)", text)
+
+
+def frames(stream: io.StringIO) -> list[str]:
+    return [frame for frame in re.split(r"[\r\n]", stream.getvalue()) if frame.strip()]
+
+
+class TestLines:
+    def test_one_line_an_epoch(self):
+        stream, clock = io.StringIO(), FakeClock()
+        bar = ProgressBar(total_epochs=3, stream=stream, clock=clock)
+        train(callbacks=[Spend(clock, [2, 2, 2]), bar])
+        lines = stream.getvalue().splitlines()
+        assert len(lines) == 3
+        pattern = r"epoch 2/3  24 px  loss \d\.\d{3}  top-1 \d+\.\d %  4 images/s  ETA 0:08"
+        assert re.fullmatch(pattern, lines[1])
+        assert etas(stream.getvalue()) == ["0:16", "0:08", "0:00"]
+        assert "\r" not in stream.getvalue()
+
+    def test_the_estimate_follows_the_costs(self):
+        # Epochs of 4, 8 and 24 seconds: with their costs known the estimate is exact from the first epoch on.
+        stream, clock = io.StringIO(), FakeClock()
+        bar = ProgressBar(total_epochs=3, epoch_costs=[100, 200, 600], stream=stream, clock=clock)
+        train(callbacks=[Spend(clock, [1, 2, 6]), bar])
+        assert etas(stream.getvalue()) == ["0:32", "0:24", "0:00"]
+
+    def test_resumed_it_goes_on_and_measures_this_session_only(self, tmp_path):
+        clock, stream = FakeClock(), io.StringIO()
+        with pytest.raises(KeyboardInterrupt):
+            train(callbacks=[Checkpoints(tmp_path, every_steps=1), Interrupt(after_step=6)])
+        bar = ProgressBar(total_epochs=3, stream=stream, clock=clock)
+        with pytest.warns(UserWarning, match=r"(ProgressBar|Spend) is not in the state_dict"):  # neither saves anything
+            train(callbacks=[Spend(clock, [1, 1, 1]), bar], load_path=tmp_path / "latest.pt")
+        lines = stream.getvalue().splitlines()
+        assert [line.split("  ")[0] for line in lines] == ["epoch 2/3", "epoch 3/3"]
+        assert etas(stream.getvalue()) == ["0:04", "0:00"]
+        assert "8 images/s" in lines[0]
+
+    def test_silent(self, capfd):
+        train(callbacks=[ProgressBar(total_epochs=1, enabled=False)], epochs=1)
+        assert capfd.readouterr() == ("", "")
+
+    def test_ranks_other_than_the_first_are_silent(self, monkeypatch):
+        stream = io.StringIO()
+        bar = ProgressBar(total_epochs=1, stream=stream)
+        monkeypatch.setattr("training.results.progress.dist", SimpleNamespace(get_global_rank=lambda: 1))
+        train(callbacks=[bar], epochs=1)
+        assert stream.getvalue() == ""
+
+
+class TestBar:
+    def test_on_a_terminal(self):
+        stream, clock = Terminal(), FakeClock()
+        bar = ProgressBar(total_epochs=2, epoch_costs=[1, 3], stream=stream, clock=clock)
+        train(callbacks=[Spend(clock, [1, 3]), bar], epochs=2)
+        shown = frames(stream)
+        assert shown[0].startswith("  0% |")
+        first_epoch = next(frame for frame in shown if frame.startswith(" 25% |"))
+        assert re.search(r"0:04<0:12  epoch \d/2  24 px  loss \d\.\d{3}  .*8 images/s", first_epoch)
+        assert shown[-1].startswith("100% |")
+        assert re.search(r"0:16<0:00  epoch 2/2  .*top-1 \d+\.\d %", shown[-1])
+        assert stream.getvalue().endswith("\n")
+
+    def test_resumed_it_starts_where_the_run_stands(self, tmp_path):
+        with pytest.raises(KeyboardInterrupt):
+            train(callbacks=[Checkpoints(tmp_path, every_steps=1), Interrupt(after_step=6)], epochs=2)
+        stream = Terminal()
+        with pytest.warns(UserWarning, match="ProgressBar is not in the state_dict"):
+            train(callbacks=[ProgressBar(total_epochs=2, stream=stream)], epochs=2, load_path=tmp_path / "latest.pt")
+        assert frames(stream)[0].startswith(" 75% |")
+        assert "epoch 2/2" in frames(stream)[0]
+
+    @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+    def test_an_interrupted_run_leaves_a_fresh_line(self, error):
+        stream = Terminal()
+        bar = ProgressBar(total_epochs=2, stream=stream)
+        with pytest.raises(error):
+            train(callbacks=[bar, Interrupt(after_step=6, error=error)], epochs=2)
+        assert stream.getvalue().endswith("\n")
+        written = stream.getvalue()
+        bar.close(None, None)  # again: nothing happens
+        assert stream.getvalue() == written
+
+    def test_asked_for_without_a_terminal(self):
+        stream = io.StringIO()
+        train(callbacks=[ProgressBar(total_epochs=1, enabled=True, stream=stream)], epochs=1)
+        assert frames(stream)[-1].startswith("100% |")
+
+
+class TestRefusals:
+    def test_no_epochs(self):
+        with pytest.raises(ValueError, match=r"total_epochs=0: .* set it to 1 or more"):
+            ProgressBar(total_epochs=0)
+
+    def test_costs_of_other_length(self):
+        with pytest.raises(ValueError, match=r"2 costs for total_epochs=3: give one an epoch"):
+            ProgressBar(total_epochs=3, epoch_costs=[1, 2])
+
+    @pytest.mark.parametrize("cost", [0, -1, float("nan"), float("inf")])
+    def test_costs_that_are_not_positive(self, cost):
+        with pytest.raises(ValueError, match=r"for epoch 2: a cost is a positive number"):
+            ProgressBar(total_epochs=2, epoch_costs=[1, cost])

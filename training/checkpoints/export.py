@@ -1,0 +1,102 @@
+"""From a run's checkpoint, of any engine, to one .safetensors file that `model.weights` reads.
+
+python -m training.checkpoints.export results/my_run weights.safetensors
+python -m training.checkpoints.export results/my_run/checkpoints/best.pt weights.safetensors
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from models.weights import read_weights
+from training.checkpoints.sharded import is_sharded
+from training.checkpoints.zero import is_zero, read_zero_weights
+from training.recipe.schema import RecipeError
+
+_PREFIX = "module."  # of the network within ImageClassifier
+
+
+def export_checkpoint(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> int:
+    """Write the network's weights and buffers to `target`; returns how many tensors there are.
+
+    source: a run's folder, for its latest checkpoint; or a checkpoint, be it a file or a folder.
+    target: a new file that ends in .safetensors. It appears whole or not at all.
+
+    The tensors are contiguous, in the types that they were trained in (ZeRO: float32), under the network's own names.
+    A checkpoint that is one file is read with torch's restricted unpickler. Folders are not, see docs/engines.md.
+
+    Raises ValueError for what is no checkpoint, and for a target that is there already or has another ending.
+    """
+    from safetensors.torch import save_file
+
+    checkpoint, target = _find(Path(source)), Path(target)
+    if target.suffix != ".safetensors":
+        raise ValueError(f"{target} is no name of a .safetensors file; give one that ends so")
+    if target.exists():
+        raise ValueError(f"{target} is there already; remove it, or give another name")
+    tensors = {name.removeprefix(_PREFIX): value.contiguous() for name, value in _read(checkpoint).items()}
+    beside = target.with_name(f".{target.name}.tmp")
+    try:
+        save_file(tensors, beside)
+        os.replace(beside, target)
+    finally:
+        beside.unlink(missing_ok=True)
+    return len(tensors)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    about = (__doc__ or "").splitlines()[0]
+    parser = argparse.ArgumentParser(prog="python -m training.checkpoints.export", description=about)
+    parser.add_argument("source", metavar="RUN", help="a run's folder, or one of its checkpoints")
+    parser.add_argument("target", metavar="FILE.safetensors")
+    options = parser.parse_args(arguments)
+    try:
+        count = export_checkpoint(options.source, options.target)
+    except (ValueError, OSError, ModuleNotFoundError, RecipeError) as error:
+        print(f"export_checkpoint: {error}", file=sys.stderr)
+        return 2
+    print(f"{options.target}: {count} tensors")
+    return 0
+
+
+def _find(source: Path) -> Path:
+    latest = source / "checkpoints" / "latest.pt"
+    path = latest if latest.exists() else source
+    if path.is_file() or is_zero(path) or is_sharded(path):
+        return path
+    raise ValueError(f"{source} is no checkpoint, and no run's folder that holds one; give results/RUN")
+
+
+def _read(checkpoint: Path) -> dict[str, Tensor]:
+    if is_zero(checkpoint):
+        return read_zero_weights(checkpoint)
+    if is_sharded(checkpoint):
+        return _read_shards(checkpoint)
+    return read_weights(str(checkpoint))
+
+
+def _read_shards(folder: Path) -> dict[str, Tensor]:
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    entries = FileSystemReader(folder).read_metadata().state_dict_metadata
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in entries.items()
+        if name.startswith("model.") and isinstance(entry, TensorStorageMetadata)
+    }
+    load(tensors, storage_reader=FileSystemReader(folder), no_dist=True)
+    return {name.removeprefix("model."): value for name, value in tensors.items()}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

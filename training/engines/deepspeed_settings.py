@@ -1,0 +1,193 @@
+"""What `parallelism.deepspeed` may say, and the configuration that DeepSpeed gets from it and from the recipe.
+
+The section holds DeepSpeed's own JSON keys. What other sections of a recipe say is refused there by name, so that a
+recipe means the same under every engine.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from training.recipe import Recipe
+from training.recipe.schema import RecipeError, parse
+
+ALGORITHMS = ("blurpool", "channels_last", "cutmix", "label_smoothing", "mixup", "progressive_resizing")
+
+_PATH = "parallelism.deepspeed"
+
+
+@dataclass
+class _Settings:
+    """DeepSpeed's keys that a recipe may set: how work is divided and reported, not what is trained."""
+
+    zero_optimization: Any = None
+    communication_data_type: Literal["fp32", "fp16", "bf16"] | None = None
+    prescale_gradients: bool = False
+    gradient_predivide_factor: float = 1.0
+    disable_python_gc: bool = False
+    comms_logger: Any = None
+    wall_clock_breakdown: bool = False
+    memory_breakdown: bool = False
+
+
+# DeepSpeed's key -> what says the same in a recipe, for every engine.
+_ELSEWHERE = {
+    "activation_checkpointing": "model.gradient_checkpointing",
+    "bf16": "precision=amp_bf16",
+    "bfloat16": "precision=amp_bf16",
+    "checkpoint": "checkpoints",
+    "dataloader_drop_last": "data.train.drop_last",
+    "fp16": "precision=amp_fp16",
+    "gradient_accumulation_steps": "data.train.per_device_microbatch_size",
+    "gradient_clipping": "optimizer.clip_norm",
+    "optimizer": "optimizer",
+    "scheduler": "schedule",
+    "torch_autocast": "precision",
+    "train_batch_size": "data.train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "data.train.per_device_microbatch_size",
+}
+_TORCHS = ("adadelta", "adagrad", "adam", "adamax", "adamw", "nadam", "radam", "rmsprop", "sgd")
+# ZeRO hands an optimizer flat pieces that may begin and end within a weight. These never look beyond a single element.
+_ELEMENTWISE = {"adamw", "decoupled_adamw", "decoupled_sgdw", "sgd", *(f"torch.{name}" for name in _TORCHS)}
+_AUTOCAST = {"amp_bf16": "bfloat16", "amp_fp16": "float16"}
+_OFFLOADS = ("offload_optimizer", "offload_param")
+
+
+def zero_stage(recipe: Recipe) -> int:
+    """0 to 3: how much ZeRO shards (nothing; optimizer state; gradients too; weights too)."""
+    return _zero_settings(recipe).get("stage", 0)
+
+
+def offloads(recipe: Recipe) -> list[str]:
+    """Which of offload_optimizer and offload_param are on."""
+    zero = _zero_settings(recipe)
+    return [key for key in _OFFLOADS if (zero.get(key) or {}).get("device", "none") != "none"]
+
+
+def check_deepspeed(recipe: Recipe, *, device: str) -> None:
+    """Raise RecipeError for what DeepSpeed cannot run, or what the recipe says elsewhere; device: cpu, gpu, mps."""
+    if importlib.util.find_spec("deepspeed") is None:
+        raise RecipeError(
+            "parallelism.strategy", "is deepspeed, which is not installed: pip install 'brisk-vision[deepspeed]'"
+        )
+    if device == "mps":
+        raise RecipeError("parallelism.strategy", "is deepspeed, which does not run on mps; use none")
+    for name in recipe.algorithms:
+        if name not in ALGORITHMS:
+            raise RecipeError(
+                f"algorithms.{name}",
+                f"does not run under deepspeed, which takes {', '.join(ALGORITHMS)}; set algorithms.{name}=null, or "
+                "parallelism.strategy=ddp or fsdp",
+            )
+    if device == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # read when DeepSpeed is imported; else it takes what it finds
+    _check_keys(recipe)
+    _check_zero(recipe)
+    stage = zero_stage(recipe)
+    if stage and recipe.optimizer["name"] not in _ELEMENTWISE:
+        raise RecipeError(
+            "optimizer.name",
+            f"is {recipe.optimizer['name']}, which is not known to treat each element of a weight alone, and ZeRO "
+            f"stage {stage} cuts weights into flat pieces; use one of {', '.join(sorted(_ELEMENTWISE))}, or stage 0",
+        )
+
+
+def deepspeed_config(recipe: Recipe, *, per_device_batch_size: int) -> dict[str, Any]:
+    """The configuration that deepspeed.initialize takes, for a recipe that `check_deepspeed` has passed."""
+    batch = per_device_batch_size
+    microbatch = recipe.data.train.per_device_microbatch_size or batch
+    assert isinstance(microbatch, int), "auto is refused"
+    config: dict[str, Any] = {
+        **(recipe.parallelism.deepspeed or {}),
+        "train_micro_batch_size_per_gpu": min(microbatch, batch),
+        "gradient_accumulation_steps": math.ceil(batch / microbatch),
+        # step() ends a batch, however many microbatches it took: stages and last batches differ in size.
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": recipe.optimizer["clip_norm"] or 0.0,  # left out, DeepSpeed 0.19 clips to 1
+        "steps_per_print": 10**9,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    if recipe.precision in _AUTOCAST:
+        config["torch_autocast"] = {"enabled": True, "dtype": _AUTOCAST[recipe.precision]}
+    return config
+
+
+def _zero_settings(recipe: Recipe) -> dict[str, Any]:
+    return (recipe.parallelism.deepspeed or {}).get("zero_optimization") or {}
+
+
+def _check_keys(recipe: Recipe) -> None:
+    settings = recipe.parallelism.deepspeed
+    for key in settings if isinstance(settings, dict) else ():
+        if key in _ELSEWHERE:
+            raise RecipeError(f"{_PATH}.{key}", f"is what {_ELSEWHERE[key]} says, for every engine; give that instead")
+    given = parse(_Settings, settings, path=_PATH)
+    if given["gradient_predivide_factor"] <= 0:
+        raise RecipeError(
+            f"{_PATH}.gradient_predivide_factor", f"is {given['gradient_predivide_factor']:g}; it must be above 0"
+        )
+    from deepspeed.comm.config import CommsLoggerConfig
+
+    _check_with(CommsLoggerConfig, given["comms_logger"], path=f"{_PATH}.comms_logger")
+
+
+def _check_zero(recipe: Recipe) -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    path, settings = f"{_PATH}.zero_optimization", (recipe.parallelism.deepspeed or {}).get("zero_optimization")
+    _check_with(DeepSpeedZeroConfig, settings, path=path)
+    stage = zero_stage(recipe)
+    if stage not in range(4) or isinstance(stage, bool):
+        raise RecipeError(f"{path}.stage", f"is {stage!r}; it must be 0, 1, 2 or 3")
+    if _zero_settings(recipe).get("zenflow") is not None:
+        raise RecipeError(f"{path}.zenflow", "applies some gradients late, which trains otherwise; leave it out")
+    for key in _OFFLOADS:
+        _check_offload(recipe, key, path=f"{path}.{key}")
+
+
+def _check_with(model: Any, settings: Any, *, path: str) -> None:
+    """Raise RecipeError for what `model`, one of DeepSpeed's own, does not take."""
+    from pydantic import ValidationError
+
+    if settings is not None and not isinstance(settings, dict):
+        raise RecipeError(path, f"is {settings!r}; it must be a mapping of DeepSpeed's keys, or null")
+    _refuse_old_names(model, settings or {}, path=path)
+    try:
+        model(**(settings or {}))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, (path, *first["loc"])))
+        if first["type"] == "extra_forbidden":
+            raise RecipeError(where, f"unknown key (given {first['input']!r}); allowed: {_fields(model)}") from None
+        raise RecipeError(where, f"is {first['input']!r}, which DeepSpeed does not take: {first['msg']}") from None
+
+
+def _refuse_old_names(model: Any, settings: dict[str, Any], *, path: str) -> None:
+    for name, extra in _extras(model).items():
+        if name in settings and extra.get("deprecated"):
+            raise RecipeError(f"{path}.{name}", f"is an old name; give {extra.get('new_param') or 'none of it'}")
+
+
+def _fields(model: Any) -> str:
+    return ", ".join(sorted(name for name, extra in _extras(model).items() if not extra.get("deprecated")))
+
+
+def _extras(model: Any) -> dict[str, dict[str, Any]]:
+    """What DeepSpeed notes of each key, under the name that a configuration gives it."""
+    return {field.alias or name: field.json_schema_extra or {} for name, field in model.model_fields.items()}
+
+
+def _check_offload(recipe: Recipe, key: str, *, path: str) -> None:
+    settings = _zero_settings(recipe).get(key)
+    if settings is None:
+        return
+    if not isinstance(settings, dict) or settings.get("device", "none") not in ("none", "cpu"):
+        raise RecipeError(path, f"is {settings!r}; it must be {{device: cpu}} or {{device: none}}")
+    least = 3 if key == "offload_param" else 1
+    if settings.get("device", "none") == "cpu" and zero_stage(recipe) < least:
+        raise RecipeError(path, f"needs ZeRO stage {least} or more, and the stage is {zero_stage(recipe)}; raise it")

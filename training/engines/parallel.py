@@ -1,0 +1,172 @@
+"""What `parallelism` in a recipe becomes: Composer's configuration, and what that leaves to be done."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from composer.core import Callback, State
+from composer.loggers import Logger
+from composer.utils import dist
+from composer.utils.parallelism import FSDP2Config, FSDPConfig
+from torch import Tensor, nn
+from torch.distributed import ReduceOp
+from torch.distributed.fsdp import FSDPModule
+
+from models.sharding import sharding_units
+from training.engines.deepspeed_settings import check_deepspeed
+from training.recipe import FSDP, Recipe
+from training.recipe.schema import RecipeError
+
+# Composer's own algorithms that fail under FSDP2 -> what does the same and does not.
+_NOT_UNDER_FSDP2 = {"composer.channels_last": "channels_last", "composer.ema": "ema", "composer.sam": "sam"}
+_BROADCAST_BYTES = 250 * 2**20  # buffers sent in one message, as many as DDP sends
+
+
+def check_parallelism(recipe: Recipe, *, device: str, world_size: int) -> None:
+    """Raise RecipeError for an engine that cannot run `recipe` on `world_size` ranks of `device` (cpu, gpu, mps)."""
+    strategy, train = recipe.parallelism.strategy, recipe.data.train
+    if world_size > 1 and strategy == "none":
+        raise RecipeError(
+            "parallelism.strategy", f"is none, and {world_size} processes were started; use ddp, or start one"
+        )
+    if strategy == "fsdp":
+        _check_fsdp(recipe, device=device, world_size=world_size)
+    elif recipe.checkpoints.sharded:
+        raise RecipeError(
+            "checkpoints.sharded",
+            f"is true, and parallelism.strategy is {strategy}, which has no shards; set it to false",
+        )
+    if strategy == "deepspeed":
+        check_deepspeed(recipe, device=device)
+    if train.per_device_microbatch_size == "auto":
+        _check_auto_microbatches(recipe, device=device)
+
+
+def fsdp_config(settings: FSDP, network: nn.Module) -> dict[str, Any]:
+    """The Trainer's `parallelism_config` for FSDP; tells Composer which parts of `network` to shard one by one."""
+    network.fsdp_wrap_fn = _WrapUnits(network)  # pyright: ignore[reportArgumentType]: Composer looks here
+    common: dict[str, Any] = {"mixed_precision": settings.mixed_precision.upper(), "state_dict_type": "full"}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="FSDP2 Config/APIs are experimental")  # the recipe asks for it
+        if settings.version == 1:
+            return {"fsdp": FSDPConfig(**common, **_fsdp1_strategy(settings))}
+        common["reshard_after_forward"] = settings.reshard_after_forward
+        if settings.replicas > 1:
+            return {"fsdp": HybridFSDP2Config(replicas=settings.replicas, **common)}
+        return {"fsdp": FSDP2Config(**common)}
+
+
+class HybridFSDP2Config(FSDP2Config):
+    """FSDP2 over a two-dimensional mesh: `replicas` copies of the model, each sharded over ranks / replicas ranks.
+
+    Composer 0.32.1 puts a mesh of its own in place of FSDP2Config.device_mesh. It makes that two-dimensional when it is
+    told of replicas, which FSDP1's configuration has a setting for and FSDP2's has not.
+    """
+
+    def __init__(self, *, replicas: int, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._replicas = replicas
+
+    @property
+    def data_parallel_replicate_degree(self) -> int:
+        """How many copies of the model there are."""
+        return self._replicas
+
+
+class LikeDDP(Callback):
+    """Does under FSDP2 what comes by itself under DDP: mean gradients on gloo, and buffers that the ranks agree on.
+
+    Gradients: in torch 2.7 a reduce-scatter with ReduceOp.AVG on gloo sums (pytorch#162338). Where a trial shows that
+    it does, every reduced gradient is divided by the number of ranks; where it averages nothing is done.
+
+    Buffers: before each step every rank takes rank 0's, so that the evaluation, and a run resumed from rank 0's
+    checkpoint, do not depend on which rank looks.
+    """
+
+    def before_load(self, state: State, logger: Logger) -> None:
+        units = [module for module in state.model.modules() if isinstance(module, FSDPModule)]
+        if units and _gradients_are_summed(next(state.model.parameters()).device):
+            for unit in units:
+                unit.set_all_reduce_hook(_divide_by_ranks)
+        for optimizer in state.optimizers:
+            for group in optimizer.param_groups:
+                # LearningRate adds it at the first step; loading a whole state fails on what is not there (torch 2.7).
+                group.setdefault("initial_lr", group["lr"])
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        buffers = [buffer.detach() for buffer in state.model.buffers()]
+        if buffers and dist.get_world_size() > 1:
+            group = torch.distributed.group.WORLD
+            torch.distributed._broadcast_coalesced(group, buffers, _BROADCAST_BYTES, 0)  # pyright: ignore
+
+
+class _WrapUnits:
+    """Whether a module is one of the network's sharding units, as the network stands at the first question."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self._network = network
+        self._units: set[int] | None = None
+
+    def __call__(self, module: nn.Module) -> bool:
+        if self._units is None:  # after BlurPool and its like have changed the network
+            self._units = {id(unit) for unit in sharding_units(self._network)}
+        return id(module) in self._units
+
+
+def _check_fsdp(recipe: Recipe, *, device: str, world_size: int) -> None:
+    fsdp = recipe.parallelism.fsdp
+    if device == "mps":
+        raise RecipeError("parallelism.strategy", "is fsdp, which does not run on mps; use none")
+    if fsdp.version == 1 and device != "gpu":
+        raise RecipeError("parallelism.fsdp.version", f"is 1, which needs GPUs, and the device is {device}; use 2")
+    if fsdp.version == 1 and recipe.checkpoints.sharded:
+        raise RecipeError("checkpoints.sharded", "is true, which needs FSDP2; set parallelism.fsdp.version=2")
+    if world_size % fsdp.replicas:
+        raise RecipeError(
+            "parallelism.fsdp.replicas",
+            f"is {fsdp.replicas}, which does not divide the {world_size} ranks; give a divisor, or 1",
+        )
+    if fsdp.replicas > 1 and device == "cpu":
+        raise RecipeError(
+            "parallelism.fsdp.replicas",
+            f"is {fsdp.replicas}, and torch 2.7 trains replicas of shards on GPUs alone; set it to 1",
+        )
+    if fsdp.version == 2:
+        for name in recipe.algorithms.keys() & _NOT_UNDER_FSDP2.keys():
+            raise RecipeError(
+                f"algorithms.{name}", f"fails under FSDP2; use algorithms.{_NOT_UNDER_FSDP2[name]}, or strategy ddp"
+            )
+
+
+def _check_auto_microbatches(recipe: Recipe, *, device: str) -> None:
+    path = "data.train.per_device_microbatch_size"
+    if device != "gpu":
+        raise RecipeError(path, f"is auto, which reads a GPU's memory, and the device is {device}; give a number")
+    if recipe.parallelism.strategy == "fsdp" and recipe.parallelism.fsdp.version == 2:
+        raise RecipeError(path, "is auto, which Composer does not do under FSDP2; give a number, or use ddp")
+    if recipe.parallelism.strategy == "deepspeed":
+        raise RecipeError(path, "is auto, which is not done under deepspeed; give a number, or use ddp")
+
+
+def _fsdp1_strategy(settings: FSDP) -> dict[str, Any]:
+    if settings.replicas == 1:
+        return {"sharding_strategy": "FULL_SHARD" if settings.reshard_after_forward else "SHARD_GRAD_OP"}
+    return {
+        "sharding_strategy": "HYBRID_SHARD" if settings.reshard_after_forward else "_HYBRID_SHARD_ZERO2",
+        "data_parallel_replicate_degree": settings.replicas,
+    }
+
+
+def _gradients_are_summed(device: torch.device) -> bool:
+    """Whether a reduce-scatter over all ranks that is asked for the mean gives the sum."""
+    ones, mean = torch.ones(dist.get_world_size(), device=device), torch.empty(1, device=device)
+    torch.distributed.reduce_scatter_tensor(mean, ones, op=ReduceOp.AVG)
+    return mean.item() != 1
+
+
+def _divide_by_ranks(gradients: Tensor) -> None:
+    # In other types FSDP sums and divides by itself.
+    if gradients.dtype in (torch.float32, torch.bfloat16):
+        gradients.div_(dist.get_world_size())

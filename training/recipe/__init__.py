@@ -1,0 +1,31 @@
+"""What the user wrote: the keys of a recipe, their checks, overrides, and the recipe in small."""
+
+from training.recipe.recipe import (
+    FSDP,
+    Checkpoints,
+    Data,
+    EvalData,
+    Expected,
+    Logging,
+    Parallelism,
+    Recipe,
+    TrainData,
+    load_recipe,
+    recipe_from,
+)
+from training.recipe.schema import RecipeError
+
+__all__ = [
+    "FSDP",
+    "Checkpoints",
+    "Data",
+    "EvalData",
+    "Expected",
+    "Logging",
+    "Parallelism",
+    "Recipe",
+    "RecipeError",
+    "TrainData",
+    "load_recipe",
+    "recipe_from",
+]

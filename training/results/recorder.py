@@ -1,0 +1,260 @@
+"""Keeps the course of a run: every step's loss and learning rate, every epoch's metrics and throughput.
+
+`Ledger` does the bookkeeping and knows no trainer; `Recorder` feeds it from the Trainer's events. What is recorded is
+part of the checkpoint, so a resumed run continues the history where its checkpoint stood.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from composer.core import Callback, State
+from composer.loggers import Logger
+from composer.utils import dist
+
+from training.results.report import STEP_COLUMNS, History, write_epochs_csv
+
+__all__ = ["History", "Ledger", "Recorder", "Stopwatch"]
+
+
+class Recorder(Callback):
+    """Records a run into `history` and keeps metrics.csv up to date after each epoch.
+
+    List it before the callback that saves checkpoints: it closes an epoch's row at EPOCH_CHECKPOINT, after the
+    evaluation, and the row belongs into that checkpoint. Training top-1 is read from the train metric `metric`,
+    evaluation from the metrics `metric` and "loss" of the evaluator `evaluator`; one that the model does not offer is
+    recorded as None, and so is the evaluation of an epoch that ended without one.
+
+    Training seconds are those of rank 0, from asking the loader for a batch to the end of the step: evaluation, saving,
+    and the batches that a resumed run skips are not in them.
+
+    folder: where metrics.csv goes (written by rank 0); None writes no file.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str] | None = None,
+        *,
+        metric: str = "top1",
+        evaluator: str = "eval",
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._csv_path = None if folder is None else Path(folder) / "metrics.csv"
+        self._metric = metric
+        self._evaluator = evaluator
+        self._ledger = Ledger()
+        self._stopwatch = Stopwatch(clock)
+        self._learning_rate: float | None = None
+        self._skipping_batches = False
+
+    @property
+    def history(self) -> History:
+        """A copy of what has been recorded so far."""
+        return self._ledger.history
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        # Resumed within an epoch, the Trainer draws that epoch's earlier batches and throws them away.
+        self._stopwatch.stop()  # still running if an earlier fit() was interrupted
+        self._skipping_batches = int(state.timestamp.batch_in_epoch) > 0
+        self._write_csv()  # drops the rows that a killed run wrote after its last checkpoint
+
+    def epoch_start(self, state: State, logger: Logger) -> None:
+        self._stopwatch.start()
+
+    def before_dataloader(self, state: State, logger: Logger) -> None:
+        if self._skipping_batches:
+            self._stopwatch.stop()
+        self._stopwatch.start()
+
+    def after_dataloader(self, state: State, logger: Logger) -> None:
+        self._skipping_batches = False
+
+    def after_train_batch(self, state: State, logger: Logger) -> None:
+        # The last event before the optimizer's step. At BATCH_END the schedulers have moved on to the next step's rate.
+        self._learning_rate = float(state.optimizers[0].param_groups[0]["lr"])
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        assert state.previous_timestamp is not None  # the Trainer sets it just before this event
+        self._ledger.add_seconds(self._stopwatch.stop())
+        self._ledger.add_step(
+            step=int(state.timestamp.batch),
+            epoch=int(state.timestamp.epoch) + 1,
+            loss=_to_float(state.total_loss_dict.get("loss/train/total")),
+            learning_rate=self._learning_rate,
+            images=int(state.timestamp.sample) - int(state.previous_timestamp.sample),
+            # Composer has just computed it over this batch of all ranks, and resets the metric at every batch.
+            top1=_to_float(state.train_metric_values.get(self._metric)),
+            image_size=getattr(state.train_dataloader, "image_size", None),
+        )
+
+    def epoch_end(self, state: State, logger: Logger) -> None:
+        self._ledger.add_seconds(self._stopwatch.stop())
+
+    def eval_end(self, state: State, logger: Logger) -> None:
+        if state.dataloader_label != self._evaluator:
+            return
+        metrics = state.eval_metrics.get(self._evaluator, {})
+        values = {
+            name: _to_float(metrics[name].compute()) if name in metrics else None for name in (self._metric, "loss")
+        }
+        if self._ledger.add_evaluation(top1=values[self._metric], loss=values["loss"]):
+            self._write_csv()
+
+    def epoch_checkpoint(self, state: State, logger: Logger) -> None:
+        self._ledger.close_epoch(epoch=int(state.timestamp.epoch))
+        self._write_csv()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._ledger.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._ledger.load_state_dict(state)
+
+    def _write_csv(self) -> None:
+        if self._csv_path is not None and dist.get_global_rank() == 0:
+            write_epochs_csv(self.history, self._csv_path)
+
+
+class Ledger:
+    """Collects steps into epochs. Holds plain numbers only, so its state goes into any checkpoint."""
+
+    def __init__(self) -> None:
+        self._epochs: list[dict[str, Any]] = []
+        self._steps: dict[str, list[Any]] = {name: [] for name in STEP_COLUMNS}
+        self._partial = _empty_epoch()
+        self._evaluation: dict[str, float | None] | None = None  # of the weights after the last step
+
+    @property
+    def history(self) -> History:
+        """A copy of what has been collected so far; an epoch under way is in the steps only."""
+        return History(epochs=[dict(row) for row in self._epochs], steps={k: list(v) for k, v in self._steps.items()})
+
+    def add_step(
+        self,
+        *,
+        step: int,
+        epoch: int,
+        loss: float | None,
+        learning_rate: float | None,
+        images: int,
+        top1: float | None = None,
+        image_size: int | None = None,
+    ) -> None:
+        """Add a training step. `step` and `epoch` count from 1; loss, top1 and images are those of all ranks."""
+        for name, value in zip(STEP_COLUMNS, (step, epoch, loss, learning_rate), strict=True):
+            self._steps[name].append(value)
+        partial = self._partial
+        partial["images"] += images
+        partial["largest_batch"] = max(partial["largest_batch"], images)
+        if partial["image_size"] is None and image_size is not None:
+            partial["image_size"] = int(image_size)
+        for name, value in (("loss", loss), ("top1", top1)):
+            if value is not None:
+                partial[f"{name}_sum"] += value * images
+                partial[f"{name}_images"] += images
+        self._evaluation = None
+
+    def add_seconds(self, seconds: float) -> None:
+        """Add training time to the epoch under way."""
+        self._partial["seconds"] += seconds
+
+    def add_evaluation(self, *, top1: float | None, loss: float | None) -> bool:
+        """Add an evaluation of the weights after the last step. True if it completed a row that was already closed,
+        as the evaluation at the very end of a run does."""
+        evaluation = {"eval_loss": loss, "eval_top1": top1}
+        if self._partial["images"] or not self._epochs:
+            self._evaluation = evaluation
+            return False
+        row = self._epochs[-1]
+        if row["eval_loss"] is not None or row["eval_top1"] is not None:
+            return False
+        row.update(evaluation)
+        return True
+
+    def close_epoch(self, *, epoch: int) -> None:
+        """Turn the steps since the last call into the row of `epoch` (the number of finished epochs)."""
+        partial, rates = self._partial, self._steps["learning_rate"]
+        evaluation = self._evaluation or {"eval_loss": None, "eval_top1": None}
+        seconds = partial["seconds"]
+        self._epochs.append(
+            {
+                "epoch": epoch,
+                "train_loss": _mean(partial, "loss"),
+                "train_top1": _mean(partial, "top1"),
+                "eval_loss": evaluation["eval_loss"],
+                "eval_top1": evaluation["eval_top1"],
+                "learning_rate": rates[-1] if rates else None,
+                "image_size": partial["image_size"],
+                "global_batch_size": partial["largest_batch"] or None,
+                "images_per_second": partial["images"] / seconds if seconds > 0 else None,
+                "train_seconds": seconds,
+            }
+        )
+        self._partial = _empty_epoch()
+        self._evaluation = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that was collected, the sums of an unfinished epoch included."""
+        history = self.history
+        evaluation = None if self._evaluation is None else dict(self._evaluation)
+        return {
+            "epochs": history.epochs,
+            "steps": history.steps,
+            "partial": dict(self._partial),
+            "evaluation": evaluation,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Stand where `state_dict` stood; what was collected here before is dropped."""
+        state = deepcopy(state)
+        self._epochs, self._steps = state["epochs"], state["steps"]
+        self._partial, self._evaluation = state["partial"], state["evaluation"]
+
+
+class Stopwatch:
+    """Measures stretches of time: `stop` returns the seconds since `start`, 0 if it was not running."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._started: float | None = None
+
+    def start(self) -> None:
+        """Begin a stretch; one under way goes on."""
+        if self._started is None:
+            self._started = self._clock()
+
+    def stop(self) -> float:
+        """Seconds of the stretch that ends here."""
+        if self._started is None:
+            return 0.0
+        seconds = self._clock() - self._started
+        self._started = None
+        return seconds
+
+
+def _empty_epoch() -> dict[str, Any]:
+    return {
+        "images": 0,
+        "largest_batch": 0,
+        "image_size": None,
+        "loss_sum": 0.0,
+        "loss_images": 0,
+        "top1_sum": 0.0,
+        "top1_images": 0,
+        "seconds": 0.0,
+    }
+
+
+def _mean(partial: dict[str, Any], name: str) -> float | None:
+    """Mean over the epoch's images; None unless every one of them was measured."""
+    measured = partial[f"{name}_images"]
+    return partial[f"{name}_sum"] / measured if measured and measured == partial["images"] else None
+
+
+def _to_float(value: Any) -> float | None:
+    return None if value is None else float(value)
