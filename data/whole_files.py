@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 from uuid import uuid4
 
 try:
@@ -39,6 +39,14 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def replace_file(path: str | os.PathLike[str], write: Callable[[BinaryIO], Any]) -> None:
+    """Let `write` fill the file that takes the place of `path`; makes the folders that it lies in. See `whole_file`."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as file:
+        write(file)
 
 
 def partial_files(path: Path) -> list[Path]:

@@ -20,19 +20,74 @@ MAY_IMPORT = {
 MODULES = [path for layer in MAY_IMPORT for path in sorted((ROOT / layer).rglob("*.py"))]
 
 
-def imported_packages(path: Path) -> dict[str, int]:
-    """Top-level package of every import in `path`, wherever in the file it stands -> its line."""
+# In each layer, its wings and its single modules from low to high: one may import those of the lines before its own.
+WINGS = {
+    "algos": ["framework"],  # then the algorithms, of which learning_rate and blur serve others
+    "data": ["draws prefetch whole_files", "sources decoding", "beton", "loading", "build", "convert inspect"],
+    "training": [
+        "optimizers",
+        "recipe",
+        "results",
+        "checkpoints",
+        "build",
+        "plan",
+        "callbacks",
+        "engines",
+        "session",
+        "cli",
+    ],
+}
+
+
+def imported_modules(path: Path) -> dict[str, int]:
+    """The whole name of every module or name that `path` imports, wherever in the file it stands -> its line."""
     found: dict[str, int] = {}
+    package = path.relative_to(ROOT).with_suffix("").parts[:-1] if path.is_relative_to(ROOT) else ()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            names = [node.module or ""]
+        elif isinstance(node, ast.ImportFrom):
+            base = (
+                ".".join([*package[: len(package) - node.level + 1], node.module or ""]) if node.level else node.module
+            )
+            names = [f"{(base or '').rstrip('.')}.{alias.name}" for alias in node.names]
         else:
             continue
         for name in names:
-            found.setdefault(name.partition(".")[0], node.lineno)
+            found.setdefault(name, node.lineno)
     return found
+
+
+def imported_packages(path: Path) -> dict[str, int]:
+    """Top-level package of every import in `path` -> its line."""
+    found: dict[str, int] = {}
+    for name, line in imported_modules(path).items():
+        found.setdefault(name.partition(".")[0], line)
+    return found
+
+
+def wing_rank(module: str) -> tuple[str, int] | None:
+    """The wing that `module` stands in and how high it is; None outside of the layers that have wings."""
+    layer, _, rest = module.partition(".")
+    wing = rest.partition(".")[0]
+    for rank, names in enumerate(WINGS.get(layer, ())):
+        if wing in names.split():
+            return f"{layer}.{wing}", rank
+    return None
+
+
+def arrows_up(path: Path, module: str) -> dict[str, int]:
+    """What the file at `path`, as `module`, imports of wings that are not below its own -> its line."""
+    here, layer = wing_rank(module), module.partition(".")[0]
+    if here is None:
+        return {}
+    return {
+        name: line
+        for name, line in imported_modules(path).items()
+        if name.startswith(f"{layer}.")
+        and (there := wing_rank(name)) != here
+        and (there is None or there[1] >= here[1])
+    }
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -43,10 +98,22 @@ def test_no_layer_imports_a_higher_one(path: Path) -> None:
     assert not wrong, f"{path}: {layer} may import {MAY_IMPORT[layer] or 'no other layer'}, and imports {wrong}"
 
 
-def test_the_check_sees_an_import_that_is_not_allowed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_wing_imports_a_higher_one(path: Path) -> None:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    if parts[0] in ("data", "training") and parts[1:] != ("__init__",):
+        assert wing_rank(".".join(parts)), f"{path}: no wing of tests/test_layers.py, which says who may import whom"
+    wrong = arrows_up(path, ".".join(parts))
+    assert not wrong, f"{path}: {parts[1]} imports what is not below it: {wrong}"
+
+
+def test_the_checks_see_an_import_that_is_not_allowed(tmp_path: Path) -> None:
     module = tmp_path / "module.py"
     module.write_text("def late():\n    from training.plan import Plan\n    import data.loading.order as order\n")
     assert imported_packages(module) == {"training": 2, "data": 3}
+    assert arrows_up(module, "training.recipe.late") == {"training.plan.Plan": 2}
+    assert arrows_up(module, "data.beton.late") == {"data.loading.order": 3}
+    assert arrows_up(module, "training.engines.late") == arrows_up(module, "data.build") == {}
 
 
 BLOCKED = ("composer", "ffcv", "models", "data", "training", "torchvision", "omegaconf", "numba", "cv2", "sklearn")

@@ -6,13 +6,12 @@ import contextlib
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from composer import Trainer
-from composer.core import Callback, DataSpec, Evaluator
+from composer.core import DataSpec
 from composer.utils import reproducibility
 from torch import nn
 
@@ -22,11 +21,8 @@ from data import Normalizer, build_loader, build_source
 from models import registry as models
 from models.classifier import ImageClassifier
 from models.sync_batchnorm import synchronize_batchnorm
-from training.checkpoints.sharded import LoadShards, is_sharded
-from training.engines.parallel import LikeDDP, fsdp_config
 from training.optimizers import build_optimizer, peak_learning_rate
-from training.recipe import Recipe
-from training.recipe.schema import RecipeError
+from training.recipe import Recipe, RecipeError
 
 log = logging.getLogger(__name__)
 
@@ -212,57 +208,6 @@ def build_data_specs(recipe: Recipe, loaders: tuple[Any, Any]) -> tuple[DataSpec
     normalize = Normalizer(train.mean, train.std)  # of what the network was trained on, for what it is judged on too
     torch_device = _TORCH_DEVICES[resolve_device(recipe)]
     return _data_spec(train, normalize, torch_device), _data_spec(evaluation, normalize, torch_device)
-
-
-def build_trainer(
-    recipe: Recipe,
-    facts: DataFacts,
-    loaders: tuple[Any, Any],
-    *,
-    callbacks: Sequence[Callback],
-    load_path: str | None,
-    world_size: int,
-) -> Trainer:
-    """Composer's Trainer with everything in place, and the checkpoint at `load_path` loaded."""
-    model = build_model(recipe, facts, world_size=world_size)
-    network = model.module
-    train, evaluation = build_data_specs(recipe, loaders)
-    sharding = recipe.parallelism.strategy == "fsdp"
-    callbacks = [*([LikeDDP()] if sharding else []), *callbacks]
-    shards = LoadShards(load_path) if load_path is not None and is_sharded(load_path) else None
-    trainer = Trainer(
-        model=model,
-        train_dataloader=train,
-        eval_dataloader=Evaluator(label="eval", dataloader=evaluation),
-        eval_interval=f"{recipe.data.eval.every_epochs}ep",
-        max_duration=f"{recipe.epochs}ep",
-        algorithms=list(arrange_algorithms(recipe).values()),
-        optimizers=build_optimizer_of(model, recipe, world_size=world_size),
-        callbacks=callbacks if shards is None else [shards, *callbacks],
-        parallelism_config=fsdp_config(recipe.parallelism.fsdp, network) if sharding else None,
-        run_name=recipe.run_name,
-        progress_bar=False,
-        load_path=load_path if shards is None else None,
-        # The loaders know how to stand at any batch of any epoch; spinning would decode and drop what was trained on.
-        spin_dataloaders=False,
-        device=resolve_device(recipe),
-        precision=recipe.precision,
-        compile_config=_compile_settings() if recipe.compile else None,
-        device_train_microbatch_size=recipe.data.train.per_device_microbatch_size,
-        seed=recipe.seed,
-        auto_log_hparams=False,
-    )
-    if shards is not None:
-        trainer._rng_state = shards.rng_state
-    return trainer
-
-
-def _compile_settings() -> dict[str, Any]:
-    # Kernels for each shape that comes: sizes as variables make slower ones, and torch 2.7.0 fails on them at the
-    # second image size. Stages, an epoch's last batch and evaluation make more shapes than the eight after which torch
-    # would go on uncompiled.
-    torch._dynamo.config.cache_size_limit = 64
-    return {"dynamic": False}
 
 
 def _source(recipe: Recipe) -> dict[str, Any]:

@@ -52,15 +52,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     try:
-        from training.recipe import load_recipe
-        from training.recipe.schema import RecipeError
+        from training.recipe import RecipeError, load_recipe
     except ModuleNotFoundError as error:
         return _complain(f"{error.name} is not installed: pip install 'brisk-vision[train]'")
     try:
         recipe = load_recipe(options.file, options.overrides)
         logging.getLogger().setLevel(recipe.logging.level.upper())
         from training import session
-        from training.results import report
+        from training.results.text import format_summary
 
         if options.plan:
             _say(session.plan_text(recipe))
@@ -68,7 +67,7 @@ def _run(options: argparse.Namespace) -> int:
         if options.compare:
             _say(session.compare(recipe, say=_say))
         else:
-            _say(report.format_summary(session.train(recipe, say=_say).summary))
+            _say(format_summary(session.train(recipe, say=_say).summary))
         _say(f"results: {recipe.run_dir}/")
     except RecipeError as error:
         return _complain(str(error))

@@ -19,8 +19,7 @@ from algos.progressive_resizing import ProgressiveResizing
 from algos.sam import SAM
 from models.summary import count_forward_macs, count_parameters, summarize
 from training.build import DataFacts, arrange_algorithms, build_network, initial_learning_rate, per_device_batch_size
-from training.recipe import Recipe
-from training.recipe.schema import RecipeError
+from training.recipe import Recipe, RecipeError
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,27 +11,24 @@ from typing import Any
 
 import torch
 import yaml
-from composer import Trainer
-from composer.utils import dist, get_device, reproducibility
+from composer.utils import dist
 
 from training.build import (
-    DataFacts,
     arrange_algorithms,
     build_loaders,
     build_test_loader,
-    build_trainer,
     data_facts,
     per_device_batch_size,
     planned_facts,
     resolve_device,
 )
-from training.callbacks import build_callbacks, is_complete
 from training.checkpoints.saving import find_latest
 from training.checkpoints.sharded import is_sharded
 from training.checkpoints.zero import is_zero
+from training.engines.composer import evaluate_composer, train_composer
 from training.engines.memory import describe_out_of_memory, forget, is_out_of_memory, largest_batch
-from training.engines.parallel import check_parallelism
 from training.engines.peers import PeerWatch
+from training.engines.start import start_distributed
 from training.plan import (
     Plan,
     format_plan,
@@ -44,15 +38,15 @@ from training.plan import (
     without_algorithms,
     without_weights,
 )
-from training.recipe import Recipe
-from training.recipe.schema import RecipeError
-from training.results import report
-from training.results.recorder import Recorder
-from training.results.report import History
+from training.recipe import Recipe, RecipeError
+from training.results.comparison import format_comparison, write_comparison
+from training.results.figures import plot_curves
+from training.results.history import History, write_metrics
+from training.results.summary import summarize, write_json
+from training.results.text import format_summary
 
 log = logging.getLogger(__name__)
 
-_DIST_TIMEOUT_SECONDS = 600.0
 # Keys that may differ between a run and its continuation: they do not change what is computed.
 _FREE_ON_RESUME = (
     "load", "autoresume", "logging", "results_dir", "checkpoints", "device", "compile", "data.cache_dir",
@@ -95,7 +89,7 @@ def _train(recipe: Recipe, say: Callable[[str], None]) -> Result:
     load_path = _prepare_run_dir(recipe, say)
     place: dict[str, Any] = {"rank": dist.get_global_rank(), "world_size": dist.get_world_size(), "say": say}
     loaders, test_loader = build_loaders(recipe, **place), build_test_loader(recipe, **place)
-    engine, judge = _train_with_composer, _evaluate_with_composer
+    engine, judge = train_composer, evaluate_composer
     if recipe.parallelism.strategy == "deepspeed":
         from training.engines.deepspeed import evaluate_deepspeed as judge
         from training.engines.deepspeed import train_deepspeed as engine
@@ -113,43 +107,6 @@ def _train(recipe: Recipe, say: Callable[[str], None]) -> Result:
     if dist.get_global_rank() == 0:
         _write_results(recipe, result)
     return result
-
-
-def _train_with_composer(
-    recipe: Recipe,
-    plan: Plan,
-    facts: DataFacts,
-    loaders: tuple[Any, Any],
-    *,
-    load_path: str | None,
-    say: Callable[[str], None],
-) -> tuple[History, float]:
-    """Returns what was recorded, and the seconds that training took. Every engine's function has this signature."""
-    recorder = Recorder(recipe.run_dir)
-    trainer = build_trainer(
-        recipe,
-        facts,
-        loaders,
-        callbacks=build_callbacks(recipe, plan, recorder, loaders[0]),
-        load_path=load_path,
-        world_size=dist.get_world_size(),
-    )
-    seconds = _fit(trainer, recipe, say)
-    return recorder.history, seconds
-
-
-def _evaluate_with_composer(
-    recipe: Recipe, facts: DataFacts, loaders: tuple[Any, Any], *, checkpoint: str
-) -> dict[str, float]:
-    """Top-1 and loss of `checkpoint` on the second loader. Every engine's function has this signature."""
-    trainer = build_trainer(
-        recipe, facts, loaders, callbacks=[], load_path=checkpoint, world_size=dist.get_world_size()
-    )
-    try:
-        trainer.eval()
-    finally:
-        trainer.engine.close()
-    return {name: float(metric.compute()) for name, metric in trainer.state.eval_metrics["eval"].items()}
 
 
 def _best_checkpoint(recipe: Recipe) -> Path:
@@ -186,36 +143,15 @@ def compare(recipe: Recipe, *, say: Callable[[str], None] = print) -> str:
     for label, one in (("speed-ups on", recipe), ("all off", off)):
         say(f"== {label} ==")
         results[label] = train(one, say=say)
-        say(report.format_summary(results[label].summary) + "\n")
+        say(format_summary(results[label].summary) + "\n")
     summaries = {label: result.summary for label, result in results.items()}
     if dist.get_global_rank() == 0:
-        report.write_comparison({label: r.history for label, r in results.items()}, summaries, recipe.run_dir)
-    return report.format_comparison(summaries)
-
-
-def _fit(trainer: Trainer, recipe: Recipe, say: Callable[[str], None]) -> float:
-    """Train to the end; returns seconds."""
-    started = time.monotonic()
-    try:
-        if is_complete(recipe, trainer.state.timestamp, say):
-            return 0.0
-        _restore_random_state(trainer)
-        trainer.fit()
-    finally:
-        trainer.engine.close()  # not trainer.close(): its barrier would keep a rank that failed from saying so
-    return time.monotonic() - started
-
-
-def _restore_random_state(trainer: Trainer) -> None:
-    # Composer 0.32.1 restores it at an epoch's start, or while it spins through the batches that a resumed epoch has
-    # behind it; our loaders skip those, so in mid-epoch it would stay where the constructor left it.
-    if trainer.state.timestamp.batch_in_epoch.value and trainer._rng_state is not None:
-        reproducibility.load_rng_state(trainer._rng_state)
-        trainer._rng_state = None
+        write_comparison({label: r.history for label, r in results.items()}, summaries, recipe.run_dir)
+    return format_comparison(summaries)
 
 
 def _result(recipe: Recipe, plan: Plan, history: History, *, seconds: float, resumed: bool) -> Result:
-    summary = report.summarize(
+    summary = summarize(
         history,
         run_name=recipe.run_name,
         seconds=seconds,
@@ -230,9 +166,9 @@ def _result(recipe: Recipe, plan: Plan, history: History, *, seconds: float, res
 
 
 def _write_results(recipe: Recipe, result: Result) -> None:
-    report.write_metrics(result.history, recipe.run_dir)
-    report.plot_curves(result.history, recipe.run_dir / "curves.png", title=recipe.run_name)
-    report.write_json(result.summary, recipe.run_dir / "summary.json")
+    write_metrics(result.history, recipe.run_dir)
+    plot_curves(result.history, recipe.run_dir / "curves.png", title=recipe.run_name)
+    write_json(result.summary, recipe.run_dir / "summary.json")
 
 
 def _prepare_run_dir(recipe: Recipe, say: Callable[[str], None]) -> str | None:
@@ -326,18 +262,6 @@ def _flat(value: Any, path: str = "") -> dict[str, Any]:
     if isinstance(value, dict) and value:
         return {k: v for key, item in value.items() for k, v in _flat(item, f"{path}.{key}" if path else key).items()}
     return {path: value}
-
-
-def start_distributed(recipe: Recipe) -> None:
-    """Join the ranks of the run; RecipeError where the recipe's engine cannot run on them."""
-    device = resolve_device(recipe)
-    check_parallelism(recipe, device=device, world_size=dist.get_world_size())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # Composer warns of the defaults that a single process runs with
-        dist.initialize_dist(get_device(device), timeout=_DIST_TIMEOUT_SECONDS)
-    if device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        # Every rank would start a thread a core, and they would wait for each other in turn: 50 times slower here.
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // dist.get_local_world_size()))
 
 
 def _silent(text: str) -> None:

@@ -206,13 +206,6 @@ def _checked_sidecar(path: Path, frame: Frame) -> dict[str, Any] | None:
     return sidecar
 
 
-def damaged_image(path: Path, index: int, reason: str) -> ValueError:
-    """The error for an image that is not what the file's frame says, found when it is decoded."""
-    return ValueError(
-        f"image {index} of {path} cannot be decoded: {reason}. The file is damaged; convert the images again"
-    )
-
-
 def _is_color(values: Any, *, least: float) -> bool:
     return len(values) == 3 and all(least <= value <= 255 for value in values)
 

@@ -17,7 +17,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -33,7 +33,6 @@ from data.beton.format import (
     PAGE_BYTES,
     SIDECAR_VERSION,
     VERSION,
-    Beton,
     read_frame,
     report_path,
     sidecar_path,
@@ -268,7 +267,7 @@ def _decodes_whole(image: Image, data: bytes) -> bool:
     out = np.empty((1, 32, 32, 3), dtype=np.uint8)  # small, so that little is done beside reading the file's data
     whole = np.array([[0, 0, height, width, 0]], dtype=np.int32)
     try:
-        decoder.decode(cast(Beton, _OneJpeg(data, height, width)), np.zeros(1, dtype=int), whole, out, exact=False)
+        decoder.decode(_OneJpeg(data, height, width), np.zeros(1, dtype=int), whole, out, exact=False)
     except ValueError:
         return False
     return True
@@ -280,7 +279,7 @@ def _decoder() -> Decoder | None:
 
 
 class _OneJpeg:
-    # What a decoder asks of a .beton file, for a single image in memory.
+    # A single image in memory, as decoders ask for it.
     path = Path("image")
 
     def __init__(self, data: bytes, height: int, width: int) -> None:

@@ -1,4 +1,4 @@
-"""Which decoder makes pixels of what a .beton file stores."""
+"""Which decoder makes pixels of stored images."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import Protocol
 
 import numpy as np
 
-from data.beton.format import Beton
 from data.decoding.libffcv_decode import LibffcvDecoder, find_libffcv
 from data.decoding.native_decode import NativeDecoder, find_native
+from data.decoding.stored import StoredImages
 
 
 class Decoder(Protocol):
@@ -16,7 +16,9 @@ class Decoder(Protocol):
 
     name: str
 
-    def decode(self, beton: Beton, indices: np.ndarray, crops: np.ndarray, out: np.ndarray, *, exact: bool) -> None:
+    def decode(
+        self, images: StoredImages, indices: np.ndarray, crops: np.ndarray, out: np.ndarray, *, exact: bool
+    ) -> None:
         """Decode images, cut `crops` out of them, and write them to `out` at its size.
 
         Args:

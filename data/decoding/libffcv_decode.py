@@ -14,7 +14,7 @@ from types import ModuleType
 
 import numpy as np
 
-from data.beton.format import Beton, damaged_image
+from data.decoding.stored import StoredImages, damaged_image
 
 _INTER_AREA = 3  # OpenCV's number; libffcv 1.0 always uses it and ignores the argument, later ones read it
 _JPEG_DENOMINATORS = (8, 4, 2)  # the reductions for which libjpeg-turbo has vectorized transforms
@@ -44,22 +44,24 @@ class LibffcvDecoder:
         _library()
         _opencv()
 
-    def decode(self, beton: Beton, indices: np.ndarray, crops: np.ndarray, out: np.ndarray, *, exact: bool) -> None:
+    def decode(
+        self, images: StoredImages, indices: np.ndarray, crops: np.ndarray, out: np.ndarray, *, exact: bool
+    ) -> None:
         """See `data.decoding.decode.Decoder`. A reduced JPEG's crop moves by up to half a pixel of the result."""
         for destination, index, crop in zip(out, indices.tolist(), crops.tolist(), strict=True):
-            _decode_image(beton, index, crop, destination, exact=exact)
+            _decode_image(images, index, crop, destination, exact=exact)
 
 
-def _decode_image(beton: Beton, index: int, crop: list[int], destination: np.ndarray, *, exact: bool) -> None:
+def _decode_image(images: StoredImages, index: int, crop: list[int], destination: np.ndarray, *, exact: bool) -> None:
     top, left, crop_height, crop_width, flip = crop
-    height, width = int(beton.heights[index]), int(beton.widths[index])
-    stored = beton.image_bytes(index)
+    height, width = int(images.heights[index]), int(images.widths[index])
+    stored = images.image_bytes(index)
     size = destination.shape[0]
-    if beton.is_jpeg(index):
+    if images.is_jpeg(index):
         denominator = 1 if exact else _jpeg_denominator(crop_height, crop_width, size)
         pixels = _decode_jpeg(stored, height, width, denominator)
         if pixels is None:
-            raise damaged_image(beton.path, index, f"it is not a whole JPEG of {height}x{width} px")
+            raise damaged_image(images.path, index, f"it is not a whole JPEG of {height}x{width} px")
         if denominator > 1:
             height, width = pixels.shape[:2]
             top, crop_height = _scaled(top, crop_height, denominator, height)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.beton.format import Beton, damaged_image
+from data.decoding.stored import StoredImages, damaged_image
 
 _VERSION = 1  # of the functions in data/decoding/native/decode.cpp
 _MESSAGE_BYTES = 256
@@ -49,14 +49,16 @@ class NativeDecoder:
         self._library = _library()
         self._plain = plain
 
-    def decode(self, beton: Beton, indices: np.ndarray, crops: np.ndarray, out: np.ndarray, *, exact: bool) -> None:
+    def decode(
+        self, images: StoredImages, indices: np.ndarray, crops: np.ndarray, out: np.ndarray, *, exact: bool
+    ) -> None:
         """See `data.decoding.decode.Decoder`. The crop's place is exact to a fraction of a pixel, reduced or not."""
         if out.dtype != np.uint8 or not out.flags.c_contiguous or out.shape[1:] != (out.shape[1], out.shape[1], 3):
             raise ValueError(f"crops go to contiguous uint8 [B, S, S, 3], not {out.dtype} {list(out.shape)}")
         requests = np.zeros(len(indices), dtype=_REQUEST)
-        requests["bytes"], requests["size"] = beton.addresses(indices), beton.num_bytes(indices)
-        requests["is_jpeg"] = beton.is_jpeg(indices)
-        requests["height"], requests["width"] = beton.heights[indices], beton.widths[indices]
+        requests["bytes"], requests["size"] = images.addresses(indices), images.num_bytes(indices)
+        requests["is_jpeg"] = images.is_jpeg(indices)
+        requests["height"], requests["width"] = images.heights[indices], images.widths[indices]
         requests["crop"] = crops
         message = ctypes.create_string_buffer(_MESSAGE_BYTES)
         failed = self._library.brisk_decode_batch(
@@ -64,7 +66,7 @@ class NativeDecoder:
             *(out[: len(requests)].ctypes.data, message, _MESSAGE_BYTES),
         )
         if failed >= 0:
-            raise damaged_image(beton.path, int(indices[failed]), message.value.decode(errors="replace"))
+            raise damaged_image(images.path, int(indices[failed]), message.value.decode(errors="replace"))
 
 
 @cache

@@ -28,7 +28,7 @@ from models.classifier import ImageClassifier
 from models.resnet import SmallResNet
 from training.callbacks import _LoaderPosition
 from training.checkpoints.saving import Checkpoints
-from training.session import _restore_random_state
+from training.engines.composer import restore_random_state
 
 EPOCHS, STEPS_AN_EPOCH, GLOBAL_BATCH_SIZE, IMAGE_SIZE = 3, 4, 8, 16
 STOPPED_AT = {"resumed in mid-epoch": "batch 6", "resumed at an epoch's end": "epoch 2"}
@@ -237,7 +237,7 @@ def train_interrupted(chosen: list[str], folder: Path, *, moment: str, **setting
     torch.manual_seed(99)
     trainer = make_trainer(arranged(chosen), load_path=str(folder / "latest.pt"), **settings)
     try:
-        _restore_random_state(trainer)
+        restore_random_state(trainer)
         trainer.fit()
         return weights(trainer)
     finally:

@@ -11,7 +11,7 @@ from models.registry import find
 from models.summary import count_forward_macs, count_parameters
 from training.build import data_facts
 from training.plan import format_plan, make_plan, without_algorithms
-from training.recipe.schema import RecipeError
+from training.recipe import RecipeError
 from training.session import train
 
 

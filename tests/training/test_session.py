@@ -20,7 +20,8 @@ from torch import nn
 
 from models import registry as models
 from training import cli, session
-from training.recipe.schema import RecipeError
+from training.engines import composer
+from training.recipe import RecipeError
 
 ROOT = Path(__file__).parents[2]
 
@@ -68,8 +69,8 @@ class _StopAt(Callback):
 
 def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the next runs fail right after `step` steps."""
-    build = session.build_callbacks
-    monkeypatch.setattr(session, "build_callbacks", lambda *given: [*build(*given), _StopAt(step)])
+    build = composer.build_callbacks
+    monkeypatch.setattr(composer, "build_callbacks", lambda *given: [*build(*given), _StopAt(step)])
 
 
 @pytest.fixture
@@ -119,15 +120,16 @@ def test_a_resumed_run_ends_with_the_same_weights(
 KILL = """
 import os, signal, sys
 from composer.core import Callback
-from training import cli, session
+from training import cli
+from training.engines import composer
 
 class Kill(Callback):
     def batch_end(self, state, logger):
         if state.timestamp.batch.value == 43:
             os.kill(os.getpid(), signal.SIGKILL)
 
-build = session.build_callbacks
-session.build_callbacks = lambda *given: [*build(*given), Kill()]
+build = composer.build_callbacks
+composer.build_callbacks = lambda *given: [*build(*given), Kill()]
 sys.exit(cli.main(sys.argv[1:]))
 """
 

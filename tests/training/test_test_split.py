@@ -13,9 +13,8 @@ from data.sources import digits
 from models.weights import load_weights
 from training import cli, session
 from training.build import build_network, data_facts
-from training.recipe import Recipe
-from training.recipe.schema import RecipeError
-from training.results import report
+from training.recipe import Recipe, RecipeError
+from training.results.text import format_summary
 from training.session import train
 
 TEST = ("data.source.test_fraction=0.2", "data.test={}")
@@ -53,7 +52,7 @@ def test_best_pt_is_judged_on_the_test_split(short_recipe: Any) -> None:
     assert measured["top1"] == pytest.approx((outputs.argmax(dim=1) == labels).float().mean().item(), abs=1e-6)
     assert measured["loss"] == pytest.approx(torch.nn.functional.cross_entropy(outputs, labels).item(), rel=1e-4)
     assert json.loads((recipe.run_dir / "summary.json").read_text())["test"] == measured
-    said = report.format_summary(result.summary)
+    said = format_summary(result.summary)
     assert f"top-1 {measured['top1']:.2%}"[:-1] in said.replace(" %", "%")
     assert "(best.pt, test split)" in said
 

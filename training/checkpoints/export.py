@@ -18,7 +18,7 @@ from torch import Tensor
 from models.weights import read_weights
 from training.checkpoints.sharded import is_sharded
 from training.checkpoints.zero import is_zero, read_zero_weights
-from training.recipe.schema import RecipeError
+from training.recipe import RecipeError
 
 _PREFIX = "module."  # of the network within ImageClassifier
 

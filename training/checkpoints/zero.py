@@ -21,7 +21,7 @@ from composer.loggers import Logger
 from composer.utils import dist, reproducibility
 
 from training.checkpoints.sharded import state_without_tensors
-from training.recipe.schema import RecipeError
+from training.recipe import RecipeError
 
 _WRITER, _TAG, _STATE = "deepspeed.json", "zero", "state.pt"
 

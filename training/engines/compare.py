@@ -34,9 +34,8 @@ from typing import Any
 import torch
 
 from training.engines.memory import FLOAT32_BYTES, PARTS, expected_bytes, state_bytes_per_parameter
-from training.recipe import Recipe, load_recipe
-from training.recipe.schema import RecipeError
-from training.results.report import write_json
+from training.recipe import Recipe, RecipeError, load_recipe
+from training.results.summary import write_json
 
 ENGINES = ("none", "ddp", "fsdp", "zero0", "zero1", "zero2", "zero3")
 _COLORS = {"parameters": "#4477aa", "gradients": "#ee6677", "optimizer_state": "#228833", "activations": "#ccbb44"}

@@ -39,8 +39,8 @@ from training.engines.deepspeed_settings import deepspeed_config, zero_stage
 from training.engines.parallel import LikeDDP
 from training.plan import Plan
 from training.recipe import Recipe
+from training.results.history import History
 from training.results.recorder import Recorder
-from training.results.report import History
 
 _EVALUATOR = "eval"
 

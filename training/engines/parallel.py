@@ -16,8 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from models.sharding import sharding_units
 from training.engines.deepspeed_settings import check_deepspeed
-from training.recipe import FSDP, Recipe
-from training.recipe.schema import RecipeError
+from training.recipe import FSDP, Recipe, RecipeError
 
 # Composer's own algorithms that fail under FSDP2 -> what does the same and does not.
 _NOT_UNDER_FSDP2 = {"composer.channels_last": "channels_last", "composer.ema": "ema", "composer.sam": "sam"}

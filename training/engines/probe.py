@@ -26,9 +26,10 @@ from composer.utils import dist
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from training.build import build_loaders, build_trainer, data_facts
+from training.build import build_loaders, data_facts
+from training.engines.composer import build_trainer
+from training.engines.start import start_distributed
 from training.recipe import Recipe, recipe_from
-from training.session import start_distributed
 
 _WARM_UP_STEPS = 2
 _BACKWARD = "engine_probe: backward"

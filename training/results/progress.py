@@ -14,7 +14,7 @@ from composer.utils import dist
 from tqdm import tqdm
 
 from training.results.recorder import Stopwatch
-from training.results.report import format_seconds
+from training.results.text import format_seconds
 
 __all__ = ["ProgressBar"]
 

@@ -17,7 +17,7 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 
-from training.results.report import STEP_COLUMNS, History, write_epochs_csv
+from training.results.history import STEP_COLUMNS, History, write_epochs_csv
 
 __all__ = ["History", "Ledger", "Recorder", "Stopwatch"]
 

@@ -11,8 +11,7 @@ from algos.framework.base import Contract, Event
 from algos.framework.composer_algorithms import _KNOWN, find, refuse_doubles
 from algos.framework.ordering import arrange
 from training.build import arrange_algorithms
-from training.recipe import load_recipe
-from training.recipe.schema import RecipeError
+from training.recipe import RecipeError, load_recipe
 
 DIGITS = "yamls/digits_medium.yaml"
 # The settings that have no default.

@@ -15,6 +15,7 @@ from composer.utils import dist
 
 from training import session
 from training.checkpoints.sharded import LoadShards, save_shards
+from training.engines import composer
 from training.engines.parallel import HybridFSDP2Config, LikeDDP
 from training.recipe import Recipe, load_recipe
 
@@ -119,15 +120,15 @@ class _StopAfter(Callback):
 
 def _train_until(step: int, recipe: Recipe) -> None:
     """Stands in for a kill: the run ends right after the checkpoint of this step."""
-    build = session.build_callbacks
-    session.build_callbacks = lambda *given, **named: [*build(*given, **named), _StopAfter(step)]
+    build = composer.build_callbacks
+    composer.build_callbacks = lambda *given, **named: [*build(*given, **named), _StopAfter(step)]
     try:
         session.train(recipe, say=_quiet)
         raise AssertionError("was not stopped")
     except _Stop:
         pass
     finally:
-        session.build_callbacks = build
+        composer.build_callbacks = build
 
 
 def _quiet(text: str) -> None:

@@ -26,14 +26,14 @@ from safetensors.torch import load_file
 
 from algos.framework import registry
 from training import cli
-from training.build import build_loaders, build_trainer, data_facts
+from training.build import build_loaders, data_facts
 from training.checkpoints.export import export_checkpoint
 from training.checkpoints.export import main as export
 from training.checkpoints.zero import is_zero, read_zero_weights
+from training.engines.composer import build_trainer
 from training.engines.deepspeed_settings import deepspeed_config
 from training.engines.parallel import check_parallelism
-from training.recipe import Recipe
-from training.recipe.schema import RecipeError
+from training.recipe import Recipe, RecipeError
 
 pytest.importorskip("deepspeed")
 SCRIPT = str(Path(__file__).with_name("deepspeed_ranks.py"))

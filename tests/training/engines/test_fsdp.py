@@ -14,9 +14,10 @@ from ranks import run_ranks
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from training import session
-from training.build import build_loaders, build_trainer, data_facts
+from training.build import build_loaders, data_facts
+from training.engines.composer import build_trainer
 from training.engines.parallel import check_parallelism
-from training.recipe.schema import RecipeError
+from training.recipe import RecipeError
 
 SCRIPT = str(Path(__file__).with_name("fsdp_ranks.py"))
 

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from training.recipe import load_recipe
-from training.recipe.schema import RecipeError
+from training.recipe import RecipeError, load_recipe
 
 ROOT = Path(__file__).parents[3]
 DIGITS = ROOT / "yamls" / "digits_medium.yaml"

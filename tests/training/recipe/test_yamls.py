@@ -16,8 +16,7 @@ from algos.framework.protocols import LearningRateModifier
 from algos.learning_rate import LearningRate
 from algos.progressive_resizing import ProgressiveResizing
 from training.build import arrange_algorithms, initial_learning_rate, per_device_batch_size
-from training.recipe import Recipe, load_recipe
-from training.recipe.schema import RecipeError
+from training.recipe import Recipe, RecipeError, load_recipe
 from training.session import plan_text, train
 
 ROOT = Path(__file__).parents[3]

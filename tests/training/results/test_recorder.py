@@ -22,8 +22,8 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from training.checkpoints.saving import Checkpoints
+from training.results.history import EPOCH_COLUMNS, STEP_COLUMNS, read_metrics
 from training.results.recorder import Ledger, Recorder, Stopwatch
-from training.results.report import EPOCH_COLUMNS, STEP_COLUMNS, read_metrics
 
 pytestmark = [
     pytest.mark.timeout(120),

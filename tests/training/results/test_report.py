@@ -14,21 +14,18 @@ import numpy as np
 import pytest
 import torch
 
-from training.results.report import (
+from training.results.comparison import format_comparison, write_comparison
+from training.results.figures import plot_curves
+from training.results.history import (
     EPOCH_COLUMNS,
     STEP_COLUMNS,
     History,
-    format_comparison,
-    format_seconds,
-    format_summary,
-    plot_curves,
     read_metrics,
-    summarize,
-    write_comparison,
     write_epochs_csv,
-    write_json,
     write_metrics,
 )
+from training.results.summary import summarize, write_json
+from training.results.text import format_seconds, format_summary
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -349,7 +346,8 @@ class TestCurves:
 
     def test_leaves_pyplot_alone(self, tmp_path):
         code = (
-            "import sys; from training.results.report import History, plot_curves; "
+            "import sys; from training.results.figures import plot_curves; "
+            "from training.results.history import History; "
             f"plot_curves(History(), {str(tmp_path / 'curves.png')!r}); "
             "assert 'matplotlib.pyplot' not in sys.modules; assert 'composer' not in sys.modules"
         )
