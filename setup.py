@@ -18,7 +18,7 @@ def pkg_config(kind: str, prefix: str) -> list[str]:
 setup(
     ext_modules=[
         Extension(
-            "data.decoding._native_decode",
+            "brisk.data.decoding._native_decode",
             ["data/decoding/native/decode.cpp"],
             include_dirs=pkg_config("--cflags", "-I"),
             library_dirs=pkg_config("--libs", "-L"),

@@ -32,7 +32,7 @@ _MORE = {
 def __getattr__(name: str) -> Any:
     module = _public_names().get(name)
     if module is None:
-        raise AttributeError(f"module 'algos' has no attribute {name!r}; it has: {', '.join(__dir__())}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has: {', '.join(__dir__())}")
     return getattr(import_module(module, __name__), name)
 
 
@@ -41,6 +41,6 @@ def __dir__() -> list[str]:
 
 
 def _public_names() -> dict[str, str]:
-    from algos.framework.registry import public_names
+    from .framework.registry import public_names
 
     return public_names() | _MORE

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from algos.blur import Pair, binomial_kernel, check_filter, convolve, pair, to_channels_last
-from algos.framework.base import Contract, Event, Logger, Resource, SpeedUp, State
+from .blur import Pair, binomial_kernel, check_filter, convolve, pair, to_channels_last
+from .framework.base import Contract, Event, Logger, Resource, SpeedUp, State
 
 
 def apply_blurpool(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from algos.framework.base import Contract, Event, Logger, Resource, SpeedUp, State
+from .framework.base import Contract, Event, Logger, Resource, SpeedUp, State
 
 
 def apply_channels_last(model: nn.Module, *, weights: bool = True) -> nn.Module:

@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from algos.framework.base import Contract, Event, Logger, Resource, SpeedUp, State, global_rank
-from algos.framework.batches import check_num_classes, count_classes, soften, split_batch
-from algos.framework.mixing import check_alpha, check_counts, check_permutation, check_seed, draw_beta, has_turn, mix
-from algos.framework.randomness import generator_at
+from .framework.base import Contract, Event, Logger, Resource, SpeedUp, State, global_rank
+from .framework.batches import check_num_classes, count_classes, soften, split_batch
+from .framework.mixing import check_alpha, check_counts, check_permutation, check_seed, draw_beta, has_turn, mix
+from .framework.randomness import generator_at
 
 Box = tuple[int, int, int, int]  # top, left, bottom, right in px; bottom and right lie just outside
 

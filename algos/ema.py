@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from algos.framework.base import Contract, Event, Logger, Resource, SpeedUp, State, world_size
+from .framework.base import Contract, Event, Logger, Resource, SpeedUp, State, world_size
 
 Average = Mapping[str, Tensor]  # name of a parameter or a buffer -> its average
 

@@ -13,9 +13,9 @@ from typing import Any, Literal, TypeGuard
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from algos.framework.base import Contract, Event, Logger, Resource, SpeedUp, State, act_last
-from algos.framework.protocols import CropSwitchingLoader, ResizableLoader
-from algos.learning_rate import require_schedule, run_epochs
+from .framework.base import Contract, Event, Logger, Resource, SpeedUp, State, act_last
+from .framework.protocols import CropSwitchingLoader, ResizableLoader
+from .learning_rate import require_schedule, run_epochs
 
 Trained = Literal["classifier_and_norm", "classifier", "all"]
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from algos.framework.base import Contract, Event, Logger, Resource, SpeedUp, State
-from algos.framework.batches import IGNORE_INDEX, check_num_classes, count_classes, soften, split_batch
+from .framework.base import Contract, Event, Logger, Resource, SpeedUp, State
+from .framework.batches import IGNORE_INDEX, check_num_classes, count_classes, soften, split_batch
 
 
 def smooth_labels(

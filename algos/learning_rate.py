@@ -15,8 +15,8 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from algos.framework.base import Contract, Event, Logger, Resource, SpeedUp, State
-from algos.framework.protocols import LearningRateModifier
+from .framework.base import Contract, Event, Logger, Resource, SpeedUp, State
+from .framework.protocols import LearningRateModifier
 
 Decay = Literal["cosine", "linear", "step", "polynomial", "constant", "piecewise_linear"]
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from algos.framework.base import Contract, Event, Logger, Resource, SpeedUp, State, world_size
-from algos.framework.batches import split_batch
-from algos.framework.protocols import ResizableLoader
-from algos.learning_rate import require_schedule, run_epochs
+from .framework.base import Contract, Event, Logger, Resource, SpeedUp, State, world_size
+from .framework.batches import split_batch
+from .framework.protocols import ResizableLoader
+from .learning_rate import require_schedule, run_epochs
 
 log = logging.getLogger(__name__)
 

@@ -12,10 +12,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from algos.framework.base import Contract, Event, Logger, Resource, SpeedUp, State, global_rank
-from algos.framework.batches import split_batch
-from algos.framework.mixing import check_seed
-from algos.framework.randomness import generator_at
+from .framework.base import Contract, Event, Logger, Resource, SpeedUp, State, global_rank
+from .framework.batches import split_batch
+from .framework.mixing import check_seed
+from .framework.randomness import generator_at
 
 Interpolation = Literal["nearest", "bilinear"]
 Pixels = tuple[float, float, float]  # red, green, blue on the 0..255 scale

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 
-from algos.framework.base import (
+from .framework.base import (
     Contract,
     Event,
     Logger,
@@ -28,8 +28,8 @@ from algos.framework.base import (
     precision_context,
     world_size,
 )
-from algos.framework.batches import count_samples
-from algos.framework.randomness import MicrobatchDraws, microbatch_draws
+from .framework.batches import count_samples
+from .framework.randomness import MicrobatchDraws, microbatch_draws
 
 Perturbation = Literal["global", "per_rank"]
 

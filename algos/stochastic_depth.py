@@ -17,9 +17,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from algos.framework.base import Contract, Event, Logger, Resource, SpeedUp, State, global_rank
-from algos.framework.batches import count_samples
-from algos.framework.randomness import MicrobatchDraws, generator_at
+from .framework.base import Contract, Event, Logger, Resource, SpeedUp, State, global_rank
+from .framework.batches import count_samples
+from .framework.randomness import MicrobatchDraws, generator_at
 
 Mode = Literal["sample", "batch"]
 Distribution = Literal["linear", "uniform"]

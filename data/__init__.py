@@ -35,7 +35,7 @@ _PUBLIC = {
 
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
-        raise AttributeError(f"module 'data' has no attribute {name!r}; it has: {', '.join(__dir__())}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has: {', '.join(__dir__())}")
     return getattr(import_module(_PUBLIC[name], __name__), name)
 
 

@@ -9,13 +9,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.beton.format import report_path
-from data.beton.write import default_write_settings, write_beton
-from data.decoding.decode import make_decoder, present_decoders
-from data.loading.ffcv_loader import FFCVLoader
-from data.loading.loader import Loader
-from data.sources import SPLITS, build_source, source_stamp
-from data.whole_files import partial_files
+from .beton.format import report_path
+from .beton.write import default_write_settings, write_beton
+from .decoding.decode import make_decoder, present_decoders
+from .loading.ffcv_loader import FFCVLoader
+from .loading.loader import Loader
+from .sources import SPLITS, build_source, source_stamp
+from .whole_files import partial_files
 
 LOADERS = ("auto", "ffcv", "torch")
 _CACHE_VERSION = 2  # raise it when the same settings come to mean other bytes
@@ -65,7 +65,7 @@ def build_loader(
     settings = {"rank": rank, "train": split == "train"} | settings
     source_settings = {"split": split} | (source_settings or {})
     if chosen == "torch":
-        from data.loading.torch_loader import TorchLoader  # imports torchvision, which the other loader does not need
+        from .loading.torch_loader import TorchLoader  # imports torchvision, which the other loader does not need
 
         images = build_source(source, **source_settings)
         _refuse_other_classes(images.class_names, class_names, images.name)
@@ -158,7 +158,7 @@ def _wait_for(path: Path, *, stall_timeout_seconds: float) -> None:
             raise FileNotFoundError(
                 f"{path} has not come, and nothing was written to it for {stall_timeout_seconds:g} seconds: see rank "
                 "0's output for its error. If the ranks do not share this folder, set a cache_dir that they share, or "
-                "convert on every machine beforehand with python -m data.convert"
+                f"convert on every machine beforehand with python -m {__package__}.convert"
             )
         time.sleep(_POLL_SECONDS)
 

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data.beton.format import Beton, report_path
-from data.beton.write import WRITE_MODES, default_write_settings, write_beton
-from data.sources import SOURCES, SPLITS, FolderSource, build_source
+from .beton.format import Beton, report_path
+from .beton.write import WRITE_MODES, default_write_settings, write_beton
+from .sources import SOURCES, SPLITS, FolderSource, build_source
 
 INTERRUPTED = 130  # exit status: 128 and the number of SIGINT
 
@@ -73,10 +73,11 @@ def _summary(path: Path, seconds: float) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m data.convert",
+        prog=f"python -m {__package__}.convert",
         description="Write images to a .beton file for the FFCV loader. JPEGs that need no change are stored as they "
         "are. Images that cannot be used are left out and listed in OUT.report.txt.",
-        epilog="example: python -m data.convert /data/imagenet imagenet-train.beton --split train --max-side 500",
+        epilog=f"example: python -m {__package__}.convert /data/imagenet imagenet-train.beton --split train "
+        "--max-side 500",
     )
     parser.add_argument("source", help=f"a folder with one folder a class, or one of: {', '.join(sorted(SOURCES))}")
     parser.add_argument("out", type=Path, help="the file to write, usually ending in .beton")

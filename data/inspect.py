@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from data.beton.format import Beton, report_path, sidecar_path
-from data.decoding.decode import Decoder, make_decoder
-from data.prefetch import PrefetchIterator
-from data.whole_files import whole_file
+from .beton.format import Beton, report_path, sidecar_path
+from .decoding.decode import Decoder, make_decoder
+from .prefetch import PrefetchIterator
+from .whole_files import whole_file
 
 _MOST_CLASSES = 20  # that are listed one by one
 _BAR_CHARACTERS = 40
@@ -114,7 +114,7 @@ def contact_sheet(images: np.ndarray, captions: Sequence[str], *, columns: int) 
 
 
 def _save_sheet(args: argparse.Namespace) -> None:
-    from data.loading.ffcv_loader import FFCVLoader
+    from .loading.ffcv_loader import FFCVLoader
 
     loader = FFCVLoader(
         args.file,
@@ -190,7 +190,7 @@ def _plain(value: Any) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m data.inspect", description="Show what a .beton file holds, and check it."
+        prog=f"python -m {__package__}.inspect", description="Show what a .beton file holds, and check it."
     )
     parser.add_argument("file", type=Path)
     parser.add_argument("--verify", action="store_true", help="decode every image and compare the images' checksum")

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
-from models.torchvision_models import build_torchvision
-from models.weights import finish
+from .torchvision_models import build_torchvision
+from .weights import finish
 
 
 class SmallResNet(nn.Module):

@@ -9,7 +9,7 @@ from typing import Any
 import torchvision.models
 from torch import nn
 
-from models.weights import finish
+from .weights import finish
 
 # Training outputs of these are tuples with auxiliary logits, unless asked not to be.
 _WITHOUT_AUXILIARY = {"googlenet": {"aux_logits": False, "init_weights": True}}

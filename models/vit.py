@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.vision_transformer import EncoderBlock
 
-from models.checkpointing import checkpoint_blocks
-from models.hugging_face import find_file
-from models.weights import StateDict, copy_weights, interpolate_positions, read_weights
+from .checkpointing import checkpoint_blocks
+from .hugging_face import find_file
+from .weights import StateDict, copy_weights, interpolate_positions, read_weights
 
 
 class VisionTransformer(nn.Module):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.torch_version import TorchVersion
 
-from models.checkpointing import checkpoint_blocks
+from .checkpointing import checkpoint_blocks
 
 log = logging.getLogger(__name__)
 

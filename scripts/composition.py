@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "tests" / "algos"))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "algos")]
 import composition as runs  # noqa: E402
 
 PAGE = ROOT / "docs" / "composition.md"

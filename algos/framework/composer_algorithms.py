@@ -7,10 +7,10 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from algos.framework.base import Contract, Event, Resource
+from .base import Contract, Event, Resource
 
 if TYPE_CHECKING:
-    from algos.framework.base import Algorithm
+    from .base import Algorithm
 
 PREFIX = "composer."
 

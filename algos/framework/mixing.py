@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from algos.framework.base import Resource, SpeedUp, State
-from algos.framework.randomness import generator_at
+from .base import Resource, SpeedUp, State
+from .randomness import generator_at
 
 
 def has_turn(algorithm: SpeedUp, state: State) -> bool:

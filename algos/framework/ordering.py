@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from graphlib import CycleError, TopologicalSorter
 
-from algos.framework.base import Contract, Resource
+from .base import Contract, Resource
 
 
 def arrange(contracts: Mapping[str, Contract]) -> list[str]:

@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from algos.framework.base import SpeedUp
+    from .base import SpeedUp
 
 _PACKAGE = __name__.rpartition(".framework.")[0]  # where the algorithms are
 
@@ -50,7 +50,7 @@ def names() -> list[str]:
 
 def composer_names() -> list[str]:
     """Names in a recipe of Composer's own algorithms, `composer.ema` and so on, sorted. Imports Composer."""
-    from algos.framework.composer_algorithms import names
+    from .composer_algorithms import names
 
     return names()
 
@@ -61,7 +61,7 @@ def maker(name: str) -> Callable[..., Any]:
 
     Raises ValueError with the nearest match when there is none.
     """
-    from algos.framework import composer_algorithms
+    from . import composer_algorithms
 
     return composer_algorithms.find(name) if name.startswith(composer_algorithms.PREFIX) else find(name)
 

@@ -38,6 +38,7 @@ PAGE_BYTES = 8 << 20
 MAX_SIDE_PX = 65_535
 MODES = {"jpg": 0, "raw": 1}
 SIDECAR_VERSION = 1
+_CONVERT = f"{__name__.partition('.beton.')[0]}.convert"  # what people call to make one
 _IMAGENET_MEAN = (123.675, 116.28, 103.53)
 _IMAGENET_STD = (58.395, 57.12, 57.375)
 
@@ -64,7 +65,7 @@ class Beton:
         self.path = Path(path)
         if not self.path.is_file():
             raise FileNotFoundError(
-                f"no file {self.path}: correct the path, or write it with: python -m data.convert SOURCE {self.path}"
+                f"no file {self.path}: correct the path, or write it with: python -m {_CONVERT} SOURCE {self.path}"
             )
         frame = read_frame(self.path)
         self.labels = frame.labels
@@ -214,5 +215,5 @@ def _broken(path: Path, what: str) -> ValueError:
     out = path if path.suffix == ".beton" else "OUT.beton"  # nobody is told to write over a file of another kind
     return ValueError(
         f"{path} cannot be used: {what}. Give the path of a .beton file; one that was damaged is made anew with: "
-        f"python -m data.convert SOURCE {out}"
+        f"python -m {_CONVERT} SOURCE {out}"
     )

@@ -21,7 +21,21 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from data.beton.format import (
+from ..decoding.decode import Decoder, make_decoder, present_decoders
+from ..draws import Operation, uniforms
+from ..prefetch import PrefetchIterator
+from ..sources import FileSource, Source, channel_sums, mean_and_std, statistics_picks
+from ..sources.image_file import (
+    UnusableImage,
+    conversions,
+    fitted_size,
+    is_plain_jpeg,
+    open_image,
+    rgb_pixels,
+    shrink,
+)
+from ..whole_files import whole_file
+from .format import (
     ALLOCATION,
     FIELD,
     FIELD_METADATA,
@@ -37,20 +51,6 @@ from data.beton.format import (
     report_path,
     sidecar_path,
 )
-from data.decoding.decode import Decoder, make_decoder, present_decoders
-from data.draws import Operation, uniforms
-from data.prefetch import PrefetchIterator
-from data.sources import FileSource, Source, channel_sums, mean_and_std, statistics_picks
-from data.sources.image_file import (
-    UnusableImage,
-    conversions,
-    fitted_size,
-    is_plain_jpeg,
-    open_image,
-    rgb_pixels,
-    shrink,
-)
-from data.whole_files import whole_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from data.draws import Operation, uniforms
+from ..draws import Operation, uniforms
 
 _ATTEMPTS = 10  # torchvision's number; after that it falls back to a center crop
 

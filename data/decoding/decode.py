@@ -6,9 +6,9 @@ from typing import Protocol
 
 import numpy as np
 
-from data.decoding.libffcv_decode import LibffcvDecoder, find_libffcv
-from data.decoding.native_decode import NativeDecoder, find_native
-from data.decoding.stored import StoredImages
+from .libffcv_decode import LibffcvDecoder, find_libffcv
+from .native_decode import NativeDecoder, find_native
+from .stored import StoredImages
 
 
 class Decoder(Protocol):

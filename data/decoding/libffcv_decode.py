@@ -14,7 +14,7 @@ from types import ModuleType
 
 import numpy as np
 
-from data.decoding.stored import StoredImages, damaged_image
+from .stored import StoredImages, damaged_image
 
 _INTER_AREA = 3  # OpenCV's number; libffcv 1.0 always uses it and ignores the argument, later ones read it
 _JPEG_DENOMINATORS = (8, 4, 2)  # the reductions for which libjpeg-turbo has vectorized transforms

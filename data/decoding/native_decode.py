@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from data.decoding.stored import StoredImages, damaged_image
+from .stored import StoredImages, damaged_image
 
 _VERSION = 1  # of the functions in data/decoding/native/decode.cpp
 _MESSAGE_BYTES = 256
+_EXTENSION = f"{__package__}._native_decode"
 # As `struct Request` in data/decoding/native/decode.cpp.
 _REQUEST = np.dtype(
     [
@@ -29,7 +30,7 @@ _REQUEST = np.dtype(
 
 def find_native() -> Path | None:
     """Where the compiled library lies, or None where it could not be built. Imports nothing."""
-    spec = find_spec("data.decoding._native_decode")
+    spec = find_spec(_EXTENSION)
     return Path(spec.origin) if spec and spec.origin else None
 
 
@@ -82,7 +83,7 @@ def _library() -> ctypes.CDLL:
         raise ModuleNotFoundError(
             f"the native decoder does not load: {error}. Install a C++ compiler and libjpeg-turbo with its headers, "
             "and this package again (see docs/installation.md), or use the loader 'torch'",
-            name="data.decoding._native_decode",
+            name=_EXTENSION,
         ) from error
     library.brisk_decode_batch.argtypes = (
         [ctypes.c_void_p, ctypes.c_int64] + [ctypes.c_int32] * 3 + [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int64]

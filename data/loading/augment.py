@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 
-from data.draws import Operation, uniforms
+from ..draws import Operation, uniforms
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from data.beton.format import Beton
-from data.decoding.decode import Decoder, make_decoder
-from data.loading.loader import Batch, Loader, Pass, empty_images
-from data.prefetch import PrefetchIterator
+from ..beton.format import Beton
+from ..decoding.decode import Decoder, make_decoder
+from ..prefetch import PrefetchIterator
+from .loader import Batch, Loader, Pass, empty_images
 
 _LEAST_IMAGES_IN_A_PART = 8  # fewer cost more to hand out than they gain
 

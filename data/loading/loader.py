@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from data.decoding.crops import CropSettings
-from data.loading.augment import Augmentation, augment_batch, build_augmentations
-from data.loading.order import eval_batches, train_batches
-from data.loading.to_device import Batch, to_device
+from ..decoding.crops import CropSettings
+from .augment import Augmentation, augment_batch, build_augmentations
+from .order import eval_batches, train_batches
+from .to_device import Batch, to_device
 
 
 @dataclass(frozen=True)

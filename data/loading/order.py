@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from data.draws import Operation, random_bits
+from ..draws import Operation, random_bits
 
 
 def epoch_order(num_samples: int, *, seed: int, epoch: int) -> np.ndarray:

@@ -11,8 +11,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional
 
-from data.loading.loader import Batch, Loader, Pass, empty_images
-from data.sources import Source, channel_statistics
+from ..sources import Source, channel_statistics
+from .loader import Batch, Loader, Pass, empty_images
 
 _Item = tuple[int, Pass]
 

@@ -1,6 +1,6 @@
 """Where images come from: folders, the digits, CIFAR, made-up ones; and what is made of image files."""
 
-from data.sources.sources import (
+from .sources import (
     SOURCES,
     SPLITS,
     ArraySource,

@@ -19,7 +19,7 @@ from urllib.request import urlopen
 
 import numpy as np
 
-from data.whole_files import whole_file
+from ..whole_files import whole_file
 
 _TIMEOUT_SECONDS = 30  # without a byte
 

@@ -12,9 +12,9 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
-from data.draws import Operation, random_bits
-from data.sources.cifar import read_cifar
-from data.sources.image_file import UnusableImage, open_image, rgb_pixels
+from ..draws import Operation, random_bits
+from .cifar import read_cifar
+from .image_file import UnusableImage, open_image, rgb_pixels
 
 SPLITS = ("train", "eval", "test")
 

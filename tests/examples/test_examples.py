@@ -33,7 +33,16 @@ def test_an_example_learns_the_digits(script: Path, tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     pytest.importorskip(NEEDS[script.stem])
     # Composer, in other tests of this process, leaves the variables of a process group behind.
-    launched = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
+    launched = (
+        "PYTHONPATH",
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "LOCAL_WORLD_SIZE",
+        "NODE_RANK",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+    )
     inherited = {key: value for key, value in os.environ.items() if key not in launched}
     environment = inherited | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(

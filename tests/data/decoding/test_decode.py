@@ -23,7 +23,7 @@ from data.decoding.native_decode import NativeDecoder
 from data.sources import ArraySource
 
 pytestmark = pytest.mark.timeout(120)
-NATIVE = Path(__file__).parents[3] / "data" / "native"
+NATIVE = Path(__file__).parents[3] / "data" / "decoding" / "native"
 
 
 def real_photos() -> list[np.ndarray]:
