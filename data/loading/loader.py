@@ -32,8 +32,8 @@ class Pass:
         return self.crops.rows(indices, heights, widths, seed=self.seed, epoch=self.epoch, augment=self.augment)
 
     def augment_images(self, indices: np.ndarray, images: np.ndarray) -> None:
-        """Augment uint8 [B, S, S, 3] in place; nothing where the pass does not augment."""
-        if self.augment:
+        """Augment uint8 [B, S, S, 3] in place; nothing where the pass does not augment, which needs no Pillow then."""
+        if self.augment and self.augmentations:
             augment_batch(images, indices, self.augmentations, seed=self.seed, epoch=self.epoch)
 
 
