@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset, random_split
 import algos
 from algos.progressive_resizing import resize_images
 from algos.sam import frozen_statistics
-from brisk.models.resnet import resnet_digits
+from brisk.models.resnet import resnet_digits  # pyright: ignore[reportMissingImports]
 
 STAGES = [algos.Stage(epochs=4, image_size=12), algos.Stage(epochs=8, image_size=16)]
 EPOCHS, PEAK_LEARNING_RATE, SAM_INTERVAL = 12, 0.2, 4

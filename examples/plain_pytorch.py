@@ -5,8 +5,8 @@ from torch.nn import functional as F
 
 import algos
 from algos.sam import frozen_statistics
-from brisk.data import Normalizer, build_loader
-from brisk.models.resnet import resnet_digits
+from brisk.data import Normalizer, build_loader  # pyright: ignore[reportMissingImports]
+from brisk.models.resnet import resnet_digits  # pyright: ignore[reportMissingImports]
 
 STAGES = [algos.Stage(epochs=4, image_size=12), algos.Stage(epochs=6, image_size=16)]
 EPOCHS, PEAK_LEARNING_RATE, SAM_INTERVAL = 10, 0.2, 4

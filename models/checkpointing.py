@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint
 
 # torchvision's residual blocks and those of the networks here; by name, so that importing this imports none of them.
 _BLOCKS = {
@@ -60,12 +59,15 @@ def checkpoint_blocks(model: nn.Module) -> nn.Module:
 class _Checkpointed(nn.Module):
     """First base of every changed block's class; the block's former class is the second."""
 
+    _checkpoint: Callable[..., Any]  # torch's
+    _checkpoint_with_norms: Callable[..., Any]
+
     def forward(self, values: Tensor) -> Any:
         if not self.training:
             return super().forward(values)
         if any(isinstance(module, _BatchNorm) for module in self.modules()):
-            return _checkpoint_with_norms(super().forward, self, values)
-        return checkpoint(super().forward, values, use_reentrant=False)
+            return self._checkpoint_with_norms(super().forward, self, values)
+        return self._checkpoint(super().forward, values, use_reentrant=False)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Classes made at run time cannot be found by name: rebuild this one from the block's former class. Someone
@@ -76,12 +78,11 @@ class _Checkpointed(nn.Module):
         return _rebuild, tuple(others), self.__dict__.copy()
 
 
-@torch.compiler.disable  # Dynamo (torch 2.7) takes no context_fn: such a block runs as it would without torch.compile
-def _checkpoint_with_norms(forward: Callable[[Tensor], Any], block: nn.Module, values: Tensor) -> Any:
+def _checkpoint_with_norms(forward: Callable[[Tensor], Any], block: _Checkpointed, values: Tensor) -> Any:
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         return contextlib.nullcontext(), _running_statistics_at_rest(block)
 
-    return checkpoint(forward, values, use_reentrant=False, context_fn=contexts)
+    return block._checkpoint(forward, values, use_reentrant=False, context_fn=contexts)
 
 
 def _is_block(module: nn.Module) -> bool:
@@ -107,7 +108,15 @@ def _running_statistics_at_rest(block: nn.Module) -> Iterator[None]:
 
 @functools.cache
 def _checkpointed_class(cls: type[nn.Module]) -> type[nn.Module]:
-    return type(f"Checkpointed{cls.__name__}", (_Checkpointed, cls), {"__module__": __name__})
+    # Imported for networks that use it: it loads torch's compiler, seconds that a plan does without.
+    from torch.utils.checkpoint import checkpoint
+
+    functions = {
+        "_checkpoint": staticmethod(checkpoint),
+        # Dynamo (torch 2.7) takes no context_fn: such a block runs as it would without torch.compile.
+        "_checkpoint_with_norms": staticmethod(torch.compiler.disable(_checkpoint_with_norms)),
+    }
+    return type(f"Checkpointed{cls.__name__}", (_Checkpointed, cls), {"__module__": __name__, **functions})
 
 
 def _rebuild(cls: type[nn.Module]) -> nn.Module:

@@ -8,7 +8,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock
 
 from .torchvision_models import build_torchvision
 from .weights import finish
@@ -118,6 +117,8 @@ def _stage(in_channels: int, channels: int, *, stride: int, num_blocks: int) -> 
         shortcut = nn.Sequential(
             nn.Conv2d(in_channels, channels, 1, stride=stride, bias=False), nn.BatchNorm2d(channels)
         )
+    from torchvision.models.resnet import BasicBlock
+
     first = BasicBlock(in_channels, channels, stride=stride, downsample=shortcut)
     return nn.Sequential(first, *(BasicBlock(channels, channels) for _ in range(num_blocks - 1)))
 

@@ -6,7 +6,6 @@ import difflib
 from collections.abc import Callable
 from typing import Any
 
-import torchvision.models
 from torch import nn
 
 from .weights import finish
@@ -18,6 +17,8 @@ _WITHOUT_AUXILIARY["inception_v3"] = _WITHOUT_AUXILIARY["googlenet"]
 
 def find(name: str) -> Callable[..., nn.Module]:
     """The function that builds torchvision's classifier `name`. Raises ValueError when there is none."""
+    import torchvision.models
+
     known = torchvision.models.list_models(module=torchvision.models)
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
@@ -61,6 +62,8 @@ def build_torchvision(
     Raises ValueError for a dropout out of range or of a network that has none, for weights that are not there or do
     not fit, and for checkpointing a network without blocks.
     """
+    import torchvision.models
+
     settings = {**_WITHOUT_AUXILIARY.get(name, {}), **settings}
     model = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **settings)
     if dropout is not None:

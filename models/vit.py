@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.vision_transformer import EncoderBlock
 
 from .checkpointing import checkpoint_blocks
 from .hugging_face import find_file
@@ -47,6 +46,8 @@ class VisionTransformer(nn.Module):
         self.patch_size = patch_size
         self.conv_proj = nn.Conv2d(3, hidden_dim, patch_size, stride=patch_size)
         self.class_token = nn.Parameter(torch.zeros(1, 1, hidden_dim))
+        from torchvision.models.vision_transformer import EncoderBlock
+
         blocks = (EncoderBlock(num_heads, hidden_dim, mlp_dim, dropout, attention_dropout) for _ in range(num_layers))
         self.encoder = Encoder(blocks, num_tokens=1 + (image_size // patch_size) ** 2, dim=hidden_dim, dropout=dropout)
         self.heads = nn.Sequential(OrderedDict(head=nn.Linear(hidden_dim, num_classes)))

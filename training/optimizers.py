@@ -132,10 +132,11 @@ def settings_of(name: str) -> type:
 
 
 def check_settings(settings: dict[str, Any]) -> None:
-    """Make the optimizer for a few weights and take a step with it.
+    """Raise ValueError for values out of range, and for optimizers that need more than gradients.
 
-    Raises ValueError for values out of range, and for optimizers that need more than gradients: a closure, second
-    derivatives, a switch between training and evaluation.
+    This module's own are checked by their ranges. A library's takes a step with a few weights, which shows whether it
+    needs a closure, second derivatives, or a switch between training and evaluation. That imports torch's compiler:
+    torch asks it about every optimizer that is made, and it takes seconds to load.
     """
     rates = {key: settings[key] for key in ("learning_rate", "learning_rate_per_256_images")}
     if sum(rate is not None for rate in rates.values()) != 1:
@@ -144,6 +145,26 @@ def check_settings(settings: dict[str, Any]) -> None:
     for key, value in {**rates, "clip_norm": settings["clip_norm"]}.items():
         if value is not None and not 0 < value < float("inf"):
             raise ValueError(f"{key} is {value}; it must be above 0")
+    if settings["name"] in _OWN:
+        _check_own(settings)
+    else:
+        _try_a_step(settings)
+
+
+def _check_own(settings: dict[str, Any]) -> None:
+    shares = {"momentum": settings.get("momentum", 0)}
+    shares |= {f"betas[{place}]": beta for place, beta in enumerate(settings.get("betas", ()))}
+    for key, value in shares.items():
+        if not 0 <= value < 1:
+            raise ValueError(f"{key} is {value}; it must lie in [0, 1)")
+    for key in ("weight_decay", "eps"):
+        if not 0 <= settings.get(key, 0) < float("inf"):
+            raise ValueError(f"{key} is {settings[key]}; it must be at least 0")
+    if settings.get("nesterov") and not settings["momentum"]:
+        raise ValueError("nesterov is true and momentum is 0; give a momentum, or set nesterov=false")
+
+
+def _try_a_step(settings: dict[str, Any]) -> None:
     weights = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -129,7 +129,12 @@ class SpeedUp(Algorithm):
             refuse_twice(self, state)
         return event in self.events and not self.suspended
 
-    if not TYPE_CHECKING:  # what Composer asks of every algorithm, with Composer's answers
+    if TYPE_CHECKING:
+
+        @classmethod
+        def for_planning(cls, **settings: Any) -> SpeedUp: ...
+
+    else:  # what Composer asks of every algorithm, with Composer's answers
         find_unused_parameters = backwards_create_graph = False
 
         def __new__(cls, *args: Any, **kwargs: Any) -> SpeedUp:
@@ -146,6 +151,17 @@ class SpeedUp(Algorithm):
                 ) from None
             Algorithm.register(SpeedUp)  # for those who ask isinstance
             return super().__new__(cls)
+
+        @classmethod
+        def for_planning(cls, **settings: Any) -> SpeedUp:
+            """An algorithm to ask and not to train with: it checks its settings, and says what it would do when.
+
+            Needs no Composer, which takes seconds to import; so no Trainer of Composer's takes it.
+            Raises what the constructor raises for `settings`.
+            """
+            planned = object.__new__(cls)
+            planned.__init__(**settings)
+            return planned
 
         @staticmethod
         def required_on_load() -> bool:

@@ -49,7 +49,7 @@ def names() -> list[str]:
 
 
 def composer_names() -> list[str]:
-    """Names in a recipe of Composer's own algorithms, `composer.ema` and so on, sorted. Imports Composer."""
+    """Names in a recipe of Composer's own algorithms, `composer.ema` and so on, sorted."""
     from .composer_algorithms import names
 
     return names()
@@ -64,6 +64,15 @@ def maker(name: str) -> Callable[..., Any]:
     from . import composer_algorithms
 
     return composer_algorithms.find(name) if name.startswith(composer_algorithms.PREFIX) else find(name)
+
+
+def planner(name: str) -> Callable[..., Any]:
+    """As `maker`, of objects that are asked and do not train (`SpeedUp.for_planning`): Composer is not imported, but
+    for its own algorithms.
+    """
+    from . import composer_algorithms
+
+    return composer_algorithms.find(name) if name.startswith(composer_algorithms.PREFIX) else find(name).for_planning
 
 
 def find(name: str) -> type[SpeedUp]:

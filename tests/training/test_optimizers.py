@@ -137,8 +137,11 @@ def test_pytorch_optimizers_are_there_by_name(name: str) -> None:
         ("sgd", {"learning_rate_per_256_images": 0.1}, "is 0.1 and learning_rate_per_256_images is 0.1; give exactly"),
         ("sgd", {"learning_rate": -1}, "learning_rate is -1.*; it must be above 0"),
         ("sgd", {"clip_norm": 0}, "clip_norm is 0.*; it must be above 0"),
-        ("sgd", {"weight_decay": -1}, "Invalid weight_decay value"),
-        ("sgd", {"nesterov": True, "momentum": 0}, "Nesterov momentum requires a momentum"),
+        ("sgd", {"weight_decay": -1}, "weight_decay is -1.0; it must be at least 0"),
+        ("sgd", {"nesterov": True, "momentum": 0}, "nesterov is true and momentum is 0; give a momentum"),
+        ("sgd", {"momentum": 1.0}, r"momentum is 1.0; it must lie in \[0, 1\)"),
+        ("adamw", {"betas": [0.9, 1.5]}, r"betas\[1\] is 1.5; it must lie in \[0, 1\)"),
+        ("decoupled_adamw", {"eps": -1e-8}, "eps is -1e-08; it must be at least 0"),
         ("torch.rprop", {"weight_decay": 0.1}, "optimizer.weight_decay: unknown key"),
     ],
 )

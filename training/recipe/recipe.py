@@ -212,20 +212,21 @@ def recipe_from(raw: dict[str, Any]) -> Recipe:
 
 
 def _check(raw: dict[str, Any]) -> dict[str, Any]:
-    """Every section checked and filled with its defaults."""
+    """Every section checked and filled with its defaults. What costs an import comes last, when the rest is right."""
     from algos import LearningRate
     from data.loading.augment import build_augmentations
     from data.sources import SOURCES
 
     top = parse(_RecipeKeys, raw, path="")
-    top["model"] = _parse_model(top["model"])
     top["data"]["source"] = _parse_named(top["data"]["source"], SOURCES, path="data.source", without=("split",))
     top["algorithms"] = _parse_algorithms(top["algorithms"])
-    top["optimizer"] = _parse_optimizer(top["optimizer"])
     top["schedule"] = parse(schema_of(LearningRate), top["schedule"], path="schedule")
-    _try(LearningRate, top["schedule"], path="schedule")
+    _try(LearningRate.for_planning, top["schedule"], path="schedule")
     _try(build_augmentations, {"entries": top["data"]["train"]["augmentations"]}, path="data.train.augmentations")
     _check_ranges(top)
+    top["optimizer"] = _parse_optimizer(top["optimizer"])
+    top["model"] = _parse_model(top["model"])
+    _try_composers(top["algorithms"])
     return top
 
 
@@ -332,22 +333,31 @@ def _parse_algorithms(given: Any) -> dict[str, dict[str, Any] | None]:
     parsed: dict[str, dict[str, Any] | None] = {}
     for name, settings in _name_composers(given).items():
         where = f"algorithms.{name}"
-        composers = name.startswith(PREFIX)  # an import of Composer is spared those who use none of its own
+        composers = name.startswith(PREFIX)
         known = registry.composer_names() if composers else [*registry.names(), "composer"]
         refuse_unknown(name, known, path=where, what="algorithm")
         if settings is None:
             parsed[name] = None
-            continue
-        make = registry.maker(name)
-        parsed[name] = arguments = (
-            _mapping(settings, where) if composers else parse(schema_of(make), settings, path=where)
-        )
-        _try(make, arguments, path=where)
+        elif composers:  # see _try_composers
+            parsed[name] = _mapping(settings, where)
+        else:
+            parsed[name] = arguments = parse(schema_of(registry.find(name)), settings, path=where)
+            _try(registry.planner(name), arguments, path=where)
     try:
         refuse_doubles(name for name, settings in parsed.items() if settings is not None)
     except ValueError as error:
         raise RecipeError("algorithms", str(error)) from None
     return parsed
+
+
+def _try_composers(algorithms: dict[str, dict[str, Any] | None]) -> None:
+    """Check the settings of Composer's own algorithms, which takes an import of Composer where there are any."""
+    from algos.framework import registry
+    from algos.framework.composer_algorithms import PREFIX
+
+    for name, settings in algorithms.items():
+        if settings is not None and name.startswith(PREFIX):
+            _try(registry.maker(name), settings, path=f"algorithms.{name}")
 
 
 def _name_composers(given: dict[str, Any]) -> dict[str, Any]:
