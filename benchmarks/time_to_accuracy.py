@@ -39,7 +39,7 @@ from PIL import Image
 from benchmarks.measuring import columns, hardware, progress, versions
 from benchmarks.photos import find_photos
 from data.sources import digits
-from training.build import data_facts
+from training.facts import data_facts
 from training.plan import without_algorithms
 from training.recipe import Recipe, load_recipe
 from training.session import train

@@ -12,13 +12,11 @@ from composer.loggers import Logger
 from training.checkpoints.saving import Checkpoints
 from training.checkpoints.sharded import save_shards
 from training.plan import Plan
-from training.recipe import Recipe
 from training.results.progress import ProgressBar
 from training.results.recorder import Recorder
 
 
 def build_callbacks(
-    recipe: Recipe,
     plan: Plan,
     recorder: Recorder,
     loader: Any,
@@ -26,6 +24,7 @@ def build_callbacks(
     save_folder: Callable[[State, Path], None] | None = None,
 ) -> list[Callback]:
     """The callbacks of a run. save_folder: how an engine writes a checkpoint that Composer's State does not hold."""
+    recipe = plan.recipe
     # The recorder closes an epoch's row before the checkpoint that holds it is written.
     return [
         _LoaderPosition(loader),
@@ -47,10 +46,10 @@ def build_callbacks(
     ]
 
 
-def is_complete(recipe: Recipe, done: Timestamp, say: Callable[[str], None]) -> bool:
+def is_complete(plan: Plan, done: Timestamp, say: Callable[[str], None]) -> bool:
     """Whether the run has nothing left to do at `done`; says so, or from where it goes on."""
-    if done.epoch.value >= recipe.epochs:
-        say(f"{recipe.run_name} is complete already: {recipe.epochs} epochs")
+    if done.epoch.value >= plan.recipe.epochs:
+        say(f"{plan.recipe.run_name} is complete already: {plan.recipe.epochs} epochs")
         return True
     if done.batch.value:
         say(f"continuing after epoch {done.epoch.value}, step {done.batch.value}")

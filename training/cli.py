@@ -58,12 +58,14 @@ def _run(options: argparse.Namespace) -> int:
     try:
         recipe = load_recipe(options.file, options.overrides)
         logging.getLogger().setLevel(recipe.logging.level.upper())
+        if options.plan:
+            from training.plan_text import plan_text
+
+            _say(plan_text(recipe))
+            return 0
         from training import session
         from training.results.text import format_summary
 
-        if options.plan:
-            _say(session.plan_text(recipe))
-            return 0
         if options.compare:
             _say(session.compare(recipe, say=_say))
         else:

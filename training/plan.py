@@ -1,25 +1,32 @@
-"""What a recipe will do, worked out without training: phases, learning rates, images and arithmetic."""
+"""Every decision about a run, made once: device, batch sizes, stages, learning rates, algorithms, arithmetic."""
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import groupby
+from typing import Any
 
-from composer.core import State
-from composer.loggers import Logger
-from composer.utils import get_device
+import torch
 from torch import nn
 
 from algos.fixres import FixRes
-from algos.framework.base import Event, Resource, SpeedUp
+from algos.framework.composer_algorithms import describe
+from algos.framework.ordering import arrange
 from algos.framework.protocols import LearningRateModifier
+from algos.framework.registry import planner
 from algos.learning_rate import LearningRate
 from algos.progressive_resizing import ProgressiveResizing
 from algos.sam import SAM
-from models.summary import count_forward_macs, count_parameters, summarize
-from training.build import DataFacts, arrange_algorithms, build_network, initial_learning_rate, per_device_batch_size
-from training.recipe import Recipe, RecipeError
+from models.summary import count_forward_macs, count_parameters
+from training.facts import DataFacts, data_facts
+from training.network import change_network, make_network
+from training.optimizers import peak_learning_rate
+from training.recipe import Recipe, RecipeError, users_mistake
+
+SCHEDULE = "learning_rate"  # the algorithm that every run has; its settings are the recipe's section schedule
+_CLIPPING = "composer.gradient_clipping"  # what optimizer.clip_norm stands for
 
 
 @dataclass(frozen=True)
@@ -49,73 +56,140 @@ class Epoch:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A run, epoch by epoch, and the algorithms in the order in which they act."""
+class PlannedAlgorithm:
+    """An algorithm of the run: what it is made of, and the events that it acts at."""
 
-    run_name: str
-    algorithms: tuple[tuple[str, tuple[str, ...]], ...]  # name, events
-    parameters: int
-    eval_image_size: int
+    name: str
+    settings: dict[str, Any]
+    events: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a recipe is carried out: one rank's device (cpu, gpu, mps), and how many ranks there are."""
+
+    device: str
+    world_size: int = 1
+
+    @property
+    def torch_device(self) -> str:
+        """What torch calls the device."""
+        return {"cpu": "cpu", "gpu": "cuda", "mps": "mps"}[self.device]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every decision that follows from a recipe, its data and the place where it runs.
+
+    recipe: what was asked for. Whatever is decided here is read here, and not worked out from the recipe again.
+    per_device_batch_size: images of a rank in a training batch, where no stage says otherwise.
+    peak_learning_rate: at the schedule's factor 1, before any algorithm has its say.
+    algorithms: in the order in which they act; the learning rate's schedule and the clipping of gradients among them.
+    parameters: scalars in the network as the algorithms make it.
+    """
+
+    recipe: Recipe
     facts: DataFacts
+    place: Place
+    per_device_batch_size: int
+    peak_learning_rate: float
+    algorithms: tuple[PlannedAlgorithm, ...]
+    parameters: int
     epochs: tuple[Epoch, ...]
 
     @property
+    def global_batch_size(self) -> int:
+        """Images of all ranks in a training batch, where no stage says otherwise."""
+        return self.per_device_batch_size * self.place.world_size
+
+    @property
+    def largest_image_size(self) -> int:
+        """The largest that is trained on, in px."""
+        return max(epoch.image_size for epoch in self.epochs)
+
+    @property
     def steps(self) -> int:
+        """Steps of the run."""
         return sum(epoch.steps for epoch in self.epochs)
 
     @property
     def images(self) -> int:
+        """Images that are trained on, each as often as it is seen."""
         return sum(epoch.images for epoch in self.epochs)
 
     @property
     def forward_macs(self) -> float:
+        """Multiply-adds of the run's forward passes."""
         return sum(epoch.total_forward_macs for epoch in self.epochs)
 
     @property
     def total_macs(self) -> float:
+        """The same with the backward passes."""
         return sum(epoch.total_macs for epoch in self.epochs)
 
 
-def make_plan(recipe: Recipe, facts: DataFacts, *, world_size: int = 1) -> Plan:
-    """Work out what `recipe` does on `facts`'s data. Raises RecipeError where the recipe cannot be carried out."""
+def choose_place(recipe: Recipe, *, world_size: int | None = None) -> Place:
+    """The device that the recipe's comes to here, and the ranks that a launcher has started.
+
+    Raises RecipeError when the device asked for is not there, or does not do what the recipe asks of it.
+    """
+    present = {"cpu": True, "gpu": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if recipe.device == "auto":
+        device = next(name for name in ("gpu", "mps", "cpu") if present[name])
+    elif present[recipe.device]:
+        device = recipe.device
+    else:
+        here = ", ".join(name for name, there in present.items() if there)
+        raise RecipeError("device", f"is {recipe.device}, which this machine does not have; here: {here}, or auto")
+    if device == "cpu" and recipe.precision != "fp32":
+        raise RecipeError("precision", f"is {recipe.precision}, which Composer does not train in on a CPU; use fp32")
+    if device == "cpu" and recipe.compile and shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise RecipeError("compile", "is true, which takes a C++ compiler on a CPU; install g++, or set compile=false")
+    return Place(device, int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size)
+
+
+def plan_run(recipe: Recipe, place: Place | None = None) -> Plan:
+    """Look at the recipe's data, and decide. place: `choose_place`'s where there is none. Raises RecipeError."""
+    return make_plan(recipe, data_facts(recipe), place or choose_place(recipe))
+
+
+def make_plan(recipe: Recipe, facts: DataFacts, place: Place) -> Plan:
+    """Decide what `recipe` does on `facts`'s data at `place`. Raises RecipeError where it cannot be carried out."""
     if recipe.schedule["warmup_epochs"] > recipe.epochs:
         raise RecipeError(
             "schedule.warmup_epochs",
             f"is {recipe.schedule['warmup_epochs']:g}, longer than the run of {recipe.epochs} epochs; make it shorter",
         )
-    algorithms = arrange_algorithms(recipe)
-    network = network_as_trained(recipe, facts, algorithms)
-    shapes = _epoch_shapes(recipe, algorithms, world_size=world_size)
-    initial = initial_learning_rate(recipe, world_size=world_size)
+    algorithms, settings = _arrange_algorithms(recipe)
+    network = make_network(recipe, num_classes=facts.num_classes, shapes_only=True)
+    network = change_network(network, recipe, algorithms)
+    per_device = _per_device_batch_size(recipe, world_size=place.world_size)
+    peak = peak_learning_rate(recipe.optimizer, global_batch_size=per_device * place.world_size)
+    shapes = _epoch_shapes(recipe, algorithms, per_device_batch_size=per_device, world_size=place.world_size)
     macs = {size: _macs(network, size, recipe) for size in {size for size, _ in shapes}}
-    epochs = tuple(
-        _plan_epoch(index, recipe, facts, algorithms, shape=shape, macs=macs[shape[0]], initial=initial)
-        for index, shape in enumerate(shapes)
-    )
     return Plan(
-        run_name=recipe.run_name,
-        algorithms=tuple((name, tuple(str(e.value) for e in one.events)) for name, one in algorithms.items()),
-        parameters=count_parameters(network),
-        eval_image_size=recipe.data.eval.image_size,
+        recipe=recipe,
         facts=facts,
-        epochs=epochs,
+        place=place,
+        per_device_batch_size=per_device,
+        peak_learning_rate=peak,
+        algorithms=tuple(
+            PlannedAlgorithm(name, settings[name], tuple(str(event.value) for event in one.events))
+            for name, one in algorithms.items()
+        ),
+        parameters=count_parameters(network),
+        epochs=tuple(
+            _plan_epoch(index, recipe, facts, algorithms, shape=shape, macs=macs[shape[0]], initial=peak)
+            for index, shape in enumerate(shapes)
+        ),
     )
 
 
-def network_summary(recipe: Recipe, facts: DataFacts) -> str:
-    """The network's layers, as the recipe's algorithms make it: shapes, parameters, multiply-adds; for people."""
-    network = network_as_trained(recipe, facts, arrange_algorithms(recipe))
-    return summarize(network, image_size=recipe.data.train.image_size)
-
-
-def network_as_trained(recipe: Recipe, facts: DataFacts, algorithms: Mapping[str, SpeedUp]) -> nn.Module:
-    """The recipe's network with `algorithms` having changed it, as they do when training starts."""
-    network = build_network(recipe, facts)
-    state = State(rank_zero_seed=recipe.seed, model=network, run_name=recipe.run_name, device=get_device("cpu"))
-    for algorithm in algorithms.values():
-        if Event.INIT in algorithm.events and Resource.MODEL in algorithm.contract.writes:
-            algorithm.apply(Event.INIT, state, Logger(state))
-    return state.model
+def network_as_trained(plan: Plan, *, shapes_only: bool = False) -> nn.Module:
+    """The plan's network with its algorithms having changed it. shapes_only: see `make_network`."""
+    algorithms, _ = _arrange_algorithms(plan.recipe)
+    network = make_network(plan.recipe, num_classes=plan.facts.num_classes, shapes_only=shapes_only)
+    return change_network(network, plan.recipe, algorithms)
 
 
 def without_algorithms(recipe: Recipe, run_name: str) -> Recipe:
@@ -132,37 +206,50 @@ def without_weights(recipe: Recipe) -> Recipe:
     return replace(recipe, model={**recipe.model, "weights": None})
 
 
-def format_plan(plan: Plan, baseline: Plan) -> str:
-    """The plan as text for people, with the savings against `baseline`, the same recipe with every speed-up off."""
-    facts = plan.facts
-    lines = [
-        f"{plan.run_name}: {facts.num_train:,} training and {facts.num_eval:,} held-out images of "
-        f"{facts.num_classes} classes, {plan.parameters:,} parameters",
-        *([] if facts.present else ["(the data are not here: counts are data.expected's)"]),
-        "",
-        "algorithms, in the order they act",
-        *(f"  {name:<28}{', '.join(events)}" for name, events in plan.algorithms),
-        "",
-        f"{'epochs':>9}{'image':>8}{'batch':>8}{'steps':>9}{'learning rate':>22}{'MMACs/image':>14}  notes",
-        *_phase_lines(plan),
-        "",
-        f"{plan.steps:,} steps, {plan.images:,} images seen; evaluation at {plan.eval_image_size} px",
-        f"forward: {_engineering(plan.forward_macs)}MACs in all; with the backward passes: "
-        f"{_engineering(plan.total_macs)}MACs",
-        _savings(plan, baseline),
-    ]
-    return "\n".join(lines)
+def _arrange_algorithms(recipe: Recipe) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """The recipe's algorithms to be asked, in the order in which they act, and the settings of each."""
+    settings = {SCHEDULE: recipe.schedule, **recipe.algorithms}
+    made: dict[str, Any] = {SCHEDULE: LearningRate.for_planning(**recipe.schedule)}
+    for name, given in recipe.algorithms.items():
+        with users_mistake(f"algorithms.{name}"):
+            made[name] = planner(name)(**given)
+    clip_norm = recipe.optimizer["clip_norm"]
+    if clip_norm is not None:
+        if _CLIPPING in made:
+            raise RecipeError(
+                "optimizer.clip_norm",
+                f"is {clip_norm:g} beside algorithms.{_CLIPPING}, which does the same; drop one",
+            )
+        made[_CLIPPING] = describe(_CLIPPING)
+        settings[_CLIPPING] = {"clipping_type": "norm", "clipping_threshold": clip_norm}
+    with users_mistake("algorithms"):
+        order = arrange({name: algorithm.contract for name, algorithm in made.items()})
+    return {name: made[name] for name in order}, settings
 
 
-def _epoch_shapes(recipe: Recipe, algorithms: Mapping[str, SpeedUp], *, world_size: int) -> list[tuple[int, int]]:
+def _per_device_batch_size(recipe: Recipe, *, world_size: int) -> int:
+    train = recipe.data.train
+    if train.per_device_batch_size is not None:
+        return train.per_device_batch_size
+    assert train.global_batch_size is not None, "checked with the recipe"
+    if train.global_batch_size % world_size:
+        raise RecipeError(
+            "data.train.global_batch_size",
+            f"is {train.global_batch_size} and there are {world_size} ranks; make it a multiple of {world_size}",
+        )
+    return train.global_batch_size // world_size
+
+
+def _epoch_shapes(
+    recipe: Recipe, algorithms: Mapping[str, Any], *, per_device_batch_size: int, world_size: int
+) -> list[tuple[int, int]]:
     """(image size, global batch size) of every epoch."""
-    per_device = per_device_batch_size(recipe, world_size=world_size)
     size = recipe.data.train.image_size
-    shapes = [(size, per_device * world_size)] * recipe.epochs
+    shapes = [(size, per_device_batch_size * world_size)] * recipe.epochs
     resizing, fixres = algorithms.get("progressive_resizing"), algorithms.get("fixres")
     try:
         if isinstance(resizing, ProgressiveResizing):
-            resizing.prepare(total_epochs=recipe.epochs, image_size=size, per_device_batch_size=per_device)
+            resizing.prepare(total_epochs=recipe.epochs, image_size=size, per_device_batch_size=per_device_batch_size)
             shapes = [
                 (resizing.stage(epoch).image_size, resizing.per_device_batch_size(epoch, world_size) * world_size)
                 for epoch in range(recipe.epochs)
@@ -190,7 +277,7 @@ def _plan_epoch(
     index: int,
     recipe: Recipe,
     facts: DataFacts,
-    algorithms: Mapping[str, SpeedUp],
+    algorithms: Mapping[str, Any],
     *,
     shape: tuple[int, int],
     macs: int,
@@ -227,8 +314,8 @@ def _plan_epoch(
     )
 
 
-def _learning_rate(epoch: float, recipe: Recipe, algorithms: Mapping[str, SpeedUp], *, initial: float) -> float:
-    schedule = algorithms["learning_rate"]
+def _learning_rate(epoch: float, recipe: Recipe, algorithms: Mapping[str, Any], *, initial: float) -> float:
+    schedule = algorithms[SCHEDULE]
     assert isinstance(schedule, LearningRate)
     modifiers = [one for one in algorithms.values() if isinstance(one, LearningRateModifier)]
     return schedule.learning_rate(epoch, total_epochs=recipe.epochs, initial=initial, modifiers=modifiers)
@@ -240,45 +327,3 @@ def _macs(network: nn.Module, image_size: int, recipe: Recipe) -> int:
     except (RuntimeError, ValueError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise RecipeError("model", f"{recipe.model['name']} cannot take images of {image_size} px: {reason}") from None
-
-
-def _phase_lines(plan: Plan) -> list[str]:
-    lines, first = [], 0
-    for _, run in groupby(
-        plan.epochs, key=lambda e: (e.image_size, e.global_batch_size, e.frozen, e.test_crop, e.suspended, e.passes)
-    ):
-        epochs = list(run)
-        start, end = epochs[0], epochs[-1]
-        notes = [
-            *(["test-time crop"] if start.test_crop else []),
-            *(["last layers only"] if start.frozen else []),
-            *(f"no {name}" for name in start.suspended),
-            *([f"{start.passes:g} passes a step"] if start.passes > 1 else []),
-        ]
-        rates = f"{start.learning_rate[0]:.3g} to {end.learning_rate[1]:.3g}"
-        lines.append(
-            f"{f'{first + 1}-{first + len(epochs)}':>9}{f'{start.image_size} px':>8}{start.global_batch_size:>8,}"
-            f"{sum(epoch.steps for epoch in epochs):>9,}{rates:>22}{start.forward_macs / 1e6:>14.2f}"
-            f"  {', '.join(notes)}".rstrip()
-        )
-        first += len(epochs)
-    return lines
-
-
-def _savings(plan: Plan, baseline: Plan) -> str:
-    def change(ours: float, theirs: float) -> str:
-        share = ours / theirs - 1
-        return f"{abs(share):.1%} {'more' if share > 0 else 'less'}"
-
-    return (
-        f"against every speed-up off ({_engineering(baseline.forward_macs)}MACs forward, "
-        f"{_engineering(baseline.total_macs)}MACs in all): {change(plan.forward_macs, baseline.forward_macs)} forward, "
-        f"{change(plan.total_macs, baseline.total_macs)} in all"
-    )
-
-
-def _engineering(value: float) -> str:
-    for unit, scale in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)):
-        if value >= scale:
-            return f"{value / scale:.3g} {unit}"
-    return f"{value:.0f} "

@@ -9,19 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from composer.utils import dist
 
-from training.build import (
-    arrange_algorithms,
-    build_loaders,
-    build_test_loader,
-    data_facts,
-    per_device_batch_size,
-    planned_facts,
-    resolve_device,
-)
+from training.build import build_loaders, build_test_loader
 from training.checkpoints.saving import find_latest
 from training.checkpoints.sharded import is_sharded
 from training.checkpoints.zero import is_zero
@@ -29,15 +20,7 @@ from training.engines.composer import evaluate_composer, train_composer
 from training.engines.memory import describe_out_of_memory, forget, is_out_of_memory, largest_batch
 from training.engines.peers import PeerWatch
 from training.engines.start import start_distributed
-from training.plan import (
-    Plan,
-    format_plan,
-    make_plan,
-    network_as_trained,
-    network_summary,
-    without_algorithms,
-    without_weights,
-)
+from training.plan import Plan, choose_place, network_as_trained, plan_run, without_algorithms
 from training.recipe import Recipe, RecipeError
 from training.results.comparison import format_comparison, write_comparison
 from training.results.figures import plot_curves
@@ -63,49 +46,39 @@ class Result:
     summary: dict[str, Any]
 
 
-def plan_text(recipe: Recipe) -> str:
-    """What `recipe` would do, and how that compares to the same with every speed-up off. Trains nothing."""
-    recipe = without_weights(recipe)
-    facts = planned_facts(recipe)
-    world_size = dist.get_world_size()
-    baseline = make_plan(without_algorithms(recipe, recipe.run_name), facts, world_size=world_size)
-    plan = format_plan(make_plan(recipe, facts, world_size=world_size), baseline)
-    return f"{plan}\n\n{network_summary(recipe, facts)}"
-
-
 def train(recipe: Recipe, *, say: Callable[[str], None] = print) -> Result:
     """Carry `recipe` out and write results/<run>/. Returns on every rank; files are rank 0's.
 
     Raises RecipeError for what the recipe, its data or its results folder make impossible, before the first step.
     """
-    start_distributed(recipe)
+    place = choose_place(recipe)
+    start_distributed(recipe, place)
     with PeerWatch(timeout_seconds=recipe.parallelism.lost_rank_timeout_seconds):
-        return _train(recipe, say if dist.get_global_rank() == 0 else _silent)
+        plan = plan_run(recipe, place)
+        return _carry_out(plan, say if dist.get_global_rank() == 0 else _silent)
 
 
-def _train(recipe: Recipe, say: Callable[[str], None]) -> Result:
-    facts = data_facts(recipe)
-    plan = make_plan(recipe, facts, world_size=dist.get_world_size())
-    load_path = _prepare_run_dir(recipe, say)
-    place: dict[str, Any] = {"rank": dist.get_global_rank(), "world_size": dist.get_world_size(), "say": say}
-    loaders, test_loader = build_loaders(recipe, **place), build_test_loader(recipe, **place)
+def _carry_out(plan: Plan, say: Callable[[str], None]) -> Result:
+    load_path = _prepare_run_dir(plan.recipe, say)
+    rank = dist.get_global_rank()
+    loaders, test_loader = build_loaders(plan, rank=rank, say=say), build_test_loader(plan, rank=rank, say=say)
     engine, judge = train_composer, evaluate_composer
-    if recipe.parallelism.strategy == "deepspeed":
+    if plan.recipe.parallelism.strategy == "deepspeed":
         from training.engines.deepspeed import evaluate_deepspeed as judge
         from training.engines.deepspeed import train_deepspeed as engine
     try:
-        history, seconds = engine(recipe, plan, facts, loaders, load_path=load_path, say=say)
+        history, seconds = engine(plan, loaders, load_path=load_path, say=say)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise ValueError(_out_of_memory_text(recipe, plan, error)) from error
-    result = _result(recipe, plan, history, seconds=seconds, resumed=load_path is not None)
+        raise ValueError(_out_of_memory_text(plan, error)) from error
+    result = _result(plan, history, seconds=seconds, resumed=load_path is not None)
     if test_loader is not None:
-        checkpoint = _best_checkpoint(recipe)
-        measured = judge(recipe, facts, (loaders[0], test_loader), checkpoint=str(checkpoint))
+        checkpoint = _best_checkpoint(plan.recipe)
+        measured = judge(plan, (loaders[0], test_loader), checkpoint=str(checkpoint))
         result.summary["test"] = {"checkpoint": checkpoint.name, **measured}
     if dist.get_global_rank() == 0:
-        _write_results(recipe, result)
+        _write_results(plan.recipe, result)
     return result
 
 
@@ -116,27 +89,20 @@ def _best_checkpoint(recipe: Recipe) -> Path:
     return best if best.exists() else folder / "latest.pt"
 
 
-def _out_of_memory_text(recipe: Recipe, plan: Plan, error: BaseException) -> str:
+def _out_of_memory_text(plan: Plan, error: BaseException) -> str:
     forget(error)
-    device, ranks, fits = resolve_device(recipe), dist.get_world_size(), None
-    if device != "mps":  # which does not tell what it holds
+    fits = None
+    if plan.place.device != "mps":  # which does not tell what it holds
         with contextlib.suppress(RuntimeError, MemoryError):  # the few images that are measured do not fit either
-            fits = largest_batch(
-                recipe,
-                network_as_trained(recipe, plan.facts, arrange_algorithms(recipe)),
-                image_size=max(epoch.image_size for epoch in plan.epochs),
-                device=torch.device("cuda" if device == "gpu" else device),
-                ranks=ranks,
-            )
-    images = per_device_batch_size(recipe, world_size=ranks)
-    return describe_out_of_memory(recipe, device=device, per_device_batch_size=images, fits=fits)
+            fits = largest_batch(plan, network_as_trained(plan))
+    return describe_out_of_memory(plan, fits=fits)
 
 
 def compare(recipe: Recipe, *, say: Callable[[str], None] = print) -> str:
     """Train `recipe`, then the same with every speed-up off, and write both side by side. Returns the comparison."""
     from dataclasses import replace
 
-    start_distributed(recipe)
+    start_distributed(recipe, choose_place(recipe))
     say = say if dist.get_global_rank() == 0 else _silent
     off = without_algorithms(replace(recipe, load=None), f"{recipe.run_name}_speedups_off")
     results = {}
@@ -150,7 +116,8 @@ def compare(recipe: Recipe, *, say: Callable[[str], None] = print) -> str:
     return format_comparison(summaries)
 
 
-def _result(recipe: Recipe, plan: Plan, history: History, *, seconds: float, resumed: bool) -> Result:
+def _result(plan: Plan, history: History, *, seconds: float, resumed: bool) -> Result:
+    recipe = plan.recipe
     summary = summarize(
         history,
         run_name=recipe.run_name,
@@ -158,7 +125,7 @@ def _result(recipe: Recipe, plan: Plan, history: History, *, seconds: float, res
         parameters=plan.parameters,
         seed=recipe.seed,
         algorithms=recipe.algorithms,
-        world_size=dist.get_world_size(),
+        world_size=plan.place.world_size,
         resumed=resumed,
         forward_macs=plan.forward_macs,
     )
@@ -182,7 +149,7 @@ def _prepare_run_dir(recipe: Recipe, say: Callable[[str], None]) -> str | None:
             "weights: python -m training.checkpoints.export, then model.weights",
         )
     if load_path is not None and Path(load_path).parent.parent == run_dir:
-        _refuse_another_recipe(recipe)
+        _refuse_another_recipe(recipe, load_path)
     dist.barrier()  # every rank has looked before rank 0 moves anything
     if dist.get_global_rank() == 0:
         try:
@@ -237,7 +204,7 @@ def _checkpoint_to_load(recipe: Recipe) -> str | None:
     return str(latest) if recipe.autoresume and latest is not None else None
 
 
-def _refuse_another_recipe(recipe: Recipe) -> None:
+def _refuse_another_recipe(recipe: Recipe, load_path: str) -> None:
     try:
         before = yaml.safe_load((recipe.run_dir / "recipe.yaml").read_text())
     except FileNotFoundError:
@@ -254,7 +221,7 @@ def _refuse_another_recipe(recipe: Recipe) -> None:
         raise RecipeError(
             "load",
             f"the run in {recipe.run_dir} was started with another recipe: {'; '.join(changed)}. "
-            "Continue it as it was, or start a new one with run_name=NAME",
+            f"Continue it as it was, or start a new run from it: run_name=NEW load={load_path}",
         )
 
 

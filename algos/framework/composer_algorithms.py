@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .base import Contract, Event, Resource
@@ -48,6 +49,19 @@ def find(name: str) -> Callable[..., Any]:
     make.__name__ = cls.__name__
     make.__signature__ = inspect.signature(cls)  # pyright: ignore[reportFunctionMemberAccess]
     return make
+
+
+@dataclass(frozen=True)
+class Described:
+    """What `arrange` and a plan ask of an algorithm that has not been made."""
+
+    contract: Contract
+    events: tuple[Event, ...]
+
+
+def describe(name: str) -> Described:
+    """What one of Composer's algorithms does, without importing it. Raises KeyError for an unknown name."""
+    return Described(*_KNOWN[name.removeprefix(PREFIX)])
 
 
 def refuse_doubles(chosen: Iterable[str]) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import difflib
 import hashlib
 import inspect
+import logging
 import os
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -16,6 +18,8 @@ from ..draws import Operation, random_bits
 from .cifar import read_cifar
 from .image_file import UnusableImage, open_image, rgb_pixels
 
+log = logging.getLogger(__name__)
+
 SPLITS = ("train", "eval", "test")
 
 _IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -24,6 +28,8 @@ _SPLIT_FOLDERS = {
     "eval": ("val", "valid", "validation", "eval", "test"),
     "test": ("test",),
 }
+# Made by macOS when it packs, by Synology, Windows and ext4: they hold no images of a class.
+_NO_CLASSES = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 _STATISTICS_IMAGES = 2000
 _STATISTICS_SIDE_PX = 64
 
@@ -245,18 +251,22 @@ def folder(
         split_seed: another number, another division. It goes by the files' names, so a file that is added moves at
             most one other.
 
+    The classes are those to train on. A split to evaluate on may lack some of them, a rare one say; one that has
+    others is refused. Folders that operating systems and editors make are no classes. A warning tells of both.
+
     Raises:
-        FileNotFoundError: no such folder, no classes in it, or no images in a class.
-        ValueError: splits whose classes differ, or a class too small to be divided.
+        FileNotFoundError: no such folder, no classes in it, or no images in a class to train on.
+        ValueError: classes to evaluate on that are not among those to train on, or a class too small to be divided.
     """
     path = Path(path)
     root = _split_folder(path, split, eval_fraction, test_fraction)
-    classes = _class_folders(root)
+    classes = [folder.name for folder in _class_folders(root)]
     if not classes:
         raise FileNotFoundError(f"{root} has no folders in it: put the images of each class into a folder of its own")
+    trained = classes
     if split is not None and root != path:
-        _refuse_other_classes(root, path, split)
-    source = _list_images(root, classes)
+        trained = _classes_to_train_on(root, classes, path, split)
+    source = _list_images(root, trained, may_lack=trained is not classes)
     if split is None or eval_fraction is None or (split == "test" and not test_fraction):
         return source
     return _divided(source, root, split, _Shares(eval_fraction, test_fraction, split_seed))
@@ -412,45 +422,72 @@ def _class_folders(root: Path) -> list[Path]:
             f"no folder {root}: an image folder holds one folder a class with the images in it, as {root}/cat/1.jpg; "
             "correct the path, or unpack the data there"
         )
-    return sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    folders = sorted(p for p in root.iterdir() if p.is_dir())
+    left_out = [p.name for p in folders if _is_no_class(p.name)]
+    if left_out:
+        _say_once(f"{root}: left out, for they hold no class: {_some(left_out)}")
+    return [p for p in folders if not _is_no_class(p.name)]
 
 
-def _refuse_other_classes(root: Path, path: Path, split: str) -> None:
-    # Compares with the split on the other side, where there is one and it has class folders.
+def _is_no_class(name: str) -> bool:
+    return name.startswith(".") or name in _NO_CLASSES
+
+
+@cache
+def _say_once(text: str) -> None:
+    log.warning("%s", text)
+
+
+def _classes_to_train_on(root: Path, classes: list[str], path: Path, split: str) -> list[str]:
+    """The classes of the split to train on, `classes` if that is this one or there is none to look at.
+
+    Raises ValueError where a split to evaluate on has a class that is not among them.
+    """
     other = _split_folder(path, "eval" if split == "train" else "train", None, 0.0)
-    if not other.is_dir() or other == root:
-        return
-    own, others = ({p.name for p in _class_folders(folder)} for folder in (root, other))
-    if others and own != others:
-        differences = [
-            f"{where} alone has {_some(sorted(names))}"
-            for where, names in ((root, own - others), (other, others - own))
-            if names
-        ]
+    others = [folder.name for folder in _class_folders(other)] if other.is_dir() and other != root else []
+    if not others:
+        return classes
+    trained, evaluated = (classes, others) if split == "train" else (others, classes)
+    unknown = sorted(set(evaluated) - set(trained))
+    if unknown:
+        train, evaluation = (root, other) if split == "train" else (other, root)
         raise ValueError(
-            f"the classes of {root} and {other} differ: {'; '.join(differences)}. Both need the same class folders"
+            f"the classes of {train} and {evaluation} differ: {evaluation} alone has {_some(unknown)}, which no image "
+            f"is there to learn from; add images to {train}, or remove the folders from {evaluation}"
         )
+    return classes if split == "train" else others
 
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def _list_images(root: Path, classes: list[Path]) -> FolderSource:
+def _list_images(root: Path, classes: list[str], *, may_lack: bool) -> FolderSource:
+    """may_lack: whether a class may have no image here."""
     files: list[tuple[Path, int]] = []
-    passed_over = 0
-    for label, class_path in enumerate(classes):
-        found = [
-            Path(folder, name) for folder, _, names in os.walk(class_path) for name in names if not name.startswith(".")
-        ]
+    passed_over, lacking = 0, []
+    for label, name in enumerate(classes):
+        found = _visible_files(root / name)
         own = sorted(p for p in found if p.suffix.lower() in _IMAGE_SUFFIXES)
         passed_over += len(found) - len(own)
-        if not own:
-            raise FileNotFoundError(
-                f"no images in {class_path}: looked for {', '.join(_IMAGE_SUFFIXES)}; add some or remove the folder"
-            )
         files += [(p, label) for p in own]
-    return FolderSource(root, class_names=tuple(p.name for p in classes), files=files, passed_over=passed_over)
+        if not own:
+            lacking.append(name)
+    if lacking and (not may_lack or not files):
+        raise FileNotFoundError(
+            f"no images in {root / lacking[0]}: looked for {', '.join(_IMAGE_SUFFIXES)}; add some or remove the folder"
+        )
+    if lacking:
+        _say_once(f"{root}: no images of {_some(lacking)}; the other {len(classes) - len(lacking)} classes are there")
+    return FolderSource(root, class_names=tuple(classes), files=files, passed_over=passed_over)
+
+
+def _visible_files(folder: Path) -> list[Path]:
+    found = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not _is_no_class(name)]  # editors keep copies of images in theirs
+        found += [Path(place, name) for name in names if not name.startswith(".")]
+    return found
 
 
 def _divided(source: FolderSource, root: Path, split: str, shares: _Shares) -> FolderSource:

@@ -9,8 +9,8 @@ import pytest
 
 from models.registry import find
 from models.summary import count_forward_macs, count_parameters
-from training.build import data_facts
-from training.plan import format_plan, make_plan, without_algorithms
+from training.plan import plan_run, without_algorithms
+from training.plan_text import format_plan
 from training.recipe import RecipeError
 from training.session import train
 
@@ -24,7 +24,7 @@ def test_macs_of_resnet50_are_the_published_ones() -> None:
 
 def test_plan_and_run_agree(short_recipe: Any) -> None:
     recipe = short_recipe("algorithms.progressive_resizing.learning_rate_scaling=linear")
-    plan = make_plan(recipe, data_facts(recipe))
+    plan = plan_run(recipe)
     history = train(recipe, say=lambda text: None).history
     assert plan.steps == len(history.steps["step"])
     assert (
@@ -40,8 +40,7 @@ def test_plan_and_run_agree(short_recipe: Any) -> None:
 
 def test_text_names_order_phases_and_savings(short_recipe: Any) -> None:
     recipe = short_recipe()
-    facts = data_facts(recipe)
-    text = format_plan(make_plan(recipe, facts), make_plan(without_algorithms(recipe, "off"), facts))
+    text = format_plan(plan_run(recipe), plan_run(without_algorithms(recipe, "off")))
     names = [line.split()[0] for line in text.splitlines() if line.startswith("  ")]
     assert sorted(names[:8]) == sorted([*recipe.algorithms, "learning_rate"])
     assert names.index("mixup") < names.index("label_smoothing")
@@ -52,10 +51,9 @@ def test_text_names_order_phases_and_savings(short_recipe: Any) -> None:
 
 def test_order_does_not_depend_on_the_order_of_keys(short_recipe: Any) -> None:
     recipe = short_recipe()
-    facts = data_facts(recipe)
-    order = make_plan(recipe, facts).algorithms
+    order = [planned.name for planned in plan_run(recipe).algorithms]
     recipe.algorithms.update({name: recipe.algorithms.pop(name) for name in sorted(recipe.algorithms, reverse=True)})
-    assert make_plan(recipe, facts).algorithms == order
+    assert [planned.name for planned in plan_run(recipe).algorithms] == order
 
 
 @pytest.mark.parametrize(
@@ -72,4 +70,4 @@ def test_order_does_not_depend_on_the_order_of_keys(short_recipe: Any) -> None:
 def test_what_cannot_be_done_is_said_before_training(short_recipe: Any, override: str, says: str) -> None:
     recipe = short_recipe(override)
     with pytest.raises(RecipeError, match=says):
-        make_plan(recipe, data_facts(recipe))
+        plan_run(recipe)

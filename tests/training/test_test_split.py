@@ -12,7 +12,8 @@ import torch
 from data.sources import digits
 from models.weights import load_weights
 from training import cli, session
-from training.build import build_network, data_facts
+from training.build import build_network
+from training.plan import plan_run
 from training.recipe import Recipe, RecipeError
 from training.results.text import format_summary
 from training.session import train
@@ -26,9 +27,7 @@ def quiet(text: str) -> None:
 
 def logits(recipe: Recipe, images: np.ndarray) -> torch.Tensor:
     """Of best.pt, without a loader: digits of 8x8 px as they are, normalized by the training split."""
-    network = load_weights(
-        build_network(recipe, data_facts(recipe)), str(recipe.run_dir / "checkpoints" / "best.pt")
-    ).eval()
+    network = load_weights(build_network(plan_run(recipe)), str(recipe.run_dir / "checkpoints" / "best.pt")).eval()
     source = digits(split="train", test_fraction=0.2)
     seen = np.stack([source.image(i) for i in range(len(source))]).astype(np.float64)
     normal = (images - seen.mean(axis=(0, 1, 2))) / seen.std(axis=(0, 1, 2))

@@ -9,55 +9,35 @@ from typing import Any
 import torch
 from composer import Trainer
 from composer.core import Callback, Evaluator
-from composer.utils import dist, reproducibility
+from composer.utils import reproducibility
 
-from training.build import (
-    DataFacts,
-    arrange_algorithms,
-    build_data_specs,
-    build_model,
-    build_optimizer_of,
-    resolve_device,
-)
+from training.build import build_algorithms, build_data_specs, build_model, build_optimizer_of
 from training.callbacks import build_callbacks, is_complete
 from training.checkpoints.sharded import LoadShards, is_sharded
 from training.engines.parallel import LikeDDP, fsdp_config
 from training.plan import Plan
-from training.recipe import Recipe
 from training.results.history import History
 from training.results.recorder import Recorder
 
 
 def train_composer(
-    recipe: Recipe,
     plan: Plan,
-    facts: DataFacts,
     loaders: tuple[Any, Any],
     *,
     load_path: str | None,
     say: Callable[[str], None],
 ) -> tuple[History, float]:
     """Returns what was recorded, and the seconds that training took. Every engine's function has this signature."""
-    recorder = Recorder(recipe.run_dir)
-    trainer = build_trainer(
-        recipe,
-        facts,
-        loaders,
-        callbacks=build_callbacks(recipe, plan, recorder, loaders[0]),
-        load_path=load_path,
-        world_size=dist.get_world_size(),
-    )
-    seconds = _fit(trainer, recipe, say)
+    recorder = Recorder(plan.recipe.run_dir)
+    callbacks = build_callbacks(plan, recorder, loaders[0])
+    trainer = build_trainer(plan, loaders, callbacks=callbacks, load_path=load_path)
+    seconds = _fit(trainer, plan, say)
     return recorder.history, seconds
 
 
-def evaluate_composer(
-    recipe: Recipe, facts: DataFacts, loaders: tuple[Any, Any], *, checkpoint: str
-) -> dict[str, float]:
+def evaluate_composer(plan: Plan, loaders: tuple[Any, Any], *, checkpoint: str) -> dict[str, float]:
     """Top-1 and loss of `checkpoint` on the second loader. Every engine's function has this signature."""
-    trainer = build_trainer(
-        recipe, facts, loaders, callbacks=[], load_path=checkpoint, world_size=dist.get_world_size()
-    )
+    trainer = build_trainer(plan, loaders, callbacks=[], load_path=checkpoint)
     try:
         trainer.eval()
     finally:
@@ -66,18 +46,12 @@ def evaluate_composer(
 
 
 def build_trainer(
-    recipe: Recipe,
-    facts: DataFacts,
-    loaders: tuple[Any, Any],
-    *,
-    callbacks: Sequence[Callback],
-    load_path: str | None,
-    world_size: int,
+    plan: Plan, loaders: tuple[Any, Any], *, callbacks: Sequence[Callback], load_path: str | None
 ) -> Trainer:
     """Composer's Trainer with everything in place, and the checkpoint at `load_path` loaded."""
-    model = build_model(recipe, facts, world_size=world_size)
+    recipe, model = plan.recipe, build_model(plan)
     network = model.module
-    train, evaluation = build_data_specs(recipe, loaders)
+    train, evaluation = build_data_specs(plan, loaders)
     sharding = recipe.parallelism.strategy == "fsdp"
     callbacks = [*([LikeDDP()] if sharding else []), *callbacks]
     shards = LoadShards(load_path) if load_path is not None and is_sharded(load_path) else None
@@ -87,8 +61,8 @@ def build_trainer(
         eval_dataloader=Evaluator(label="eval", dataloader=evaluation),
         eval_interval=f"{recipe.data.eval.every_epochs}ep",
         max_duration=f"{recipe.epochs}ep",
-        algorithms=list(arrange_algorithms(recipe).values()),
-        optimizers=build_optimizer_of(model, recipe, world_size=world_size),
+        algorithms=list(build_algorithms(plan).values()),
+        optimizers=build_optimizer_of(model, plan),
         callbacks=callbacks if shards is None else [shards, *callbacks],
         parallelism_config=fsdp_config(recipe.parallelism.fsdp, network) if sharding else None,
         run_name=recipe.run_name,
@@ -96,7 +70,7 @@ def build_trainer(
         load_path=load_path if shards is None else None,
         # The loaders know how to stand at any batch of any epoch; spinning would decode and drop what was trained on.
         spin_dataloaders=False,
-        device=resolve_device(recipe),
+        device=plan.place.device,
         precision=recipe.precision,
         compile_config=_compile_settings() if recipe.compile else None,
         device_train_microbatch_size=recipe.data.train.per_device_microbatch_size,
@@ -116,11 +90,11 @@ def _compile_settings() -> dict[str, Any]:
     return {"dynamic": False}
 
 
-def _fit(trainer: Trainer, recipe: Recipe, say: Callable[[str], None]) -> float:
+def _fit(trainer: Trainer, plan: Plan, say: Callable[[str], None]) -> float:
     """Train to the end; returns seconds."""
     started = time.monotonic()
     try:
-        if is_complete(recipe, trainer.state.timestamp, say):
+        if is_complete(plan, trainer.state.timestamp, say):
             return 0.0
         restore_random_state(trainer)
         trainer.fit()

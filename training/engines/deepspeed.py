@@ -25,14 +25,7 @@ from torchmetrics import Metric
 
 from algos import apply_channels_last
 from algos.framework.base import SpeedUp
-from training.build import (
-    DataFacts,
-    arrange_algorithms,
-    build_data_specs,
-    build_model,
-    build_optimizer_of,
-    resolve_device,
-)
+from training.build import build_algorithms, build_data_specs, build_model, build_optimizer_of
 from training.callbacks import build_callbacks, is_complete
 from training.checkpoints.zero import load_zero, save_zero
 from training.engines.deepspeed_settings import deepspeed_config, zero_stage
@@ -46,32 +39,28 @@ _EVALUATOR = "eval"
 
 
 def train_deepspeed(
-    recipe: Recipe,
     plan: Plan,
-    facts: DataFacts,
     loaders: tuple[Any, Any],
     *,
     load_path: str | None,
     say: Callable[[str], None],
 ) -> tuple[History, float]:
-    """Carry `recipe` out; returns what was recorded, and the seconds that training took."""
-    recorder = Recorder(recipe.run_dir)
-    callbacks = build_callbacks(recipe, plan, recorder, loaders[0], save_folder=lambda *args: run.save(*args))
-    run = DeepSpeedRun(recipe, facts, loaders, callbacks=callbacks)
+    """Carry `plan` out; returns what was recorded, and the seconds that training took."""
+    recorder = Recorder(plan.recipe.run_dir)
+    callbacks = build_callbacks(plan, recorder, loaders[0], save_folder=lambda *args: run.save(*args))
+    run = DeepSpeedRun(plan, loaders, callbacks=callbacks)
     try:
         if load_path is not None:
             run.load(Path(load_path))
-        seconds = run.fit(recipe, say)
+        seconds = run.fit(say)
     finally:
         run.close()
     return recorder.history, seconds
 
 
-def evaluate_deepspeed(
-    recipe: Recipe, facts: DataFacts, loaders: tuple[Any, Any], *, checkpoint: str
-) -> dict[str, float]:
+def evaluate_deepspeed(plan: Plan, loaders: tuple[Any, Any], *, checkpoint: str) -> dict[str, float]:
     """Top-1 and loss of `checkpoint` on the second loader."""
-    run = DeepSpeedRun(recipe, facts, loaders, callbacks=[])
+    run = DeepSpeedRun(plan, loaders, callbacks=[])
     try:
         run.load(Path(checkpoint))
         return run.evaluate()
@@ -86,28 +75,28 @@ class DeepSpeedRun:
     engine: DeepSpeed's.
     """
 
-    def __init__(
-        self, recipe: Recipe, facts: DataFacts, loaders: tuple[Any, Any], *, callbacks: list[Callback]
-    ) -> None:
-        self.state = _build_state(recipe, facts, loaders, callbacks=[LikeDDP(), *callbacks])
+    def __init__(self, plan: Plan, loaders: tuple[Any, Any], *, callbacks: list[Callback]) -> None:
+        recipe = plan.recipe
+        self._plan = plan
+        self.state = _build_state(plan, loaders, callbacks=[LikeDDP(), *callbacks])
         self._logger = Logger(self.state)
         self._events = Engine(self.state, self._logger)
-        self._train, self._evaluation = build_data_specs(recipe, loaders)
+        self._train, self._evaluation = build_data_specs(plan, loaders)
         self._evaluates_at = create_interval_scheduler(
             f"{recipe.data.eval.every_epochs}ep", checkpoint_events=False, final_events={Event.FIT_END}
         )
-        self._settings = {"world_size": dist.get_world_size(), "zero_stage": zero_stage(recipe)}
+        self._settings = {"world_size": plan.place.world_size, "zero_stage": zero_stage(recipe)}
         self._events.run_event(Event.INIT)
         if "channels_last" in recipe.algorithms:
             apply_channels_last(self.state.model, weights=False)  # ZeRO's flat pieces know no strides
         self.engine = _initialize(
-            self.state, deepspeed_config(recipe, per_device_batch_size=loaders[0].batch_size), recipe
+            self.state, deepspeed_config(recipe, per_device_batch_size=plan.per_device_batch_size), recipe
         )
 
-    def fit(self, recipe: Recipe, say: Callable[[str], None]) -> float:
+    def fit(self, say: Callable[[str], None]) -> float:
         """Train to the end; returns seconds."""
         started = time.monotonic()
-        if is_complete(recipe, self.state.timestamp, say):
+        if is_complete(self._plan, self.state.timestamp, say):
             return 0.0
         self._events.run_event(Event.FIT_START)
         self.engine.train()
@@ -220,9 +209,9 @@ class DeepSpeedRun:
         state.set_dataloader(*train)  # pyright: ignore[reportArgumentType]: the length is known
 
 
-def _build_state(recipe: Recipe, facts: DataFacts, loaders: tuple[Any, Any], *, callbacks: list[Callback]) -> State:
-    device = get_device(resolve_device(recipe))
-    model = device.module_to_device(build_model(recipe, facts, world_size=dist.get_world_size()))
+def _build_state(plan: Plan, loaders: tuple[Any, Any], *, callbacks: list[Callback]) -> State:
+    recipe, device = plan.recipe, get_device(plan.place.device)
+    model = device.module_to_device(build_model(plan))
     train, _ = loaders
     microbatch_size = recipe.data.train.per_device_microbatch_size or train.batch_size
     assert isinstance(microbatch_size, int), "auto is refused"
@@ -237,8 +226,8 @@ def _build_state(recipe: Recipe, facts: DataFacts, loaders: tuple[Any, Any], *, 
         dataloader=train,
         dataloader_label="train",
         precision=recipe.precision,
-        optimizers=build_optimizer_of(model, recipe, world_size=dist.get_world_size()),
-        algorithms=list(_algorithms(recipe).values()),
+        optimizers=build_optimizer_of(model, plan),
+        algorithms=list(_algorithms(plan).values()),
         callbacks=callbacks,
     )
     state.train_metrics = _on_device(model.get_metrics(is_train=True), state)
@@ -246,9 +235,9 @@ def _build_state(recipe: Recipe, facts: DataFacts, loaders: tuple[Any, Any], *, 
     return state
 
 
-def _algorithms(recipe: Recipe) -> dict[str, SpeedUp]:
+def _algorithms(plan: Plan) -> dict[str, SpeedUp]:
     """All but two, which DeepSpeed's own clipping and `apply_channels_last` stand in for."""
-    arranged = arrange_algorithms(recipe)
+    arranged = build_algorithms(plan)
     return {name: one for name, one in arranged.items() if name not in ("channels_last", "composer.gradient_clipping")}
 
 

@@ -23,7 +23,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from training.optimizers import build_optimizer
-from training.recipe import Recipe
+from training.plan import Plan
 
 PARTS = ("parameters", "gradients", "optimizer_state")  # and activations, which no formula here tells
 FLOAT32_BYTES = 4
@@ -89,13 +89,12 @@ def free_bytes(device: torch.device) -> int:
     return min((room for room in rooms if room is not None), default=0)
 
 
-def largest_batch(
-    recipe: Recipe, network: nn.Module, *, image_size: int, device: torch.device, ranks: int
-) -> tuple[int, float, float]:
+def largest_batch(plan: Plan, network: nn.Module) -> tuple[int, float, float]:
     """The most images of a forward pass that fit a rank, what each takes, and what is there for all, in bytes.
 
     What the failed attempt took must be free again, see `forget`. 0 where not even the weights fit.
     """
+    recipe, device = plan.recipe, torch.device(plan.place.torch_device)
     num_parameters = sum(parameter.numel() for parameter in network.parameters())
     engine = recipe.parallelism.strategy
     if engine == "deepspeed":
@@ -105,10 +104,12 @@ def largest_batch(
         engine,
         num_parameters=num_parameters,
         state_bytes=state_bytes_per_parameter(recipe.optimizer),
-        ranks=ranks,
+        ranks=plan.place.world_size,
     )
     available = free_bytes(device)
-    constant, per_image = step_bytes(network, image_size=image_size, device=device, precision=recipe.precision)
+    constant, per_image = step_bytes(
+        network, image_size=plan.largest_image_size, device=device, precision=recipe.precision
+    )
     gradients = FLOAT32_BYTES * num_parameters
     constant += fixed["gradients"] - gradients  # measured whole, and sharded in the run
     if engine == "ddp":
@@ -136,15 +137,14 @@ def forget(error: BaseException) -> None:
         ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what is freed
 
 
-def describe_out_of_memory(
-    recipe: Recipe, *, device: str, per_device_batch_size: int, fits: tuple[int, float, float] | None
-) -> str:
-    """Which settings of `recipe` take less memory; those come first that change nothing of what is trained.
+def describe_out_of_memory(plan: Plan, *, fits: tuple[int, float, float] | None) -> str:
+    """Which settings of the plan's recipe take less memory; those come first that change nothing of what is trained.
 
     fits: what `largest_batch` found; None where it was not to be found.
     """
+    recipe = plan.recipe
     given = recipe.data.train.per_device_microbatch_size
-    images = given if isinstance(given, int) else per_device_batch_size
+    images = given if isinstance(given, int) else plan.per_device_batch_size
     text = f"out of memory with {images} images a rank in a forward pass"
     repairs = []
     if fits is not None:
@@ -155,7 +155,7 @@ def describe_out_of_memory(
         if number:
             repairs.append(f"data.train.per_device_microbatch_size={number}")
     fsdp2 = recipe.parallelism.strategy == "fsdp" and recipe.parallelism.fsdp.version == 2
-    if device == "gpu" and given != "auto" and not fsdp2 and recipe.parallelism.strategy != "deepspeed":
+    if plan.place.device == "gpu" and given != "auto" and not fsdp2 and recipe.parallelism.strategy != "deepspeed":
         repairs.append("data.train.per_device_microbatch_size=auto")
     if recipe.model.get("gradient_checkpointing") is False:
         repairs.append("model.gradient_checkpointing=true")

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from models.sharding import sharding_units
 from training.engines.deepspeed_settings import check_deepspeed
+from training.plan import Place
 from training.recipe import FSDP, Recipe, RecipeError
 
 # Composer's own algorithms that fail under FSDP2 -> what does the same and does not.
@@ -23,9 +24,10 @@ _NOT_UNDER_FSDP2 = {"composer.channels_last": "channels_last", "composer.ema": "
 _BROADCAST_BYTES = 250 * 2**20  # buffers sent in one message, as many as DDP sends
 
 
-def check_parallelism(recipe: Recipe, *, device: str, world_size: int) -> None:
-    """Raise RecipeError for an engine that cannot run `recipe` on `world_size` ranks of `device` (cpu, gpu, mps)."""
+def check_parallelism(recipe: Recipe, place: Place) -> None:
+    """Raise RecipeError for an engine that cannot run `recipe` at `place`."""
     strategy, train = recipe.parallelism.strategy, recipe.data.train
+    device, world_size = place.device, place.world_size
     if world_size > 1 and strategy == "none":
         raise RecipeError(
             "parallelism.strategy", f"is none, and {world_size} processes were started; use ddp, or start one"

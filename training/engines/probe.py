@@ -26,9 +26,10 @@ from composer.utils import dist
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from training.build import build_loaders, data_facts
+from training.build import build_loaders
 from training.engines.composer import build_trainer
 from training.engines.start import start_distributed
+from training.plan import choose_place, plan_run
 from training.recipe import Recipe, recipe_from
 
 _WARM_UP_STEPS = 2
@@ -100,20 +101,20 @@ class Probe(Callback):
 
 def probe(recipe: Recipe, *, steps: int) -> dict[str, Any]:
     """Train `recipe` for a few steps on this rank; returns what was measured."""
-    start_distributed(recipe)
-    facts = data_facts(recipe)
-    world_size = dist.get_world_size()
-    loaders = build_loaders(recipe, rank=dist.get_global_rank(), world_size=world_size, say=lambda text: None)
+    place = choose_place(recipe)
+    start_distributed(recipe, place)
+    plan = plan_run(recipe, place)
+    loaders = build_loaders(plan, rank=dist.get_global_rank(), say=lambda text: None)
     callback = Probe(steps=steps)
     try:
         if recipe.parallelism.strategy == "deepspeed":
             from training.engines.deepspeed import DeepSpeedRun
 
-            run = DeepSpeedRun(recipe, facts, loaders, callbacks=[callback])
+            run = DeepSpeedRun(plan, loaders, callbacks=[callback])
             callback.zero = run.engine.optimizer
-            run.fit(recipe, lambda text: None)
+            run.fit(lambda text: None)
         else:
-            build_trainer(recipe, facts, loaders, callbacks=[callback], load_path=None, world_size=world_size).fit()
+            build_trainer(plan, loaders, callbacks=[callback], load_path=None).fit()
     except _Done:
         pass
     if "activations" not in callback.result:

@@ -8,20 +8,19 @@ import warnings
 import torch
 from composer.utils import dist, get_device
 
-from training.build import resolve_device
 from training.engines.parallel import check_parallelism
+from training.plan import Place
 from training.recipe import Recipe
 
 _DIST_TIMEOUT_SECONDS = 600.0
 
 
-def start_distributed(recipe: Recipe) -> None:
+def start_distributed(recipe: Recipe, place: Place) -> None:
     """Join the ranks of the run; RecipeError where the recipe's engine cannot run on them."""
-    device = resolve_device(recipe)
-    check_parallelism(recipe, device=device, world_size=dist.get_world_size())
+    check_parallelism(recipe, place)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # Composer warns of the defaults that a single process runs with
-        dist.initialize_dist(get_device(device), timeout=_DIST_TIMEOUT_SECONDS)
-    if device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        dist.initialize_dist(get_device(place.device), timeout=_DIST_TIMEOUT_SECONDS)
+    if place.device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         # Every rank would start a thread a core, and they would wait for each other in turn: 50 times slower here.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // dist.get_local_world_size()))

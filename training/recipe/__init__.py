@@ -13,7 +13,7 @@ from training.recipe.recipe import (
     load_recipe,
     recipe_from,
 )
-from training.recipe.schema import RecipeError
+from training.recipe.schema import RecipeError, users_mistake
 
 __all__ = [
     "FSDP",
@@ -28,4 +28,5 @@ __all__ = [
     "TrainData",
     "load_recipe",
     "recipe_from",
+    "users_mistake",
 ]

@@ -284,12 +284,24 @@ def _apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str,
             raise RecipeError(key, "given twice on the command line")
         seen.add(key)
     try:
-        merged = OmegaConf.create(raw)
+        merged = OmegaConf.create(_with_names(raw))
         for override in overrides:  # in turn: algorithms=null algorithms.mixup.alpha=0.1 leaves MixUp alone on
             merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
+            merged = OmegaConf.create(_with_names(OmegaConf.to_container(merged)))
         return OmegaConf.to_container(merged, resolve=True)  # pyright: ignore
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise RecipeError("", _one_line(error)) from None
+
+
+def _with_names(raw: Any) -> Any:
+    """`model: resnet18` written out as `model: {name: resnet18}`, so that an override adds a setting to either."""
+    if not isinstance(raw, dict):
+        return raw
+    named = {key: {"name": raw[key]} for key in ("model", "optimizer") if isinstance(raw.get(key), str)}
+    data = raw.get("data")
+    if isinstance(data, dict) and isinstance(data.get("source"), str):
+        named["data"] = {**data, "source": {"name": data["source"]}}
+    return {**raw, **named}
 
 
 def _parse_model(given: Any) -> dict[str, Any]:
@@ -403,12 +415,10 @@ def _check_ranges(top: dict[str, Any]) -> None:
     positive = {
         "duration.epochs": top["duration"]["epochs"],
         "data.train.image_size": train["image_size"],
-        "data.train.num_workers": train["num_workers"],
         "data.train.global_batch_size": train["global_batch_size"],
         "data.train.per_device_batch_size": train["per_device_batch_size"],
         "data.train.per_device_microbatch_size": _unless_auto(train["per_device_microbatch_size"]),
         "data.eval.image_size": evaluation["image_size"],
-        "data.eval.num_workers": evaluation["num_workers"],
         "data.eval.per_device_batch_size": evaluation["per_device_batch_size"],
         "data.eval.every_epochs": evaluation["every_epochs"],
         **{f"data.expected.{key}": value for key, value in (top["data"]["expected"] or {}).items()},
@@ -422,6 +432,11 @@ def _check_ranges(top: dict[str, Any]) -> None:
     for path, value in positive.items():
         if value is not None and value < 1:
             raise RecipeError(path, f"is {value}; it must be at least 1")
+    for path, num_workers in (("data.train", train["num_workers"]), ("data.eval", evaluation["num_workers"])):
+        if num_workers < 0:
+            raise RecipeError(
+                f"{path}.num_workers", f"is {num_workers}; it must be at least 0, which loads in the training process"
+            )
     if top["compile"] and top["parallelism"]["strategy"] == "deepspeed":
         raise RecipeError(
             "compile",

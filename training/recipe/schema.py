@@ -6,11 +6,12 @@ path, what was given, what is allowed and the nearest match.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import inspect
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import MISSING, OmegaConf
@@ -23,6 +24,17 @@ class RecipeError(ValueError):
     def __init__(self, path: str, message: str) -> None:
         super().__init__(f"{path}: {message}" if path else message)
         self.path = path
+
+
+@contextlib.contextmanager
+def users_mistake(path: str) -> Iterator[None]:
+    """Turn the errors that the layers below raise for users' mistakes into one that names the recipe's key."""
+    try:
+        yield
+    except RecipeError:
+        raise
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        raise RecipeError(path, str(error)) from error
 
 
 def schema_of(factory: Callable[..., Any], *, without: Sequence[str] = ()) -> type:

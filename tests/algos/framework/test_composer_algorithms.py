@@ -10,7 +10,8 @@ from algos.framework import registry
 from algos.framework.base import Contract, Event
 from algos.framework.composer_algorithms import _KNOWN, find, refuse_doubles
 from algos.framework.ordering import arrange
-from training.build import arrange_algorithms
+from training.build import build_algorithms
+from training.plan import plan_run
 from training.recipe import RecipeError, load_recipe
 
 DIGITS = "yamls/digits_medium.yaml"
@@ -114,7 +115,7 @@ def test_recipes_and_overrides_spell_them_in_a_section():
     recipe = load_recipe(DIGITS, ["algorithms.composer.colout.p_row=0.1", "algorithms.composer.squeeze_excite={}"])
     assert recipe.algorithms["composer.colout"] == {"p_row": 0.1}
     assert recipe.algorithms["composer.squeeze_excite"] == {}
-    made = arrange_algorithms(recipe)
+    made = build_algorithms(plan_run(recipe))
     assert made["composer.colout"].p_row == 0.1
     assert list(made).index("composer.squeeze_excite") < list(made).index("channels_last")
     assert "composer.colout" not in load_recipe(DIGITS, ["algorithms.composer.colout=null"]).algorithms

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from data import Beton, write_beton
 from data.sources import (
     ArraySource,
     FolderSource,
@@ -109,13 +110,52 @@ def test_splits_whose_classes_differ_are_refused(tmp_path: Path):
     image_folder(tmp_path / "valid", classes=("ant", "bee", *(f"x{i}" for i in range(7))))
     train, valid = tmp_path / "train", tmp_path / "valid"
     message = (
-        f"{valid} alone has x0, x1, x2, x3, x4 and 2 more; {train} alone has cat. Both need the same class folders"
+        f"the classes of {train} and {valid} differ: {valid} alone has x0, x1, x2, x3, x4 and 2 more, which no image"
     )
-    with pytest.raises(ValueError, match=f"the classes of {valid} and {train} differ: {message}"):
-        folder(tmp_path, split="eval")
-    with pytest.raises(ValueError, match=f"the classes of {train} and {valid} differ"):
-        folder(tmp_path, split="train")
+    for split in ("train", "eval"):
+        with pytest.raises(ValueError, match=message):
+            folder(tmp_path, split=split)
     assert folder(train).class_names == ("ant", "bee", "cat")
+
+
+@pytest.mark.parametrize("empty_folder", [False, True])
+def test_a_split_to_evaluate_on_may_lack_a_class(tmp_path: Path, empty_folder: bool, caplog: pytest.LogCaptureFixture):
+    image_folder(tmp_path / "train", classes=("ant", "bee", "cat"))
+    image_folder(tmp_path / "val", classes=("ant", "cat"))
+    if empty_folder:
+        (tmp_path / "val" / "bee").mkdir()
+    train, evaluation = (folder(tmp_path, split=split) for split in ("train", "eval"))
+    assert train.class_names == evaluation.class_names == ("ant", "bee", "cat")
+    assert [evaluation.label(index) for index in range(len(evaluation))] == [0, 0, 2, 2]
+    folder(tmp_path, split="eval")
+    assert caplog.messages == [f"{tmp_path / 'val'}: no images of bee; the other 2 classes are there"]
+    beton = Beton(write_beton(evaluation, tmp_path / "val.beton", progress=False))
+    assert beton.class_names == ("ant", "bee", "cat")
+    assert beton.labels.tolist() == [0, 0, 2, 2]
+
+
+def test_a_split_without_any_image_is_refused(tmp_path: Path):
+    image_folder(tmp_path / "train", classes=("ant", "bee"))
+    (tmp_path / "val" / "bee").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match=f"no images in {tmp_path / 'val' / 'ant'}"):
+        folder(tmp_path, split="eval")
+    (tmp_path / "train" / "cat").mkdir()
+    with pytest.raises(FileNotFoundError, match=f"no images in {tmp_path / 'train' / 'cat'}"):
+        folder(tmp_path, split="train")
+
+
+def test_folders_that_programs_make_are_no_classes(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    for split in ("train", "val"):
+        image_folder(tmp_path / split)
+        for name in (".git", ".ipynb_checkpoints", "__MACOSX", "@eaDir", "lost+found"):
+            image_folder(tmp_path / split, classes=(name,))
+        image_folder(tmp_path / split / "ant", classes=(".ipynb_checkpoints",))
+    for split in ("train", "eval"):
+        source = folder(tmp_path, split=split)
+        assert (source.class_names, len(source)) == (("ant", "bee"), 4)
+    assert len(caplog.messages) == 2
+    names = ".git, .ipynb_checkpoints, @eaDir, __MACOSX, lost+found"
+    assert caplog.messages[0] == f"{tmp_path / 'train'}: left out, for they hold no class: {names}"
 
 
 def names(source: FolderSource) -> set[str]:

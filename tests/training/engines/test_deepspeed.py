@@ -26,13 +26,14 @@ from safetensors.torch import load_file
 
 from algos.framework import registry
 from training import cli
-from training.build import build_loaders, data_facts
+from training.build import build_loaders
 from training.checkpoints.export import export_checkpoint
 from training.checkpoints.export import main as export
 from training.checkpoints.zero import is_zero, read_zero_weights
 from training.engines.composer import build_trainer
 from training.engines.deepspeed_settings import deepspeed_config
 from training.engines.parallel import check_parallelism
+from training.plan import Place, plan_run
 from training.recipe import Recipe, RecipeError
 
 pytest.importorskip("deepspeed")
@@ -148,8 +149,9 @@ def test_a_checkpoint_of_two_ranks_becomes_one_file_for_one_process(
         torch.testing.assert_close(found[name], value, atol=1e-4, rtol=0)
 
     recipe = recipe_of(tmp_path, "evaluated", *network, "parallelism.strategy=none", f"model.weights={weights}")
-    loaders = build_loaders(recipe, rank=0, world_size=1, say=lambda text: None)
-    trainer = build_trainer(recipe, data_facts(recipe), loaders, callbacks=[], load_path=None, world_size=1)
+    plan = plan_run(recipe)
+    loaders = build_loaders(plan, rank=0, say=lambda text: None)
+    trainer = build_trainer(plan, loaders, callbacks=[], load_path=None)
     trainer.eval()
     metrics = trainer.state.eval_metrics["eval"]
     trainer.close()
@@ -187,12 +189,12 @@ def test_other_algorithms_are_refused_by_name(name: str) -> None:
         "fixres": "{epochs: 1}", "composer.ema": "{half_life: 1ba}", "ema": "{half_life_steps: 10}",
     }.get(name, "{}")  # fmt: skip
     with pytest.raises(RecipeError, match=rf"^algorithms\.{name}: does not run under deepspeed, which takes "):
-        check_parallelism(small(f"algorithms.{name}={settings}"), device="cpu", world_size=2)
+        check_parallelism(small(f"algorithms.{name}={settings}"), Place("cpu", 2))
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_allowed_algorithms_are_not_refused(name: str) -> None:
-    check_parallelism(small(*ALGORITHMS[name]), device="cpu", world_size=2)
+    check_parallelism(small(*ALGORITHMS[name]), Place("cpu", 2))
 
 
 @pytest.mark.timeout(120)
@@ -242,7 +244,7 @@ def test_a_refusal_is_one_line_and_leaves_nothing(tmp_path: Path, capsys: pytest
 )
 def test_settings_are_checked_before_anything_is_built(settings: str, says: str) -> None:
     with pytest.raises(RecipeError, match=says) as error:
-        check_parallelism(small(f"parallelism.deepspeed={settings}"), device="cpu", world_size=2)
+        check_parallelism(small(f"parallelism.deepspeed={settings}"), Place("cpu", 2))
     assert error.value.path.startswith("parallelism.deepspeed")
     assert "\n" not in str(error.value)
 
@@ -259,13 +261,13 @@ def test_settings_are_checked_before_anything_is_built(settings: str, says: str)
 )  # fmt: skip
 def test_what_deepspeed_cannot_run_is_refused(overrides: tuple[str, ...], device: str, says: str) -> None:
     with pytest.raises(RecipeError, match=says):
-        check_parallelism(small(*overrides), device=device, world_size=2)
+        check_parallelism(small(*overrides), Place(device, 2))
 
 
 def test_a_recipe_without_deepspeed_installed_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(RecipeError, match=r"pip install 'brisk-vision\[deepspeed\]'"):
-        check_parallelism(small(), device="cpu", world_size=2)
+        check_parallelism(small(), Place("cpu", 2))
 
 
 def test_deepspeed_clips_only_where_the_recipe_does() -> None:

@@ -14,9 +14,10 @@ from ranks import run_ranks
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from training import session
-from training.build import build_loaders, data_facts
+from training.build import build_loaders
 from training.engines.composer import build_trainer
 from training.engines.parallel import check_parallelism
+from training.plan import Place, plan_run
 from training.recipe import RecipeError
 
 SCRIPT = str(Path(__file__).with_name("fsdp_ranks.py"))
@@ -102,9 +103,10 @@ def test_shards_are_folders_that_lose_their_place_with_their_last_name(two_ranks
 def test_shards_of_two_ranks_are_evaluated_and_resumed_by_one_process(two_ranks: Path) -> None:
     one = [*RESUMED, "parallelism.strategy=none", "checkpoints.sharded=false"]
     recipe = recipe_of(two_ranks, "evaluated", *one)
-    loaders = build_loaders(recipe, rank=0, world_size=1, say=lambda text: None)
+    plan = plan_run(recipe)
+    loaders = build_loaders(plan, rank=0, say=lambda text: None)
     latest = str(two_ranks / "sharded" / "checkpoints" / "latest.pt")
-    trainer = build_trainer(recipe, data_facts(recipe), loaders, callbacks=[], load_path=latest, world_size=1)
+    trainer = build_trainer(plan, loaders, callbacks=[], load_path=latest)
     trainer.eval()
     expected = record(two_ranks / "sharded")
     metrics = trainer.state.eval_metrics["eval"]
@@ -155,7 +157,7 @@ def test_what_an_engine_cannot_run_is_refused(
 ) -> None:
     recipe = recipe_of(tmp_path, "refused", *overrides)
     with pytest.raises(RecipeError, match=says) as error:
-        check_parallelism(recipe, device=device, world_size=ranks)
+        check_parallelism(recipe, Place(device, ranks))
     assert "\n" not in str(error.value)
 
 

@@ -54,6 +54,7 @@ DIGITS = ROOT / "yamls" / "digits_medium.yaml"
         ("parallelism.strategy=dpp", ["parallelism.strategy: is 'dpp'", "did you mean ddp?"]),
         ("checkpoints.every_epochs=0", ["checkpoints.every_epochs: is 0; it must be at least 1"]),
         ("run_name=a/b", ["run_name: is 'a/b'"]),
+        ("data.train.num_workers=-1", ["data.train.num_workers: is -1; it must be at least 0"]),
         ("seed", ["seed: an override has the form key=value"]),
     ],
 )
@@ -100,6 +101,39 @@ def test_a_number_with_an_exponent_is_a_number(tmp_path: Path) -> None:
     path.write_text(DIGITS.read_text().replace("weight_decay: 5.0e-4", "weight_decay: 1e-3"))
     assert load_recipe(path).optimizer["weight_decay"] == 1e-3
     assert load_recipe(DIGITS, ["optimizer.weight_decay=1e-3"]).optimizer["weight_decay"] == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("section", "short", "override", "parsed"),
+    [
+        ("model", "resnet18", "model.weights=best.pt", ("model", "weights", "best.pt")),
+        ("model", "resnet_digits", "model.width=32", ("model", "width", 32)),
+        ("optimizer", "sgd", "optimizer.learning_rate=0.5", ("optimizer", "learning_rate", 0.5)),
+        ("source", "digits", "data.source.eval_fraction=0.3", ("data", "source", "eval_fraction", 0.3)),
+    ],
+)
+def test_a_name_alone_takes_overrides_as_a_mapping_does(
+    tmp_path: Path, section: str, short: str, override: str, parsed: tuple
+) -> None:
+    settings = yaml.safe_load(DIGITS.read_text())
+    settings["optimizer" if section == "optimizer" else "model"] = {"optimizer": "sgd"}.get(section, "resnet_digits")
+    if section == "source":
+        settings["data"]["source"] = short
+    elif section == "model":
+        settings["model"] = short
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    rate = ["optimizer.learning_rate=0.5"] if section == "optimizer" else []
+    found = load_recipe(path, list(dict.fromkeys([override, *rate]))).settings
+    *keys, expected = parsed
+    for key in keys:
+        found = found[key]
+    assert found == expected
+    # The same where the name itself comes from the command line.
+    where = {"source": "data.source"}.get(section, section)
+    again = load_recipe(DIGITS, list(dict.fromkeys([f"{where}=null", f"{where}.name={short}", override, *rate])))
+    once = load_recipe(DIGITS, list(dict.fromkeys([f"{where}={short}", override, *rate])))
+    assert once.settings[where.partition(".")[0]] == again.settings[where.partition(".")[0]]
 
 
 def test_toggling() -> None:

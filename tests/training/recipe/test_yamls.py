@@ -15,9 +15,12 @@ import yaml
 from algos.framework.protocols import LearningRateModifier
 from algos.learning_rate import LearningRate
 from algos.progressive_resizing import ProgressiveResizing
-from training.build import arrange_algorithms, initial_learning_rate, per_device_batch_size
+from training.build import build_algorithms
+from training.facts import planned_facts
+from training.plan import Place, make_plan
+from training.plan_text import plan_text
 from training.recipe import Recipe, RecipeError, load_recipe
-from training.session import plan_text, train
+from training.session import train
 
 ROOT = Path(__file__).parents[3]
 RECIPES = sorted((ROOT / "yamls").glob("*.yaml"))
@@ -53,6 +56,12 @@ def test_a_plan_without_data_or_what_to_expect_of_them_says_what_to_do(tmp_path:
         plan_text(load_recipe(path, [f"data.source.path={tmp_path / 'none'}", "data.expected=null"]))
 
 
+@pytest.mark.parametrize("key", ["data.train.path", "data.eval.path", "load", "model.weights"])
+def test_a_plan_refuses_a_file_that_is_named_and_not_there(key: str) -> None:
+    with pytest.raises(RecipeError, match=rf"^{re.escape(key)}: is /nowhere/x.pt, and there is no such file"):
+        plan_text(load_recipe(ROOT / "yamls" / "resnet50_medium.yaml", [f"{key}=/nowhere/x.pt"]))
+
+
 @pytest.mark.slow
 @by_name
 def test_smoke(path: Path, tmp_path: Path) -> None:
@@ -79,17 +88,18 @@ def test_smoke(path: Path, tmp_path: Path) -> None:
 
 def phases(recipe: Recipe, *, world_size: int) -> tuple[list[int], list[int], list[list[float]]]:
     """Image size and global batch size of every epoch, and the learning rate of every step in it."""
-    algorithms = arrange_algorithms(recipe)
+    plan = make_plan(recipe, planned_facts(recipe), Place("gpu", world_size))
+    algorithms = build_algorithms(plan)
     schedule, resizing = algorithms["learning_rate"], algorithms.get("progressive_resizing")
     assert isinstance(schedule, LearningRate)
-    per_device = per_device_batch_size(recipe, world_size=world_size)
+    per_device = plan.per_device_batch_size
     sizes, batches = [recipe.data.train.image_size] * recipe.epochs, [per_device * world_size] * recipe.epochs
     if isinstance(resizing, ProgressiveResizing):
         resizing.prepare(total_epochs=recipe.epochs, image_size=sizes[0], per_device_batch_size=per_device)
         sizes = [resizing.stage(epoch).image_size for epoch in range(recipe.epochs)]
         batches = [resizing.per_device_batch_size(e, world_size) * world_size for e in range(recipe.epochs)]
     modifiers = [one for one in algorithms.values() if isinstance(one, LearningRateModifier)]
-    initial = initial_learning_rate(recipe, world_size=world_size)
+    initial = plan.peak_learning_rate
     rates = [
         [
             schedule.learning_rate(

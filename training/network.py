@@ -1,0 +1,72 @@
+"""The recipe's network, as it is initialized and as the algorithms then change it."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Mapping
+from importlib import import_module
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from algos.framework.base import Event, Resource
+from algos.framework.composer_algorithms import PREFIX
+from models import registry as models
+from training.recipe import Recipe, users_mistake
+
+
+def make_network(recipe: Recipe, *, num_classes: int, shapes_only: bool = False) -> nn.Module:
+    """The recipe's network, initialized from its seed alike on every rank.
+
+    shapes_only: on torch's meta device, where initializing costs nothing. Weights that are read need a real one.
+    """
+    settings = {key: value for key, value in recipe.model.items() if key != "name"}
+    on_meta = shapes_only and settings.get("weights") is None
+    if on_meta:
+        with contextlib.suppress(ModuleNotFoundError):
+            import_module("torchvision.models")  # most networks import it, and it makes tensors that must be real
+    seed_all(recipe.seed)
+    with users_mistake("model"), torch.device("meta") if on_meta else contextlib.nullcontext():
+        return models.find(recipe.model["name"])(num_classes=num_classes, **settings)
+
+
+def change_network(network: nn.Module, recipe: Recipe, algorithms: Mapping[str, Any]) -> nn.Module:
+    """`network` with `algorithms` having changed it, as they do when training starts."""
+    changing = [
+        one
+        for one in algorithms.values()
+        if Event.INIT in one.events and Resource.MODEL in one.contract.writes and hasattr(one, "apply")
+    ]
+    state, logger = _state(network, recipe, composers=any(name.startswith(PREFIX) for name in algorithms))
+    for algorithm in changing:
+        algorithm.apply(Event.INIT, state, logger)
+    return state.model
+
+
+def seed_all(seed: int) -> None:
+    """Seed Python's, numpy's and torch's generators, as Composer's function of this name does."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    torch.cuda.manual_seed_all(seed)
+
+
+def _silent(*given: Any, **named: Any) -> None:
+    """What is logged here nobody reads."""
+
+
+def _state(network: nn.Module, recipe: Recipe, *, composers: bool) -> tuple[Any, Any]:
+    """What an algorithm is given at INIT. Ours look at the network alone; Composer's own get Composer's own State."""
+    if not composers:
+        log = SimpleNamespace(log_hyperparameters=_silent, log_metrics=_silent)
+        return SimpleNamespace(model=network, algorithms=[], optimizers=[]), log
+    from composer.core import State
+    from composer.loggers import Logger
+    from composer.utils import get_device
+
+    state = State(rank_zero_seed=recipe.seed, model=network, run_name=recipe.run_name, device=get_device("cpu"))
+    return state, Logger(state)

@@ -1,0 +1,122 @@
+"""A plan as people read it: phases, the order of algorithms, arithmetic, the network's layers."""
+
+from __future__ import annotations
+
+import os
+from itertools import groupby
+from pathlib import Path
+
+from models.summary import summarize
+from training.facts import planned_facts
+from training.plan import Place, Plan, choose_place, make_plan, network_as_trained, without_algorithms, without_weights
+from training.recipe import Recipe, RecipeError
+
+_WEIGHT_FILES = (".bin", ".pt", ".pth", ".safetensors")
+
+
+def plan_text(recipe: Recipe) -> str:
+    """What `recipe` would do, and how that compares to the same with every speed-up off. Trains nothing."""
+    _refuse_absent_files(recipe)
+    recipe = without_weights(recipe)
+    facts, (place, note) = planned_facts(recipe), _place(recipe)
+    plan = make_plan(recipe, facts, place)
+    baseline = make_plan(without_algorithms(recipe, recipe.run_name), facts, place)
+    layers = summarize(network_as_trained(plan, shapes_only=True), image_size=recipe.data.train.image_size)
+    return "\n\n".join([format_plan(plan, baseline), *note, layers])
+
+
+def _refuse_absent_files(recipe: Recipe) -> None:
+    """A plan reads no weights and no checkpoint; that the recipe's are there it can tell all the same."""
+    weights, load = recipe.model.get("weights"), recipe.load
+    if weights is not None and Path(weights).suffix in _WEIGHT_FILES and not Path(weights).expanduser().exists():
+        raise RecipeError("model.weights", f"is {weights}, and there is no such file; correct it, or leave it out")
+    if load not in (None, "latest") and not Path(load).exists():
+        raise RecipeError("load", f"is {load}, and there is no such file or folder; give latest or a checkpoint's path")
+
+
+def _place(recipe: Recipe) -> tuple[Place, list[str]]:
+    """Where it would run; a machine that cannot train a recipe can plan it, and says why it could not."""
+    try:
+        return choose_place(recipe), []
+    except RecipeError as error:
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        return Place("gpu" if recipe.device == "auto" else recipe.device, world_size), [f"not on this machine: {error}"]
+
+
+def format_plan(plan: Plan, baseline: Plan) -> str:
+    """The plan as text for people, with the savings against `baseline`, the same recipe with every speed-up off."""
+    facts = plan.facts
+    lines = [
+        f"{plan.recipe.run_name}: {facts.num_train:,} training and {facts.num_eval:,} held-out images of "
+        f"{facts.num_classes} classes, {plan.parameters:,} parameters",
+        *([] if facts.present else ["(the data are not here: counts are data.expected's)"]),
+        _place_line(plan),
+        "",
+        "algorithms, in the order they act",
+        *(f"  {one.name:<28}{', '.join(one.events)}" for one in plan.algorithms),
+        "",
+        f"{'epochs':>9}{'image':>8}{'batch':>8}{'steps':>9}{'learning rate':>22}{'MMACs/image':>14}  notes",
+        *_phase_lines(plan),
+        "",
+        f"{plan.steps:,} steps, {plan.images:,} images seen; evaluation at {plan.recipe.data.eval.image_size} px",
+        f"forward: {_engineering(plan.forward_macs)}MACs in all; with the backward passes: "
+        f"{_engineering(plan.total_macs)}MACs",
+        _savings(plan, baseline),
+    ]
+    return "\n".join(lines)
+
+
+def _place_line(plan: Plan) -> str:
+    recipe, ranks = plan.recipe, plan.place.world_size
+    microbatch = recipe.data.train.per_device_microbatch_size
+    parts = [
+        f"{plan.place.device}, {ranks} {'rank' if ranks == 1 else 'ranks'}",
+        *([recipe.parallelism.strategy] if ranks > 1 else []),
+        recipe.precision,
+        f"{plan.per_device_batch_size} images a rank and step",
+        *([f"in microbatches of {microbatch}"] if microbatch else []),
+        f"{recipe.optimizer['name']} at a peak learning rate of {plan.peak_learning_rate:g}",
+    ]
+    return ", ".join(parts)
+
+
+def _phase_lines(plan: Plan) -> list[str]:
+    lines, first = [], 0
+    for _, run in groupby(
+        plan.epochs, key=lambda e: (e.image_size, e.global_batch_size, e.frozen, e.test_crop, e.suspended, e.passes)
+    ):
+        epochs = list(run)
+        start, end = epochs[0], epochs[-1]
+        notes = [
+            *(["test-time crop"] if start.test_crop else []),
+            *(["last layers only"] if start.frozen else []),
+            *(f"no {name}" for name in start.suspended),
+            *([f"{start.passes:g} passes a step"] if start.passes > 1 else []),
+        ]
+        rates = f"{start.learning_rate[0]:.3g} to {end.learning_rate[1]:.3g}"
+        lines.append(
+            f"{f'{first + 1}-{first + len(epochs)}':>9}{f'{start.image_size} px':>8}{start.global_batch_size:>8,}"
+            f"{sum(epoch.steps for epoch in epochs):>9,}{rates:>22}{start.forward_macs / 1e6:>14.2f}"
+            f"  {', '.join(notes)}".rstrip()
+        )
+        first += len(epochs)
+    return lines
+
+
+def _savings(plan: Plan, baseline: Plan) -> str:
+    def change(ours: float, theirs: float) -> str:
+        share = ours / theirs - 1
+        return f"{abs(share):.1%} {'more' if share > 0 else 'less'}"
+
+    return (
+        f"against every speed-up off ({_engineering(baseline.forward_macs)}MACs forward, "
+        f"{_engineering(baseline.total_macs)}MACs in all): {change(plan.forward_macs, baseline.forward_macs)} forward, "
+        f"{change(plan.total_macs, baseline.total_macs)} in all"
+    )
+
+
+def _engineering(value: float) -> str:
+    for unit, scale in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)):
+        if value >= scale:
+            return f"{value / scale:.3g} {unit}"
+    return f"{value:.0f} "
