@@ -59,6 +59,9 @@ def _run(options: argparse.Namespace) -> int:
         recipe = load_recipe(options.file, options.overrides)
         logging.getLogger().setLevel(recipe.logging.level.upper())
         if options.plan:
+            from training.without_compiler import leave_out_compiler
+
+            leave_out_compiler()
             from training.plan_text import plan_text
 
             _say(plan_text(recipe))

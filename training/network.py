@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
-from algos.framework.base import Event, Resource
-from algos.framework.composer_algorithms import PREFIX
+from algos.framework.base import Event, Resource, SpeedUp
 from models import registry as models
 from training.recipe import Recipe, users_mistake
+
+_DRAWS = ("erfinv_", "normal_", "uniform_")
 
 
 def make_network(recipe: Recipe, *, num_classes: int, shapes_only: bool = False) -> nn.Module:
@@ -30,7 +32,7 @@ def make_network(recipe: Recipe, *, num_classes: int, shapes_only: bool = False)
         with contextlib.suppress(ModuleNotFoundError):
             import_module("torchvision.models")  # most networks import it, and it makes tensors that must be real
     seed_all(recipe.seed)
-    with users_mistake("model"), torch.device("meta") if on_meta else contextlib.nullcontext():
+    with users_mistake("model"), _ShapesOnly() if on_meta else contextlib.nullcontext():
         return models.find(recipe.model["name"])(num_classes=num_classes, **settings)
 
 
@@ -41,7 +43,7 @@ def change_network(network: nn.Module, recipe: Recipe, algorithms: Mapping[str, 
         for one in algorithms.values()
         if Event.INIT in one.events and Resource.MODEL in one.contract.writes and hasattr(one, "apply")
     ]
-    state, logger = _state(network, recipe, composers=any(name.startswith(PREFIX) for name in algorithms))
+    state, logger = _state(network, recipe, composers=any(not isinstance(one, SpeedUp) for one in changing))
     for algorithm in changing:
         algorithm.apply(Event.INIT, state, logger)
     return state.model
@@ -57,6 +59,19 @@ def seed_all(seed: int) -> None:
 
 def _silent(*given: Any, **named: Any) -> None:
     """What is logged here nobody reads."""
+
+
+class _ShapesOnly(TorchFunctionMode):
+    """Tensors are made on torch's meta device, and nothing is drawn for them: torch would import sympy to do so."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        if getattr(func, "__name__", "") in _DRAWS:
+            return args[0]
+        with torch.device("meta"):
+            return func(*args, **kwargs)
 
 
 def _state(network: nn.Module, recipe: Recipe, *, composers: bool) -> tuple[Any, Any]:

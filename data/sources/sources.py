@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -157,20 +158,10 @@ def digits(
     Raises:
         ModuleNotFoundError: scikit-learn is not installed.
     """
-    try:
-        from sklearn.datasets import load_digits
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "sklearn":
-            raise
-        raise ModuleNotFoundError(
-            "the digits come with scikit-learn; install it: pip install 'brisk-vision[demo]'",
-            name="sklearn",
-        ) from error
-    bunch: Any = load_digits()
-    labels = np.asarray(bunch.target)
+    pixels, labels = _sklearns_digits()
     shares = _Shares(eval_fraction, test_fraction, split_seed)
     chosen = shares.members(np.arange(len(labels)), labels, split)
-    grey = np.round(bunch.images[chosen] * (255 / 16)).astype(np.uint8)
+    grey = np.round(pixels[chosen] * (255 / 16)).astype(np.uint8)
     images = np.ascontiguousarray(np.repeat(grey[..., None], 3, axis=-1))
     names = tuple(str(i) for i in range(10))
     return ArraySource(images, labels[chosen], class_names=names, name=f"digits {split}")
@@ -398,6 +389,31 @@ def _cifar(
         chosen = _Shares(eval_fraction, 0.0, split_seed).members(np.arange(len(labels)), labels, split)
         images, labels = images[chosen], labels[chosen]
     return ArraySource(images, labels, class_names=class_names, name=f"{name} {split}")
+
+
+@cache
+def _sklearns_digits() -> tuple[np.ndarray, np.ndarray]:
+    """float64 [1797, 8, 8] from 0 to 16, and labels [1797], out of scikit-learn's own file.
+
+    Importing scikit-learn, which takes seconds, is left to a release that keeps the file elsewhere.
+    """
+    spec = find_spec("sklearn")
+    for home in (spec.submodule_search_locations or ()) if spec else ():
+        path = Path(home, "datasets", "data", "digits.csv.gz")
+        if path.is_file():
+            rows = np.loadtxt(path, delimiter=",")
+            return rows[:, :-1].reshape(-1, 8, 8), rows[:, -1].astype(np.int64)
+    try:
+        from sklearn.datasets import load_digits
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "sklearn":
+            raise
+        raise ModuleNotFoundError(
+            "the digits come with scikit-learn; install it: pip install 'brisk-vision[demo]'",
+            name="sklearn",
+        ) from error
+    bunch: Any = load_digits()
+    return bunch.images, np.asarray(bunch.target)
 
 
 def _check_split(split: str, allowed: Sequence[str] = SPLITS) -> None:

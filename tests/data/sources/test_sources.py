@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
+import data.sources.sources
 from data import Beton, write_beton
 from data.sources import (
     ArraySource,
@@ -49,7 +50,21 @@ def test_the_split_of_the_digits_is_fixed_and_follows_its_seed():
     assert not np.array_equal(pixels[0], pixels[2])
 
 
+def test_the_digits_without_scikit_learns_file(monkeypatch: pytest.MonkeyPatch):
+    read = data.sources.sources._sklearns_digits
+    read.cache_clear()
+    with_file = read()
+    monkeypatch.setattr("data.sources.sources.find_spec", lambda name: None)
+    read.cache_clear()
+    for ours, theirs in zip(with_file, read(), strict=True):
+        assert np.array_equal(ours, theirs)
+        assert ours.dtype == theirs.dtype
+    read.cache_clear()
+
+
 def test_digits_say_what_to_install(monkeypatch: pytest.MonkeyPatch):
+    data.sources.sources._sklearns_digits.cache_clear()
+    monkeypatch.setattr("data.sources.sources.find_spec", lambda name: None)
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'brisk-vision\[demo\]'"):
         digits()
