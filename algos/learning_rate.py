@@ -72,9 +72,9 @@ def warmup_decay(
 class LearningRate(SpeedUp):
     """Sets every parameter group's learning rate before each step: its initial one times `warmup_decay`.
 
-    The run's length must be given in epochs or in batches. A group's initial rate is the one that its optimizer was made
-    with; other algorithms with a say in the rate are asked in the order of the Trainer's list. For the settings see
-    `warmup_decay`.
+    The run's length must be given in epochs or in batches. A group's initial rate is the one that its optimizer was
+    made with; other algorithms with a say in the rate are asked in the order of the Trainer's list. For the settings
+    see `warmup_decay`.
 
     Raises ValueError for settings out of range. Refused before the first step: a warmup longer than the run, and
     schedulers beside it, whose rates it would overwrite.

@@ -87,7 +87,9 @@ def make_plan(recipe: Recipe, facts: DataFacts, *, world_size: int = 1) -> Plan:
     network = network_as_trained(recipe, facts, algorithms)
     shapes = _epoch_shapes(recipe, algorithms, world_size=world_size)
     initial = initial_learning_rate(recipe, world_size=world_size)
-    macs = {size: _macs(network, size, recipe) for size in {size for size, _ in shapes}}
+    macs = {
+        size: _macs(network, size, _pass_sizes(batch, recipe, facts, world_size), recipe) for size, batch in set(shapes)
+    }
     epochs = tuple(
         _plan_epoch(index, recipe, facts, algorithms, shape=shape, macs=macs[shape[0]], initial=initial)
         for index, shape in enumerate(shapes)
@@ -102,10 +104,11 @@ def make_plan(recipe: Recipe, facts: DataFacts, *, world_size: int = 1) -> Plan:
     )
 
 
-def network_summary(recipe: Recipe, facts: DataFacts) -> str:
+def network_summary(recipe: Recipe, facts: DataFacts, *, world_size: int = 1) -> str:
     """The network's layers, as the recipe's algorithms make it: shapes, parameters, multiply-adds; for people."""
     network = network_as_trained(recipe, facts, arrange_algorithms(recipe))
-    return summarize(network, image_size=recipe.data.train.image_size)
+    images = per_device_batch_size(recipe, world_size=world_size)
+    return summarize(network, image_size=recipe.data.train.image_size, num_images=images)
 
 
 def network_as_trained(recipe: Recipe, facts: DataFacts, algorithms: Mapping[str, SpeedUp]) -> nn.Module:
@@ -218,7 +221,7 @@ def _plan_epoch(
         forward_macs=macs,
         passes=1 + 1 / sam.interval if isinstance(sam, SAM) else 1,
         frozen=in_fixres and isinstance(fixres, FixRes) and fixres.train != "all",
-        test_crop=in_fixres,
+        test_crop=in_fixres and isinstance(fixres, FixRes) and fixres.crop == "test",
         suspended=tuple(
             name
             for name, algorithm in algorithms.items()
@@ -234,12 +237,30 @@ def _learning_rate(epoch: float, recipe: Recipe, algorithms: Mapping[str, SpeedU
     return schedule.learning_rate(epoch, total_epochs=recipe.epochs, initial=initial, modifiers=modifiers)
 
 
-def _macs(network: nn.Module, image_size: int, recipe: Recipe) -> int:
-    try:
-        return count_forward_macs(network, image_size=image_size)
-    except (RuntimeError, ValueError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise RecipeError("model", f"{recipe.model['name']} cannot take images of {image_size} px: {reason}") from None
+def _pass_sizes(global_batch_size: int, recipe: Recipe, facts: DataFacts, world_size: int) -> tuple[int, ...]:
+    """Images of a rank's forward passes in training: of a whole batch or microbatch, and of what is left at the end."""
+    train, images = recipe.data.train, [global_batch_size // world_size]
+    left = facts.num_train % global_batch_size // world_size
+    if left and not train.drop_last:
+        images.append(left)
+    if isinstance(train.per_device_microbatch_size, int):
+        size = train.per_device_microbatch_size
+        images = [part for whole in images for part in (min(size, whole), whole % size)]
+    return tuple(sorted(set(images) - {0}))
+
+
+def _macs(network: nn.Module, image_size: int, pass_sizes: tuple[int, ...], recipe: Recipe) -> int:
+    """Of one image. Tries a forward pass of every size."""
+    macs = 0
+    for images in pass_sizes:
+        try:
+            macs = count_forward_macs(network, image_size=image_size, num_images=images)
+        except (RuntimeError, ValueError, AssertionError) as error:
+            reason, name = str(error).splitlines()[0], recipe.model["name"]
+            raise RecipeError(
+                "model", f"{name} cannot take images of {image_size} px in batches of {images} a device: {reason}"
+            ) from None
+    return macs
 
 
 def _phase_lines(plan: Plan) -> list[str]:

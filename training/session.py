@@ -70,7 +70,7 @@ def plan_text(recipe: Recipe) -> str:
     world_size = dist.get_world_size()
     baseline = make_plan(without_algorithms(recipe, recipe.run_name), facts, world_size=world_size)
     plan = format_plan(make_plan(recipe, facts, world_size=world_size), baseline)
-    return f"{plan}\n\n{network_summary(recipe, facts)}"
+    return f"{plan}\n\n{network_summary(recipe, facts, world_size=world_size)}"
 
 
 def train(recipe: Recipe, *, say: Callable[[str], None] = print) -> Result:

@@ -36,9 +36,7 @@ MAKERS = {name: lambda name=name: [find(name)(**SETTINGS.get(name, {}))] for nam
         algos.LearningRate(),
     ],
     "stages": lambda: [
-        algos.ProgressiveResizing(
-            stages=[algos.Stage(epochs=1, image_size=8), algos.Stage(epochs=1, image_size=12)]
-        )
+        algos.ProgressiveResizing(stages=[algos.Stage(epochs=1, image_size=8), algos.Stage(epochs=1, image_size=12)])
     ],
 }
 

@@ -11,6 +11,7 @@ import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from training.recipe.composers_own import refusal
 from training.recipe.schema import RecipeError, parse, refuse_unknown, schema_of
 
 LoaderName = Literal["auto", "ffcv", "torch"]
@@ -342,6 +343,9 @@ def _parse_algorithms(given: Any) -> dict[str, dict[str, Any] | None]:
         parsed[name] = arguments = (
             _mapping(settings, where) if composers else parse(schema_of(make), settings, path=where)
         )
+        reason = refusal(name, arguments)
+        if reason is not None:
+            raise RecipeError(where, reason)
         _try(make, arguments, path=where)
     try:
         refuse_doubles(name for name, settings in parsed.items() if settings is not None)
