@@ -330,8 +330,8 @@ class ProgressiveResizing(SpeedUp):
         plan, loaded, self._loaded_plan = self._plan(), self._loaded_plan, None  # once: another fit may be longer
         if loaded is not None and loaded != plan:
             raise ValueError(
-                f"the run that is continued had {_described_plan(loaded)}, and this one has {_described_plan(plan)}; "
-                "continue it with the same stages and length, or start a new run"
+                f"the run that is continued had the {_described_plan(loaded)}, and this one the "
+                f"{_described_plan(plan)}; continue it with the same stages and length, or start a new run"
             )
 
     def _plan(self) -> dict[str, Any]:
@@ -389,8 +389,8 @@ def _as_stage(stage: Any) -> Stage:
 def _described_plan(plan: Mapping[str, Any]) -> str:
     if plan.get("stages") is None:
         settings = ", ".join(f"{name}={value}" for name, value in (plan.get("ramp") or {}).items())
-        return f"a ramp of {settings}" if settings else "a ramp"
-    return f"the stages {_described([Stage(**stage) for stage in plan['stages']])}"
+        return f"ramp {settings}"
+    return f"stages {_described([Stage(**stage) for stage in plan['stages']])}"
 
 
 def _described(stages: Sequence[Stage]) -> str:

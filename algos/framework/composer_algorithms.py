@@ -162,7 +162,8 @@ def _is_among_events(algorithm: Any, event: Event, state: Any) -> bool:
 
 
 def _freeze(algorithm: Any, event: Event, state: Any, logger: Any) -> None:
-    # Without an optimizer to take parameters out of: one without a gradient is not stepped, by decay or momentum either.
+    # Without an optimizer to take parameters out of. A parameter without a gradient is not stepped, decay and momentum
+    # included.
     asked = SimpleNamespace(model=state.model, optimizers=(), get_elapsed_duration=state.get_elapsed_duration)
     type(algorithm).apply(algorithm, event, asked, logger)
     for parameter in state.model.parameters():

@@ -75,6 +75,50 @@ def test_it_trains(name: str, recipe_of: Any) -> None:
     assert all(tensor.isfinite().all() for tensor in weights(recipe).values() if tensor.is_floating_point())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["layer_freezing", "selective_backprop", "squeeze_excite"])
+def test_a_resumed_run_is_the_whole_run(name: str, recipe_of: Any) -> None:
+    whole = recipe_of(name, "run_name=whole", "duration.epochs=3", "checkpoints.keep_every_epochs=1")
+    session.train(whole, say=quiet)
+    path = next((whole.run_dir / "checkpoints").glob("ep*1.pt"))
+    resumed = recipe_of(name, "run_name=resumed", "duration.epochs=3", f"load={path}")
+    session.train(resumed, say=quiet)
+    ours, theirs = weights(whole), weights(resumed)
+    assert ours.keys() == theirs.keys()
+    assert not [key for key in ours if not torch.equal(ours[key], theirs[key])]
+
+
+def test_a_ghost_batch_must_fit_a_training_pass_and_need_not_fit_an_evaluation_one(recipe_of: Any) -> None:
+    for override in ("data.train.global_batch_size=12", "data.train.per_device_microbatch_size=12"):
+        with pytest.raises(RecipeError, match="in batches of 12 a device: Worker batch size 12 < ghost_batch_size 16"):
+            session.plan_text(recipe_of("ghost_batchnorm", override))
+    with pytest.raises(RecipeError, match="in batches of 9 a device: Worker batch size 9 < "):  # 361 = 11 x 32 + 9
+        session.plan_text(recipe_of("ghost_batchnorm", "data.train.global_batch_size=32", "data.train.drop_last=false"))
+    recipe = recipe_of("ghost_batchnorm", "duration.epochs=1", "data.eval.per_device_batch_size=7")
+    assert len(session.train(recipe, say=quiet).history.epochs) == 1
+
+
+def test_new_parameters_go_to_the_group_of_most_that_are_like_them() -> None:
+    from types import SimpleNamespace
+
+    from torch import nn
+
+    from algos.framework.base import Event
+    from algos.framework.composer_algorithms import find
+    from training.optimizers import parameter_groups
+
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.Conv2d(16, 16, 3), nn.Flatten(), nn.Linear(16, 2))
+    groups = parameter_groups(model, weight_decay=0.1)
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    state: Any = SimpleNamespace(model=model, optimizers=(optimizer,))
+    find("composer.factorize")(min_channels=16, latent_channels=4, min_features=99).apply(Event.INIT, state, None)
+    assert isinstance(model[2], nn.Module)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+    decayed, exempt = ({id(one) for one in group["params"]} for group in optimizer.param_groups)
+    assert decayed == {id(one) for one in model.parameters() if one.ndim > 1}
+    assert exempt == {id(one) for one in model.parameters() if one.ndim == 1}
+
+
 @pytest.mark.parametrize("name", sorted(REFUSED))
 def test_it_is_refused_in_one_line_before_training(name: str, recipe_of: Any) -> None:
     with pytest.raises(RecipeError, match=f"algorithms.composer.{name}: .*; (use|leave)") as refusal:
