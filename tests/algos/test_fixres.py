@@ -304,7 +304,7 @@ def test_a_crop_may_be_kept_with_any_loader():
         assert not any(one.test_crop for one in loader.served)
         for name, value in seen.states[-1].items():
             frozen = name not in KEPT["classifier_and_norm"] and name not in MOVING["classifier_and_norm"]
-            assert torch.equal(value, seen.states[1][name]) == frozen, name
+            assert torch.equal(value, seen.states[2][name]) == frozen, name
     with pytest.raises(ValueError, match="crop 'test_time' must be 'test' or 'keep'"):
         FixRes(crop="test_time")
 
