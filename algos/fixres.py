@@ -18,6 +18,7 @@ from .framework.protocols import CropSwitchingLoader, ResizableLoader
 from .learning_rate import require_schedule, run_epochs
 
 Trained = Literal["classifier_and_norm", "classifier", "all"]
+Crop = Literal["test", "keep"]
 
 
 def freeze_for_fixres(model: nn.Module, *, train: Trained = "classifier_and_norm") -> list[str]:
@@ -65,9 +66,13 @@ class FixRes(SpeedUp):
     learning_rate: of every parameter group at the phase's start, falling to 0 by a cosine; it needs a LearningRate
         among the algorithms. None leaves the run's own schedule.
     plain_images: suspend the algorithms that change images (MixUp, CutMix, RandAugment) in the phase.
+    crop: "test" switches the loader to the test-time crop in the phase; "keep" leaves the loader's crop as it is, for
+        loaders that cannot be switched, and fine-tunes on the images that they serve.
 
-    The loader must be a `CropSwitchingLoader`, and a `ResizableLoader` when image_size is given; others are refused
-    before the first step, and so is a phase longer than the run or a model without the layers to train.
+    The loader must be a `CropSwitchingLoader` unless crop is "keep", and a `ResizableLoader` when image_size is given;
+    others are refused before the first step, and so is a phase longer than the run or a model without the layers to
+    train. A run whose length is given in batches has as many epochs as it begins. Another `fit` of the same Trainer
+    makes the run longer and the phase its end: until then, all layers train again.
     """
 
     contract = Contract(
@@ -85,6 +90,7 @@ class FixRes(SpeedUp):
         train: Trained = "classifier_and_norm",
         learning_rate: float | None = None,
         plain_images: bool = True,
+        crop: Crop = "test",
     ) -> None:
         if epochs < 1:
             raise ValueError(f"epochs {epochs} must be at least 1, the phase's length; to do without, leave FixRes out")
@@ -99,7 +105,11 @@ class FixRes(SpeedUp):
         self.image_size = image_size
         self.train: Trained = train
         self.learning_rate = learning_rate
+        if crop not in ("test", "keep"):
+            raise ValueError(f"crop {crop!r} must be 'test' or 'keep', which leaves the loader's crop as it is")
         self.plain_images = plain_images
+        self.crop: Crop = crop
+        self._frozen: list[str] = []  # parameters that the phase has frozen
 
     @property
     def find_unused_parameters(self) -> bool:
@@ -135,11 +145,15 @@ class FixRes(SpeedUp):
         for other in filter(self.suspends, state.algorithms):
             other.suspended = in_phase
         if in_phase:
-            freeze_for_fixres(state.model, train=self.train)
+            trainable = {name for name, parameter in state.model.named_parameters() if parameter.requires_grad}
+            self._frozen += sorted(trainable - set(freeze_for_fixres(state.model, train=self.train)))
+        else:
+            _thaw(state.model, self._frozen)
+            self._frozen = []
 
     def modify_learning_rate(self, learning_rate: float, epoch: float, total_epochs: float) -> float:
         """The phase's own rate from its start on."""
-        start_epoch = self.start_epoch(int(total_epochs))
+        start_epoch = self.start_epoch(math.ceil(total_epochs))
         if self.learning_rate is None or epoch < start_epoch:
             return learning_rate
         return phase_learning_rate(
@@ -147,16 +161,18 @@ class FixRes(SpeedUp):
         )
 
     def _set_loader(self, loader: Any, *, in_phase: bool) -> None:
-        loader.set_test_crop(in_phase)
+        if self.crop == "test":
+            loader.set_test_crop(in_phase)
         if in_phase and self.image_size is not None:
             loader.set_image_size(self.image_size)
 
     def _check_run(self, state: State) -> None:
         loader = state.dataloader
-        if not isinstance(loader, CropSwitchingLoader):
+        if self.crop == "test" and not isinstance(loader, CropSwitchingLoader):
             raise ValueError(
                 f"fixres trains on the test-time crop, and the loader, a {type(loader).__name__}, cannot be switched "
-                "to it; use a loader with set_test_crop (algos.framework.protocols.CropSwitchingLoader)"
+                f"to it; write FixRes(epochs={self.epochs}, crop='keep') to train on the images that it serves, or use "
+                "a loader with set_test_crop (algos.framework.protocols.CropSwitchingLoader)"
             )
         if self.image_size is not None and not isinstance(loader, ResizableLoader):
             raise ValueError(
@@ -194,6 +210,18 @@ def _freeze_statistics(norm: _BatchNorm) -> None:
     norm.eval()
     if not any(hook is _stay_in_eval for hook in norm._forward_pre_hooks.values()):
         norm.register_forward_pre_hook(_stay_in_eval)
+
+
+def _thaw(model: nn.Module, frozen: list[str]) -> None:
+    """Undo `freeze_for_fixres` for the parameters that it froze."""
+    parameters = dict(model.named_parameters())
+    for name in frozen:
+        parameters[name].requires_grad_(True)
+    for module in model.modules():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if hook is _stay_in_eval:
+                del module._forward_pre_hooks[key]
+                module.train()
 
 
 def _stay_in_eval(norm: nn.Module, inputs: Any) -> None:

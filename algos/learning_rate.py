@@ -72,8 +72,9 @@ def warmup_decay(
 class LearningRate(SpeedUp):
     """Sets every parameter group's learning rate before each step: its initial one times `warmup_decay`.
 
-    The run's length must be given in epochs. A group's initial rate is the one that its optimizer was made with; other
-    algorithms with a say in the rate are asked in the order of the Trainer's list. For the settings see `warmup_decay`.
+    The run's length must be given in epochs or in batches. A group's initial rate is the one that its optimizer was
+    made with; other algorithms with a say in the rate are asked in the order of the Trainer's list. For the settings
+    see `warmup_decay`.
 
     Raises ValueError for settings out of range. Refused before the first step: a warmup longer than the run, and
     schedulers beside it, whose rates it would overwrite.
@@ -136,7 +137,7 @@ class LearningRate(SpeedUp):
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         """Set the rate of the coming step."""
-        total_epochs = run_epochs(state)
+        total_epochs = run_length_epochs(state)
         if event == Event.FIT_START:
             self._check_run(state, total_epochs)
             return
@@ -153,10 +154,10 @@ class LearningRate(SpeedUp):
                 else:
                     group["lr"] = learning_rate
 
-    def _check_run(self, state: State, total_epochs: int) -> None:
+    def _check_run(self, state: State, total_epochs: float) -> None:
         if self.warmup_epochs > total_epochs:
             raise ValueError(
-                f"warmup_epochs is {self.warmup_epochs:g}, longer than the run of {total_epochs} epochs; shorten it"
+                f"warmup_epochs is {self.warmup_epochs:g}, longer than the run of {total_epochs:g} epochs; shorten it"
             )
         if state.schedulers:
             names = ", ".join(type(scheduler).__name__ for scheduler in state.schedulers)
@@ -166,12 +167,36 @@ class LearningRate(SpeedUp):
             )
 
 
-def run_epochs(state: State) -> int:
-    """Length of the run in epochs. Raises ValueError when it is given in another unit, naming the way out."""
+def run_length(state: State) -> tuple[int, str]:
+    """Length of the run and its unit: "ep", epochs, or "ba", batches. Raises ValueError for a length in other units."""
     duration = state.max_duration
-    if duration is None or str(duration.unit.value) != "ep":
-        raise ValueError(f"the run's length is {duration}; give it in epochs (for example max_duration='90ep')")
-    return duration.value
+    unit = "" if duration is None else str(duration.unit.value)
+    if duration is None or unit not in ("ep", "ba"):
+        raise ValueError(
+            f"the run's length is {duration}; give it in epochs or in batches (for example max_duration='90ep')"
+        )
+    return duration.value, unit
+
+
+def run_length_epochs(state: State) -> float:
+    """Length of the run in epochs; one in batches is divided by an epoch's batches.
+
+    Raises ValueError for a length in other units, and for batches of a loader that does not tell its own length.
+    """
+    length, unit = run_length(state)
+    if unit == "ep":
+        return float(length)
+    if state.dataloader_len is None:
+        raise ValueError(
+            f"the run's length is {length} batches, and the loader, a {type(state.dataloader).__name__}, does not tell "
+            "how many an epoch has; give the length in epochs (for example max_duration='90ep')"
+        )
+    return length / state.dataloader_len.value
+
+
+def run_epochs(state: State) -> int:
+    """How many epochs the run begins; the last one may end early. Raises ValueError as `run_length_epochs`."""
+    return math.ceil(run_length_epochs(state))
 
 
 def epochs_done(state: State) -> float:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from .framework.base import Contract, Event, Logger, Resource, SpeedUp, State, world_size
 from .framework.batches import split_batch
 from .framework.protocols import ResizableLoader
-from .learning_rate import require_schedule, run_epochs
+from .learning_rate import require_schedule, run_epochs, run_length
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +75,8 @@ def ramp_stages(
 
     The scale at epoch e of E is s0 + (1 - s0) clip((e/E - d) / (1 - d - f), 0, 1), with d = `delay_fraction` (share of
     the run before the rise) and f = `finetune_fraction` (share at full size at the end). Sizes are rounded to the
-    nearest multiple of `size_multiple` px (none to 0), and the last one is `final_image_size` exactly.
+    nearest multiple of `size_multiple` px (none to 0). The last epoch is at `final_image_size` exactly, whatever f is
+    and however short the run.
 
     Raises ValueError for shares outside 0..1, d + f > 1, a scale outside (0, 1], or lengths and sizes below 1.
     """
@@ -85,18 +86,18 @@ def ramp_stages(
     ):  # fmt: skip
         if value < 1:
             raise ValueError(f"{name} {value} must be at least 1")
-    rise = 1.0 - finetune_fraction - delay_fraction
-
-    def size(epoch: int) -> int:
-        elapsed = epoch / total_epochs - delay_fraction
-        if elapsed > rise - 1e-9:  # an epoch right at the end of the rise must not fall short by a rounding error
-            return final_image_size
-        share = elapsed / rise if elapsed > 0 else 0.0
-        scale = initial_scale + (1.0 - initial_scale) * share
-        rounded = round(final_image_size * scale / size_multiple) * size_multiple
-        return min(max(rounded, size_multiple), final_image_size)
-
-    sizes = [size(epoch) for epoch in range(total_epochs)]
+    sizes = [
+        _ramp_size(
+            epoch,
+            total=total_epochs,
+            final_image_size=final_image_size,
+            initial_scale=initial_scale,
+            delay_fraction=delay_fraction,
+            finetune_fraction=finetune_fraction,
+            size_multiple=size_multiple,
+        )
+        for epoch in range(total_epochs)
+    ]
     return [Stage(epochs=len(list(run)), image_size=image_size) for image_size, run in groupby(sizes)]
 
 
@@ -131,7 +132,7 @@ class ProgressiveResizing(SpeedUp):
     """Trains each stage's epochs at its image size and batch size.
 
     stages: explicit ones, covering the whole run; None makes a ramp of the other settings (see `ramp_stages`) up to the
-        loader's own image size.
+        images' own size.
     initial_scale, delay_fraction, finetune_fraction, size_multiple: of the ramp.
     learning_rate_scaling: what a stage with another batch size than the loader's does to the learning rate: nothing,
         times the ratio of the batch sizes ("linear", Goyal 2017), or times its square root. It needs a LearningRate
@@ -139,11 +140,14 @@ class ProgressiveResizing(SpeedUp):
 
     The size changes inside the loader when it is a `ResizableLoader`, so images are decoded at the size that they are
     trained at; else batches are resized on the device, anti-aliased, and the log says so (a batch size cannot change
-    then, and is refused). A stage without a batch size has the loader's own.
+    then, and is refused). A stage without a batch size has the loader's own. On the device, a ramp is a share of each
+    batch's own size; in a run whose length is given in batches it rises from batch to batch.
 
-    Size and batch size are a function of the epoch alone, so a resumed run stands where the interrupted one stood.
+    Size and batch size are a function of the epoch (or the batch) and the run's length alone, so a resumed run stands
+    where the interrupted one stood. Another `fit` of the same Trainer makes the run longer, and the ramp with it.
     Refused before the first step: stages that do not cover the run, sizes that the loader does not take, a global batch
-    size that does not divide over the ranks, and the continuation of a run that had other stages.
+    size that does not divide over the ranks, a batch size in a run whose length is given in batches, and the
+    continuation of a run that had other stages.
     """
 
     contract = Contract(owns=[Resource.LOADER_SHAPE], writes=[Resource.IMAGES])
@@ -164,6 +168,7 @@ class ProgressiveResizing(SpeedUp):
         if learning_rate_scaling not in ("none", "linear", "sqrt"):
             raise ValueError(f"learning_rate_scaling {learning_rate_scaling!r} must be 'none', 'linear' or 'sqrt'")
         self.stages = None if stages is None else [_as_stage(stage) for stage in stages]
+        self._follows_ramp = stages is None
         self.learning_rate_scaling = learning_rate_scaling
         self._ramp: dict[str, Any] = dict(
             initial_scale=initial_scale,
@@ -172,18 +177,19 @@ class ProgressiveResizing(SpeedUp):
             size_multiple=size_multiple,
         )
         ramp_stages(total_epochs=1, final_image_size=1, **self._ramp)  # raises for what cannot be
+        self._full_image_size: int | None = None  # px, of the loader before any stage
         self._reference_batch_size: int | None = None  # images a device that the learning rate was chosen for
         self._microbatch_size: int | float | None = None  # the run's own; None: a batch is not split
         self._batch_size: int | None = None  # images a device in the present stage
         self._batches_per_epoch: int | None = None  # the run's own; None: all that the loader has
-        self._loaded_stages: list[dict[str, Any]] | None = None
+        self._loaded_plan: dict[str, Any] | None = None
 
     def prepare(self, *, total_epochs: int, image_size: int, per_device_batch_size: int | None) -> None:
         """Fix the stages for a run of `total_epochs` whose loader is set to these sizes.
 
         Raises ValueError when explicit stages do not cover the run exactly.
         """
-        if self.stages is None:
+        if self.stages is None or self._follows_ramp:
             self.stages = ramp_stages(total_epochs=total_epochs, final_image_size=image_size, **self._ramp)
         covered = sum(stage.epochs for stage in self.stages)
         if covered != total_epochs:
@@ -236,30 +242,31 @@ class ProgressiveResizing(SpeedUp):
 
     def state_dict(self) -> dict[str, Any]:
         """The stages in force, so that a resumed run can be refused when its plan is another."""
-        return {"stages": None if self.stages is None else [asdict(stage) for stage in self.stages]}
+        return self._plan()
 
     def load_state_dict(self, state: dict[str, Any], strict: bool = False) -> None:
         """Remember the stages of the run that is continued; compared when training begins."""
-        self._loaded_stages = state.get("stages")
+        self._loaded_plan = state
 
     def _bind(self, state: State) -> None:
         loader = state.dataloader
-        image_size = getattr(loader, "image_size", None)
-        if self.stages is None and image_size is None:
-            raise ValueError(
-                f"progressive_resizing has no stages, and the loader, a {type(loader).__name__}, does not tell its "
-                "image size to make a ramp for; give stages"
-            )
+        resizable = isinstance(loader, ResizableLoader)
         first = self._reference_batch_size is None
-        self.prepare(
-            total_epochs=run_epochs(state),
-            image_size=image_size or 1,
-            per_device_batch_size=getattr(loader, "batch_size", None),
-        )
+        if self._full_image_size is None:
+            self._full_image_size = getattr(loader, "image_size", None)
+        if resizable or not self._follows_ramp:
+            self.prepare(
+                total_epochs=run_epochs(state),
+                image_size=self._full_image_size or 1,
+                per_device_batch_size=getattr(loader, "batch_size", None),
+            )
+        else:
+            run_length(state)  # raises for what has no share of the run
         self._refuse_another_plan()
+        self._refuse_batches_of_changing_size(state)
         if self.learning_rate_scaling != "none":
             require_schedule(state, f"progressive_resizing.learning_rate_scaling={self.learning_rate_scaling}")
-        if not isinstance(loader, ResizableLoader):
+        if not resizable:
             self._refuse_batch_sizes(loader)
             log.warning("%s cannot change its image size: batches are resized on the device", type(loader).__name__)
             return
@@ -300,9 +307,19 @@ class ProgressiveResizing(SpeedUp):
         state.device_train_microbatch_size = min(self._microbatch_size or batch_size, batch_size)
         self._batch_size = batch_size
 
+    def _sets_batch_size(self) -> bool:
+        return any(stage.per_device_batch_size or stage.global_batch_size for stage in self.stages or ())
+
+    def _refuse_batches_of_changing_size(self, state: State) -> None:
+        length, unit = run_length(state)
+        if unit == "ba" and self._sets_batch_size():
+            raise ValueError(
+                f"a stage sets a batch size, so epochs differ in their number of batches, and the run's length is "
+                f"{length} batches; give it in epochs (for example max_duration='90ep')"
+            )
+
     def _refuse_batch_sizes(self, loader: Any) -> None:
-        assert self.stages is not None
-        if any(stage.per_device_batch_size or stage.global_batch_size for stage in self.stages):
+        if self._sets_batch_size():
             raise ValueError(
                 f"a stage sets a batch size, and the loader, a {type(loader).__name__}, cannot change it; use a loader "
                 "with set_image_size and set_batch_size (algos.framework.protocols.ResizableLoader), or drop the batch "
@@ -310,18 +327,50 @@ class ProgressiveResizing(SpeedUp):
             )
 
     def _refuse_another_plan(self) -> None:
-        assert self.stages is not None
-        if self._loaded_stages is not None and self._loaded_stages != [asdict(stage) for stage in self.stages]:
-            before = [Stage(**stage) for stage in self._loaded_stages]
+        plan, loaded, self._loaded_plan = self._plan(), self._loaded_plan, None  # once: another fit may be longer
+        if loaded is not None and loaded != plan:
             raise ValueError(
-                f"the run that is continued had the stages {_described(before)}, and this one has "
-                f"{_described(self.stages)}; continue it with the same stages and length, or start a new run"
+                f"the run that is continued had the {_described_plan(loaded)}, and this one the "
+                f"{_described_plan(plan)}; continue it with the same stages and length, or start a new run"
             )
+
+    def _plan(self) -> dict[str, Any]:
+        if self.stages is None:
+            return {"stages": None, "ramp": self._ramp}
+        return {"stages": [asdict(stage) for stage in self.stages]}
 
     def _resize_on_device(self, state: State) -> None:
         images, targets = split_batch(state.batch)
-        size = self.stage(state.timestamp.epoch.value).image_size
+        if self.stages is not None:
+            size = self.stage(state.timestamp.epoch.value).image_size
+        else:
+            length, unit = run_length(state)
+            done = state.timestamp.epoch if unit == "ep" else state.timestamp.batch
+            size = _ramp_size(done.value, total=length, final_image_size=images.shape[-1], **self._ramp)
         state.batch = (resize_images(images, image_size=size), targets)
+
+
+def _ramp_size(
+    step: int,
+    *,
+    total: int,
+    final_image_size: int,
+    initial_scale: float,
+    delay_fraction: float,
+    finetune_fraction: float,
+    size_multiple: int,
+) -> int:
+    """Of `step` (counted from 0) of `total`, which are epochs or batches; see `ramp_stages`."""
+    rise = 1.0 - finetune_fraction - delay_fraction
+    elapsed = step / total - delay_fraction
+    # A step right at the end of the rise must not fall short by a rounding error. The last one's share of the run done
+    # is below 1, and in a short run below 1 - f as well.
+    if elapsed > rise - 1e-9 or step >= total - 1:
+        return final_image_size
+    share = elapsed / rise if elapsed > 0 else 0.0
+    scale = initial_scale + (1.0 - initial_scale) * share
+    rounded = round(final_image_size * scale / size_multiple) * size_multiple
+    return min(max(rounded, size_multiple), final_image_size)
 
 
 def _as_stage(stage: Any) -> Stage:
@@ -335,6 +384,13 @@ def _as_stage(stage: Any) -> Stage:
         raise ValueError(
             f"a stage is {dict(stage)}: {error}; its keys are {', '.join(Stage.__dataclass_fields__)}"
         ) from None
+
+
+def _described_plan(plan: Mapping[str, Any]) -> str:
+    if plan.get("stages") is None:
+        settings = ", ".join(f"{name}={value}" for name, value in (plan.get("ramp") or {}).items())
+        return f"ramp {settings}"
+    return f"stages {_described([Stage(**stage) for stage in plan['stages']])}"
 
 
 def _described(stages: Sequence[Stage]) -> str:

@@ -19,6 +19,7 @@ from .framework.randomness import generator_at
 
 Interpolation = Literal["nearest", "bilinear"]
 Pixels = tuple[float, float, float]  # red, green, blue on the 0..255 scale
+Normalization = Literal["imagenet", "unit"]
 
 MAX_MAGNITUDE = 30
 
@@ -27,6 +28,12 @@ OPERATIONS = (
     "sharpness", "posterize", "solarize", "autocontrast", "equalize",
 )  # fmt: skip
 _SIGNED = frozenset(OPERATIONS[1:10])  # those that go either way
+
+# Mean and std on the 0..255 scale; one number holds for all channels.
+_NORMALIZATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    "imagenet": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
+    "unit": ((0.0,), (255.0,)),
+}
 
 
 def randaugment_batch(
@@ -77,6 +84,8 @@ class RandAugment(SpeedUp):
     interpolation: nearest or bilinear.
     mean, std: of the normalization that the images went through, a number a channel on the 0..255 scale; None reads the
         loader's own `mean` and `std`. It is taken back for the augmentation, which is made for 0..255, and done again.
+    normalization: in their place, by name: "imagenet", with ImageNet's mean and standard deviation, or "unit", which is
+        values from 0 to 1 (torchvision's ToTensor alone).
     seed: of the draws, 0 or more; None takes the run's seed.
 
     A draw is a function of the seed, the rank and the number of batches done, so ranks differ from each other and a
@@ -94,6 +103,7 @@ class RandAugment(SpeedUp):
         interpolation: Interpolation = "nearest",
         mean: Pixels | None = None,
         std: Pixels | None = None,
+        normalization: Normalization | None = None,
         seed: int | None = None,
     ) -> None:
         _check_settings(num_ops, magnitude, interpolation)
@@ -105,8 +115,11 @@ class RandAugment(SpeedUp):
         self.num_ops = num_ops
         self.magnitude = magnitude
         self.interpolation: Interpolation = interpolation
-        self.mean = mean
-        self.std = std
+        self.mean: Sequence[float] | None = mean
+        self.std: Sequence[float] | None = std
+        if normalization is not None:
+            _check_normalization(normalization, mean)
+            self.mean, self.std = _NORMALIZATIONS[normalization]
         self.seed = seed
         self._checked = False
 
@@ -135,8 +148,14 @@ class RandAugment(SpeedUp):
         std = self.std if self.std is not None else getattr(state.dataloader, "std", None)
         if mean is None or std is None:
             raise ValueError(
-                f"received normalized images of a {type(state.dataloader).__name__} that does not tell its mean and "
-                "std; give RandAugment both, on the 0..255 scale"
+                f"received normalized images of a {type(state.dataloader).__name__}, which does not tell its mean and "
+                "std; write RandAugment(normalization='imagenet') for ImageNet's, RandAugment(normalization='unit') "
+                "for values from 0 to 1, or RandAugment(mean=(...), std=(...)) with your own on the 0..255 scale"
+            )
+        if not {len(mean), len(std)} <= {1, images.shape[1]}:
+            raise ValueError(
+                f"received images of {images.shape[1]} channels, and the mean has {len(mean)} numbers and the std "
+                f"{len(std)}; give RandAugment a number a channel for both"
             )
         return _per_channel(mean, images), _per_channel(std, images)
 
@@ -209,6 +228,16 @@ def _check_settings(num_ops: int, magnitude: int, interpolation: str) -> None:
         raise ValueError(f"magnitude {magnitude} must be a whole number from 0 to {MAX_MAGNITUDE}; 9 is usual")
     if interpolation not in ("nearest", "bilinear"):
         raise ValueError(f"interpolation {interpolation!r} must be 'nearest' or 'bilinear'")
+
+
+def _check_normalization(normalization: str, mean: Any) -> None:
+    if normalization not in _NORMALIZATIONS:
+        raise ValueError(
+            f"normalization {normalization!r} must be {' or '.join(map(repr, _NORMALIZATIONS))}; "
+            "for another, leave it out and give mean and std"
+        )
+    if mean is not None:
+        raise ValueError(f"normalization is {normalization!r} beside mean and std; give one or the other")
 
 
 def _check_arguments(images: Tensor, operations: Tensor, signs: Tensor) -> None:

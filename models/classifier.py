@@ -47,8 +47,10 @@ class ImageClassifier(ComposerModel):
     def forward(self, batch: Batch) -> Tensor:
         return self.module(batch[0])
 
-    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """Mean over samples of the loss that the model was made with; logits [N, K] to a scalar."""
+    def loss(self, outputs: Tensor, batch: Batch, *, reduction: Literal["mean", "none"] = "mean") -> Tensor:
+        """The loss that the model was made with, of logits [N, K]: a scalar, its mean over samples, or each's, [N]."""
+        if reduction == "none":
+            return self._losses(outputs, batch[1])
         if self.loss_name == "cross_entropy":
             return F.cross_entropy(outputs, batch[1])
         return _binary_cross_entropy(outputs, batch[1]).mean()
@@ -62,11 +64,11 @@ class ImageClassifier(ComposerModel):
     def update_metric(self, batch: Any, outputs: Tensor, metric: Metric) -> None:
         targets = batch[1]
         if isinstance(metric, MeanMetric):
-            metric.update(self._eval_losses(outputs.float(), targets))
+            metric.update(self._losses(outputs.float(), targets))
             return
         metric.update(outputs, targets if targets.ndim == 1 else targets.argmax(dim=1))
 
-    def _eval_losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def _losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Of each sample, [N]: an epoch's batches may differ in size, and the mean is over its samples."""
         if self.loss_name == "cross_entropy":
             return F.cross_entropy(outputs, targets, reduction="none")

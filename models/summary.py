@@ -28,9 +28,10 @@ class Layer:
     macs: int | None  # None for a bare parameter
 
 
-def summarize(module: nn.Module, *, image_size: int, depth: int = 2) -> str:
+def summarize(module: nn.Module, *, image_size: int, num_images: int = 1, depth: int = 2) -> str:
     """The tree of `module`'s layers down to `depth` as text, with the figures of `find_layers` for one image."""
-    layers = [layer for layer in find_layers(module, image_size=image_size) if layer.depth <= depth]
+    found = find_layers(module, image_size=image_size, num_images=num_images)
+    layers = [layer for layer in found if layer.depth <= depth]
     rows = [("layer", "output of one image", "parameters", "MMACs"), *map(_row, layers)]
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     trainable = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
@@ -49,20 +50,22 @@ def summarize(module: nn.Module, *, image_size: int, depth: int = 2) -> str:
     )
 
 
-def find_layers(module: nn.Module, *, image_size: int) -> list[Layer]:
+def find_layers(module: nn.Module, *, image_size: int, num_images: int = 1) -> list[Layer]:
     """Every module of `module`, parents first, and each parameter that a module with children holds itself.
 
-    image_size: px. MACs are multiply-adds of one image's forward pass in convolutions and matrix products (attention's
-    included), those of a layer that runs twice counted twice. Raises what the forward pass raises for that size.
+    image_size: px. num_images: of the forward pass that is counted, for networks that take no single image.
+    MACs are multiply-adds of one image's forward pass in convolutions and matrix products (attention's included), those
+    of a layer that runs twice counted twice. Raises what the forward pass raises for that size.
     """
     shapes: dict[str, tuple[int, ...]] = {}
-    counts = _count_on_meta(module, image_size=image_size, shapes=shapes)
+    counts = _count_on_meta(module, image_size=image_size, num_images=num_images, shapes=shapes)
     root = type(module).__name__
     layers = []
     for name, part in module.named_modules():
         depth = name.count(".") + 1 if name else 0
         flops = sum(counts.get(f"{root}.{name}" if name else "Global", {}).values())
-        layers.append(Layer(name, type(part).__name__, depth, shapes.get(name), count_parameters(part), flops // 2))
+        macs = flops // 2 // num_images
+        layers.append(Layer(name, type(part).__name__, depth, shapes.get(name), count_parameters(part), macs))
         if next(part.children(), None) is not None:
             layers.extend(_own_parameters(part, name, depth + 1))
     return layers
@@ -73,21 +76,26 @@ def count_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def count_forward_macs(module: nn.Module, *, image_size: int) -> int:
-    """Multiply-adds of one image's forward pass at `image_size` px: those of convolutions and matrix products."""
-    return sum(_count_on_meta(module, image_size=image_size, shapes={}).get("Global", {}).values()) // 2
+def count_forward_macs(module: nn.Module, *, image_size: int, num_images: int = 1) -> int:
+    """Multiply-adds of one image's forward pass at `image_size` px: those of convolutions and matrix products.
+
+    num_images: of the forward pass that is counted, and divided by; some networks take no single image. Raises what the
+    forward pass raises.
+    """
+    counts = _count_on_meta(module, image_size=image_size, num_images=num_images, shapes={})
+    return sum(counts.get("Global", {}).values()) // 2 // num_images
 
 
 @torch.no_grad()
 def _count_on_meta(
-    module: nn.Module, *, image_size: int, shapes: dict[str, tuple[int, ...]]
+    module: nn.Module, *, image_size: int, num_images: int, shapes: dict[str, tuple[int, ...]]
 ) -> Mapping[str, Mapping[Any, int]]:
     """Dotted path with the root's class first -> operation -> flops; fills `shapes`, path without the root -> shape."""
     shadow = deepcopy(module).to("meta").eval()
     for name, part in shadow.named_modules():
         part.register_forward_hook(partial(_note_shape, shapes, name))
     with FlopCounterMode(display=False) as counter:
-        shadow(torch.empty(1, 3, image_size, image_size, device="meta"))
+        shadow(torch.empty(num_images, 3, image_size, image_size, device="meta"))
     return counter.get_flop_counts()
 
 

@@ -166,7 +166,10 @@ def make_plan(recipe: Recipe, facts: DataFacts, place: Place) -> Plan:
     per_device = _per_device_batch_size(recipe, world_size=place.world_size)
     peak = peak_learning_rate(recipe.optimizer, global_batch_size=per_device * place.world_size)
     shapes = _epoch_shapes(recipe, algorithms, per_device_batch_size=per_device, world_size=place.world_size)
-    macs = {size: _macs(network, size, recipe) for size in {size for size, _ in shapes}}
+    macs = {
+        size: _macs(network, size, _pass_sizes(batch, recipe, facts, place.world_size), recipe)
+        for size, batch in sorted(set(shapes))
+    }
     return Plan(
         recipe=recipe,
         facts=facts,
@@ -305,7 +308,7 @@ def _plan_epoch(
         forward_macs=macs,
         passes=1 + 1 / sam.interval if isinstance(sam, SAM) else 1,
         frozen=in_fixres and isinstance(fixres, FixRes) and fixres.train != "all",
-        test_crop=in_fixres,
+        test_crop=in_fixres and isinstance(fixres, FixRes) and fixres.crop == "test",
         suspended=tuple(
             name
             for name, algorithm in algorithms.items()
@@ -321,9 +324,27 @@ def _learning_rate(epoch: float, recipe: Recipe, algorithms: Mapping[str, Any], 
     return schedule.learning_rate(epoch, total_epochs=recipe.epochs, initial=initial, modifiers=modifiers)
 
 
-def _macs(network: nn.Module, image_size: int, recipe: Recipe) -> int:
-    try:
-        return count_forward_macs(network, image_size=image_size)
-    except (RuntimeError, ValueError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise RecipeError("model", f"{recipe.model['name']} cannot take images of {image_size} px: {reason}") from None
+def _pass_sizes(global_batch_size: int, recipe: Recipe, facts: DataFacts, world_size: int) -> tuple[int, ...]:
+    """Images of a rank's forward passes in training: of a whole batch or microbatch, and of what is left at the end."""
+    train, images = recipe.data.train, [global_batch_size // world_size]
+    left = facts.num_train % global_batch_size // world_size
+    if left and not train.drop_last:
+        images.append(left)
+    if isinstance(train.per_device_microbatch_size, int):
+        size = train.per_device_microbatch_size
+        images = [part for whole in images for part in (min(size, whole), whole % size)]
+    return tuple(sorted(set(images) - {0}))
+
+
+def _macs(network: nn.Module, image_size: int, pass_sizes: tuple[int, ...], recipe: Recipe) -> int:
+    """Of one image. Tries a forward pass of every size."""
+    macs = 0
+    for images in pass_sizes:
+        try:
+            macs = count_forward_macs(network, image_size=image_size, num_images=images)
+        except (RuntimeError, ValueError, AssertionError) as error:
+            reason, name = str(error).splitlines()[0], recipe.model["name"]
+            raise RecipeError(
+                "model", f"{name} cannot take images of {image_size} px in batches of {images} a device: {reason}"
+            ) from None
+    return macs

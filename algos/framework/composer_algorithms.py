@@ -1,11 +1,22 @@
-"""Composer's own algorithms under recipe names such as `composer.ema`, as they are, with a Contract for ordering."""
+"""Composer's own algorithms under recipe names such as `composer.ema`, with a Contract for ordering.
+
+They are Composer's classes. Where one of them fails with what a recipe trains, the instance is mended:
+
+    those that change layers    an optimizer of several parameter groups is kept consistent
+    ghost_batchnorm             evaluation takes batches smaller than a ghost batch
+    layer_freezing              frozen parameters stay in the optimizer, so checkpoints can be saved; a resumed run
+                                freezes before its first step
+"""
 
 from __future__ import annotations
 
 import difflib
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from .base import Contract, Event, Resource
@@ -24,7 +35,7 @@ def names() -> list[str]:
 def find(name: str) -> Callable[..., Any]:
     """A function that makes the algorithm `name` (`composer.ema`) from its constructor's keyword arguments.
 
-    It has the constructor's signature. What it returns is an instance of Composer's class, unchanged but for two
+    It has the constructor's signature. What it returns is an instance of Composer's class, mended as above, with two
     attributes that this package's algorithms have too: `contract`, and `events`, those at which it may act. It raises
     ValueError for arguments that the constructor does not have, lacks or refuses.
 
@@ -44,6 +55,7 @@ def find(name: str) -> Callable[..., Any]:
         except (ValueError, TypeError, AttributeError, AssertionError, ImportError) as error:  # how it refuses
             raise ValueError(f"{name} refuses {settings}: {error or type(error).__name__}") from error
         algorithm.contract, algorithm.events = _KNOWN.get(name.removeprefix(PREFIX), _UNKNOWN)
+        _mend(algorithm, name.removeprefix(PREFIX))
         return algorithm
 
     make.__name__ = cls.__name__
@@ -99,6 +111,80 @@ def _check_arguments(name: str, cls: type[Algorithm], settings: dict[str, Any]) 
         raise ValueError(f"{name} needs {' and '.join(missing)}, which have no default; give them")
 
 
+# --- mends (Composer 0.32.1) -----------------------------------------------------------------------------------------
+
+
+def _mend(algorithm: Any, name: str) -> None:
+    # Attributes of the instance, which Composer's engine asks before the class's; partials of functions here pickle.
+    if name == "layer_freezing":
+        algorithm.match = partial(_is_among_events, algorithm)
+        algorithm.apply = partial(_freeze, algorithm)
+        algorithm.state_dict = dict  # nothing, and without Composer's warning of what is mended here
+        algorithm.load_state_dict = dict
+    elif name == "ghost_batchnorm":
+        algorithm.apply = partial(_add_ghost_batchnorm, algorithm)
+    elif Event.INIT in algorithm.events and Resource.MODEL in algorithm.contract.writes:
+        algorithm.apply = partial(_apply_with_one_group, algorithm)
+
+
+def _apply_with_one_group(algorithm: Any, event: Event, state: Any, logger: Any = None) -> None:
+    """Composer's `apply`, with each optimizer's parameter groups as one meanwhile.
+
+    Its module surgery refuses layers whose parameters are in different groups, or that gain parameters, where there is
+    more than one group. A new parameter goes to the group that holds most parameters of as many dimensions: a bias or a
+    norm's weight to the one without weight decay, where there is one.
+    """
+    before = [(optimizer, list(optimizer.param_groups)) for optimizer in state.optimizers or ()]
+    for optimizer, groups in before:
+        if len(groups) > 1:
+            optimizer.param_groups[:] = [{**groups[0], "params": [one for group in groups for one in group["params"]]}]
+    type(algorithm).apply(algorithm, event, state, logger)
+    for optimizer, groups in before:
+        if len(groups) > 1:
+            _share_out(optimizer.param_groups[0]["params"], groups)
+            optimizer.param_groups[:] = [group for group in groups if group["params"]]
+
+
+def _share_out(parameters: list[Any], groups: list[dict[str, Any]]) -> None:
+    """Put `parameters` into the groups that they were in, new ones into the group of most that are like them."""
+    place = {id(one): index for index, group in enumerate(groups) for one in group["params"]}
+    alike = [Counter(min(one.ndim, 2) for one in group["params"]) for group in groups]
+    for group in groups:
+        group["params"] = []
+    for parameter in parameters:
+        counts = [counter[min(parameter.ndim, 2)] for counter in alike]
+        groups[place.get(id(parameter), counts.index(max(counts)))]["params"].append(parameter)
+
+
+def _add_ghost_batchnorm(algorithm: Any, event: Event, state: Any, logger: Any = None) -> None:
+    _apply_with_one_group(algorithm, event, state, logger)
+    for module in state.model.modules():
+        if hasattr(module, "ghost_batch_size"):
+            module.register_forward_pre_hook(partial(_take_small_batches, ghost_batch_size=module.ghost_batch_size))
+
+
+def _take_small_batches(module: Any, inputs: Any, *, ghost_batch_size: int) -> None:
+    # In evaluation the chunks share the running statistics: one chunk gives the same as many. Images on the meta device
+    # are a trial of the shapes in training, in which a batch of less than a ghost batch is a mistake.
+    (images,) = inputs
+    in_training = module.training or images.is_meta
+    module.ghost_batch_size = ghost_batch_size if in_training else max(len(images), 1)
+
+
+def _is_among_events(algorithm: Any, event: Event, state: Any) -> bool:
+    return event in algorithm.events
+
+
+def _freeze(algorithm: Any, event: Event, state: Any, logger: Any) -> None:
+    # Without an optimizer to take parameters out of. A parameter without a gradient is not stepped, decay and momentum
+    # included.
+    asked = SimpleNamespace(model=state.model, optimizers=(), get_elapsed_duration=state.get_elapsed_duration)
+    type(algorithm).apply(algorithm, event, asked, logger)
+    for parameter in state.model.parameters():
+        if not parameter.requires_grad:
+            parameter.grad = None
+
+
 _R = Resource
 _AT_INIT = (Event.INIT,)
 _CHANGES_MODEL = (Contract(writes=[_R.MODEL]), _AT_INIT)
@@ -141,7 +227,7 @@ _KNOWN: dict[str, tuple[Contract, tuple[Event, ...]]] = {
         Contract(owns=[_R.SMOOTHING], writes=[_R.TARGETS], after=[_R.MIXING]),
         (Event.BEFORE_LOSS, Event.AFTER_LOSS),
     ),
-    "layer_freezing": (Contract(owns=[_R.TRAINABLE], after=[_R.MODEL]), (Event.EPOCH_END,)),
+    "layer_freezing": (Contract(owns=[_R.TRAINABLE], after=[_R.MODEL]), (Event.FIT_START, Event.EPOCH_END)),
     "low_precision_groupnorm": _LOW_PRECISION,
     "low_precision_layernorm": _LOW_PRECISION,
     "mixup": _MIXES,

@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -297,6 +298,31 @@ def test_resumed_runs_are_the_whole_run(tmp_path, steps):
     assert [one.image_size for one in loader.served if one.epoch == 2] == [12] * 3
 
 
+def test_a_crop_may_be_kept_with_any_loader():
+    for loader in (FixedLoader(), FakeLoader()):
+        seen, _ = train([FixRes(epochs=2, crop="keep")], loader)
+        assert not any(one.test_crop for one in loader.served)
+        for name, value in seen.states[-1].items():
+            frozen = name not in KEPT["classifier_and_norm"] and name not in MOVING["classifier_and_norm"]
+            assert torch.equal(value, seen.states[2][name]) == frozen, name
+    with pytest.raises(ValueError, match="crop 'test_time' must be 'test' or 'keep'"):
+        FixRes(crop="test_time")
+
+
+def test_a_second_fit_trains_all_layers_until_its_own_phase():
+    seen = watch()
+    trainer = make_trainer([FixRes(epochs=1)], FakeLoader(), epochs=2, callbacks=[seen])
+    trainer.fit()
+    trainer.fit(duration="2ep")
+    changed = [
+        {name for name, value in after.items() if not torch.equal(value, before[name])}
+        for before, after in pairwise(seen.states[2::3])
+    ]
+    everything = set(seen.states[0])
+    in_phase = set(KEPT["classifier_and_norm"]) | MOVING["classifier_and_norm"]
+    assert changed == [in_phase, everything, in_phase]
+
+
 class NoSize(FixedLoader):
     def set_test_crop(self, enabled):
         pass
@@ -306,7 +332,7 @@ class NoSize(FixedLoader):
     ("algorithms", "loader", "make", "message"),
     [
         ([FixRes(epochs=4)], FakeLoader, network, "fixres.epochs is 4 and the run has 3 epochs.*make it at most 3"),
-        ([FixRes()], FixedLoader, network, "FixedLoader, cannot be switched to it; use a loader with set_test_crop"),
+        ([FixRes()], FixedLoader, network, r"FixedLoader, cannot be .*; write FixRes\(epochs=5, crop='keep'\)"),
         ([FixRes(epochs=1, image_size=8)], NoSize, network, "NoSize, cannot change its size; leave image_size out"),
         ([FixRes(epochs=1, learning_rate=0.1)], FakeLoader, network, "fixres.learning_rate changes the"),
         ([FixRes(epochs=1), FixRes(epochs=1)], FakeLoader, network, "FixRes is among the Trainer's algorithms twice"),

@@ -233,12 +233,20 @@ def test_resumed_runs_are_the_whole_run(tmp_path, steps):
     assert seen.rates == expected.rates[steps:]
 
 
+def test_a_length_in_batches_is_the_same_share_of_the_run():
+    _, _, in_epochs = train([LearningRate(warmup_epochs=1)], epochs=3)
+    _, _, in_batches = train([LearningRate(warmup_epochs=1)], epochs="9ba")
+    _, _, cut_short = train([LearningRate(decay="linear")], epochs="7ba", lr=0.1)
+    assert in_batches.rates == in_epochs.rates
+    assert cut_short.rates == pytest.approx([0.1 * (1 - step / 7) for step in range(7)])
+
+
 def test_what_cannot_be_done_is_said_before_the_first_step():
     from composer.optim import ConstantScheduler
 
     for algorithms, settings, message in (
         ([LearningRate(warmup_epochs=5)], {}, "warmup_epochs is 5, longer than the run of 3 epochs"),
-        ([LearningRate()], {"epochs": "9ba"}, "the run's length is .*; give it in epochs"),
+        ([LearningRate()], {"epochs": "72sp"}, "the run's length is .*; give it in epochs or in batches"),
         ([LearningRate()], {"schedulers": ConstantScheduler()}, r"scheduler \(LambdaLR\) beside LearningRate"),
         ([LearningRate(), LearningRate()], {}, "LearningRate is among the Trainer's algorithms twice"),
     ):

@@ -1,5 +1,6 @@
 """RandAugment: every operation against torchvision's on single images, its draws, and the round trip to pixels."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -165,10 +166,35 @@ def test_draws_at_the_runs_seed_rank_and_batch(monkeypatch):
 
 def test_an_unknown_or_wrong_normalization_is_refused():
     images = normalize(pixels(), mean=MEAN, std=STD)
-    with pytest.raises(ValueError, match=r"SimpleNamespace that does not tell its mean and std; give RandAugment both"):
+    with pytest.raises(ValueError, match=r"SimpleNamespace, which does not tell its mean and std; write "):
         augmented(images, loader=SimpleNamespace())
     with pytest.raises(ValueError, match=r"not within 0..255; give RandAugment the mean and std"):
         augmented(images * 4)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_values_from_0_to_1_are_a_normalization(channels):
+    images = pixels()[:, :channels]
+    ours = augmented(images / 255, RandAugment(normalization="unit"), loader=SimpleNamespace())
+    assert torch.equal(ours, augmented(images) / 255)
+
+
+def test_imagenets_normalization_by_name_is_the_one_by_numbers():
+    images = normalize(pixels(), mean=MEAN, std=STD)
+    by_name = augmented(images, RandAugment(normalization="imagenet"), loader=SimpleNamespace())
+    assert torch.equal(by_name, augmented(images, RandAugment(mean=MEAN, std=STD), loader=SimpleNamespace()))
+    with pytest.raises(ValueError, match="images of 1 channels, and the mean has 3 numbers and the std 3; give"):
+        augmented(images[:, :1], RandAugment(normalization="imagenet"))
+
+
+def test_the_call_that_a_refusal_names_works():
+    images = pixels() / 255
+    with pytest.raises(ValueError, match="which does not tell its mean and std") as refusal:
+        augmented(images, loader=SimpleNamespace())
+    assert "\n" not in str(refusal.value)
+    calls = re.findall(r"RandAugment\(normalization='\w+'\)", str(refusal.value))
+    assert calls == ["RandAugment(normalization='imagenet')", "RandAugment(normalization='unit')"]
+    augmented(images, eval(calls[1]), loader=SimpleNamespace())
 
 
 def test_two_are_refused():

@@ -11,6 +11,7 @@ import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from training.recipe.composers_own import refusal
 from training.recipe.schema import RecipeError, parse, refuse_unknown, schema_of
 
 LoaderName = Literal["auto", "ffcv", "torch"]
@@ -351,7 +352,10 @@ def _parse_algorithms(given: Any) -> dict[str, dict[str, Any] | None]:
         if settings is None:
             parsed[name] = None
         elif composers:  # see _try_composers
-            parsed[name] = _mapping(settings, where)
+            parsed[name] = arguments = _mapping(settings, where)
+            reason = refusal(name, arguments)
+            if reason is not None:
+                raise RecipeError(where, reason)
         else:
             parsed[name] = arguments = parse(schema_of(registry.find(name)), settings, path=where)
             _try(registry.planner(name), arguments, path=where)
