@@ -179,12 +179,18 @@ def test_folders_that_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[
     (tmp_path / "empty").mkdir()
     train, valid = image_folder(tmp_path / "set" / "train"), image_folder(tmp_path / "set" / "valid")
     (valid / "bee").rename(valid / "wasp")
-    out = str(tmp_path / "x.beton")
+    out, differ = str(tmp_path / "x.beton"), f"of {train} and {valid} differ: {valid} alone has wasp, which no image"
     for arguments, message in [
         (["./missing"], "no folder missing"),
         ([str(tmp_path / "empty")], "has no folders in it"),
-        ([str(tmp_path / "set"), "--split", "train"], f"{train} alone has bee; {valid} alone has wasp"),
-        ([str(tmp_path / "set"), "--split", "eval"], f"{valid} alone has wasp; {train} alone has bee"),
+        (
+            [str(tmp_path / "set"), "--split", "train"],
+            f"of {train} and {valid} differ: {valid} alone has wasp, which no image",
+        ),
+        (
+            [str(tmp_path / "set"), "--split", "eval"],
+            f"of {train} and {valid} differ: {valid} alone has wasp, which no image",
+        ),
     ]:
         assert main([arguments[0], out, *arguments[1:]]) == 2
         error = capsys.readouterr().err

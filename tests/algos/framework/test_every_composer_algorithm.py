@@ -10,6 +10,7 @@ import torch
 
 from algos.framework.composer_algorithms import _KNOWN
 from training import session
+from training.plan_text import plan_text
 from training.recipe import Recipe, RecipeError, load_recipe
 
 DIGITS = Path(__file__).parents[3] / "yamls" / "digits_medium.yaml"
@@ -69,7 +70,7 @@ def test_every_one_is_tried() -> None:
 @pytest.mark.parametrize("name", TRAINED)
 def test_it_trains(name: str, recipe_of: Any) -> None:
     recipe = recipe_of(name)
-    assert session.plan_text(recipe)
+    assert plan_text(recipe)
     result = session.train(recipe, say=quiet)
     assert len(result.history.epochs) == 2
     assert all(tensor.isfinite().all() for tensor in weights(recipe).values() if tensor.is_floating_point())
@@ -91,9 +92,9 @@ def test_a_resumed_run_is_the_whole_run(name: str, recipe_of: Any) -> None:
 def test_a_ghost_batch_must_fit_a_training_pass_and_need_not_fit_an_evaluation_one(recipe_of: Any) -> None:
     for override in ("data.train.global_batch_size=8", "data.train.per_device_microbatch_size=8"):
         with pytest.raises(RecipeError, match="in batches of 8 a device: Worker batch size 8 < ghost_batch_size 16"):
-            session.plan_text(recipe_of("ghost_batchnorm", override))
+            plan_text(recipe_of("ghost_batchnorm", override))
     with pytest.raises(RecipeError, match="in batches of 7 a device: Worker batch size 7 < "):  # 359 = 11 x 32 + 7
-        session.plan_text(recipe_of("ghost_batchnorm", "data.train.global_batch_size=32", "data.train.drop_last=false"))
+        plan_text(recipe_of("ghost_batchnorm", "data.train.global_batch_size=32", "data.train.drop_last=false"))
     recipe = recipe_of("ghost_batchnorm", "duration.epochs=1", "data.eval.per_device_batch_size=7")
     assert len(session.train(recipe, say=quiet).history.epochs) == 1
 
