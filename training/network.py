@@ -36,15 +36,15 @@ def make_network(recipe: Recipe, *, num_classes: int, shapes_only: bool = False)
         return models.find(recipe.model["name"])(num_classes=num_classes, **settings)
 
 
+def shapes_suffice(algorithms: Mapping[str, Any]) -> bool:
+    """Whether `algorithms` change a network of shapes alone; Composer's own copy weights where they replace a layer."""
+    return all(isinstance(one, SpeedUp) for one in _changing(algorithms))
+
+
 def change_network(network: nn.Module, recipe: Recipe, algorithms: Mapping[str, Any]) -> nn.Module:
     """`network` with `algorithms` having changed it, as they do when training starts."""
-    changing = [
-        one
-        for one in algorithms.values()
-        if Event.INIT in one.events and Resource.MODEL in one.contract.writes and hasattr(one, "apply")
-    ]
-    state, logger = _state(network, recipe, composers=any(not isinstance(one, SpeedUp) for one in changing))
-    for algorithm in changing:
+    state, logger = _state(network, recipe, composers=not shapes_suffice(algorithms))
+    for algorithm in _changing(algorithms):
         algorithm.apply(Event.INIT, state, logger)
     return state.model
 
@@ -55,6 +55,14 @@ def seed_all(seed: int) -> None:
     np.random.seed(seed)
     torch.manual_seed(seed)
     torch.cuda.manual_seed_all(seed)
+
+
+def _changing(algorithms: Mapping[str, Any]) -> list[Any]:
+    return [
+        one
+        for one in algorithms.values()
+        if Event.INIT in one.events and Resource.MODEL in one.contract.writes and hasattr(one, "apply")
+    ]
 
 
 def _silent(*given: Any, **named: Any) -> None:

@@ -21,7 +21,7 @@ from algos.progressive_resizing import ProgressiveResizing
 from algos.sam import SAM
 from models.summary import count_forward_macs, count_parameters
 from training.facts import DataFacts, data_facts
-from training.network import change_network, make_network
+from training.network import change_network, make_network, shapes_suffice
 from training.optimizers import peak_learning_rate
 from training.recipe import Recipe, RecipeError, users_mistake
 
@@ -161,7 +161,7 @@ def make_plan(recipe: Recipe, facts: DataFacts, place: Place) -> Plan:
             f"is {recipe.schedule['warmup_epochs']:g}, longer than the run of {recipe.epochs} epochs; make it shorter",
         )
     algorithms, settings = _arrange_algorithms(recipe)
-    network = make_network(recipe, num_classes=facts.num_classes, shapes_only=True)
+    network = make_network(recipe, num_classes=facts.num_classes, shapes_only=shapes_suffice(algorithms))
     network = change_network(network, recipe, algorithms)
     per_device = _per_device_batch_size(recipe, world_size=place.world_size)
     peak = peak_learning_rate(recipe.optimizer, global_batch_size=per_device * place.world_size)
@@ -191,6 +191,7 @@ def make_plan(recipe: Recipe, facts: DataFacts, place: Place) -> Plan:
 def network_as_trained(plan: Plan, *, shapes_only: bool = False) -> nn.Module:
     """The plan's network with its algorithms having changed it. shapes_only: see `make_network`."""
     algorithms, _ = _arrange_algorithms(plan.recipe)
+    shapes_only = shapes_only and shapes_suffice(algorithms)
     network = make_network(plan.recipe, num_classes=plan.facts.num_classes, shapes_only=shapes_only)
     return change_network(network, plan.recipe, algorithms)
 

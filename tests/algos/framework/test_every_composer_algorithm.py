@@ -95,7 +95,9 @@ def test_a_ghost_batch_must_fit_a_training_pass_and_need_not_fit_an_evaluation_o
             plan_text(recipe_of("ghost_batchnorm", override))
     with pytest.raises(RecipeError, match="in batches of 7 a device: Worker batch size 7 < "):  # 359 = 11 x 32 + 7
         plan_text(recipe_of("ghost_batchnorm", "data.train.global_batch_size=32", "data.train.drop_last=false"))
-    recipe = recipe_of("ghost_batchnorm", "duration.epochs=1", "data.eval.per_device_batch_size=7")
+    recipe = recipe_of(
+        "ghost_batchnorm", "duration.epochs=1", "schedule.warmup_epochs=0", "data.eval.per_device_batch_size=7"
+    )
     assert len(session.train(recipe, say=quiet).history.epochs) == 1
 
 
