@@ -379,6 +379,7 @@ def test_two_ranks_freeze_alike_replicated_and_sharded(tmp_path):
     environment = {**os.environ, "NODE_RANK": "0"}  # Composer asks for what torchrun leaves out
     done = subprocess.run(launch, check=False, timeout=240, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-6000:]
+    assert "find_unused_parameters" not in done.stderr
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=False) for rank in (0, 1)]
     names = ranks[0]["ddp"]["before"]
     statistics = {name for name in names if name.split(".")[-1].startswith(("running", "num_"))}
