@@ -11,6 +11,8 @@ import time
 import warnings
 from collections.abc import Sequence
 
+from training.engines.lean_import import import_lean
+
 _PAUSE_FOR_RANK_0_SECONDS = 10.0
 
 _DESCRIPTION = """\
@@ -36,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     _quiet_libraries()
     if "composer" not in sys.modules:
+        import_lean()
         # Nothing is open while the libraries are imported, and some of them take an interrupt for a missing module.
         # Composer's import puts a handler of its own in place.
         signal.signal(signal.SIGINT, signal.SIG_DFL)

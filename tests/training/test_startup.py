@@ -1,0 +1,96 @@
+"""What a command line imports: a mistake, --help and --plan wait for no library that they do without.
+
+Processes of their own, since a test's has all of them imported. Commands that leave each other's modules alone share
+one: what none of them may import is absent after the last.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DIGITS = "yamls/digits_medium.yaml"
+WATCHED = ("torch", "numpy", "yaml", "composer", "torchvision", "torchmetrics", "transformers", "sklearn")
+MISTAKES = {
+    "key": (["foo=1"], "foo: unknown key"),
+    "key of a section": (["data.train.batch=3"], "data.train.batch: unknown key"),
+    "key of an algorithm": (["algorithms.mixup.alhpa=1"], "alhpa"),
+    "value": (["duration.epochs=x"], "duration.epochs: is 'x'"),
+    "value out of range": (["algorithms.mixup.alpha=-1"], "alpha"),
+    "value of a model": (["model.width=wide"], "model.width: is 'wide'"),
+    "name of an algorithm": (["algorithms.mixupp.alpha=1"], "did you mean mixup?"),
+    "name of Composer's algorithm": (["algorithms.composer.cutmixx.alpha=1"], "did you mean composer.cutmix?"),
+    "name of a model": (["model=resnet51"], "did you mean resnet50?"),
+    "name of an optimizer": (["optimizer.name=sgdd"], "did you mean sgd?"),
+}
+PLANS = (DIGITS, "yamls/resnet50_medium.yaml")
+
+# Runs run.py as `python run.py` does, once for each command line, and says how it ended.
+RUN = """
+import contextlib, io, json, runpy, sys
+commands, watched = json.loads(sys.argv[1])
+said = sys.stdout
+for command in commands:
+    sys.argv[:] = ["run.py", *command]
+    status, out, err = None, io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            runpy.run_path("run.py", run_name="__main__")
+        except SystemExit as stop:
+            status = stop.code
+    imported = [name for name in watched if name in sys.modules]
+    print(json.dumps({"status": status, "out": out.getvalue(), "err": err.getvalue(), "imported": imported}), file=said)
+"""
+
+pytestmark = [
+    pytest.mark.timeout(120),
+    pytest.mark.xdist_group("startup"),  # one worker of pytest-xdist has the processes that these share
+]
+
+
+def run(*commands: list[str]) -> list[dict[str, Any]]:
+    """Each command's status, output and modules; in one process, in turn."""
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, json.dumps([commands, WATCHED])],
+        cwd=ROOT, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def mistakes() -> dict[str, dict[str, Any]]:
+    """How --help, and then each of MISTAKES, ends."""
+    commands = [["-f", DIGITS, *overrides] for overrides, _ in MISTAKES.values()]
+    return dict(zip(("help", *MISTAKES), run(["--help"], *commands), strict=True))
+
+
+def test_help_imports_no_library(mistakes: dict[str, Any]) -> None:
+    ended = mistakes["help"]
+    assert ended["status"] == 0
+    assert "Exit status" in ended["out"]
+    assert ended["imported"] == []
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_told_without_composer(mistake: str, mistakes: dict[str, Any]) -> None:
+    ended, (_, says) = mistakes[mistake], MISTAKES[mistake]
+    assert ended["status"] == 2
+    assert ended["err"].startswith(f"run.py: {DIGITS}: ")
+    assert ended["err"].count("\n") == 1
+    assert says in ended["err"]
+    assert not {"composer", "torchvision", "torchmetrics", "transformers", "sklearn"} & set(ended["imported"])
+
+
+def test_a_plan_is_made_without_composer() -> None:
+    for recipe, ended in zip(PLANS, run(*(["-f", recipe, "--plan"] for recipe in PLANS)), strict=True):
+        assert ended["status"] == 0, ended["err"]
+        assert ended["out"].startswith(f"{Path(recipe).stem}: ")
+        assert "algorithms, in the order they act" in ended["out"]
+        assert not {"composer", "torchmetrics", "transformers", "sklearn"} & set(ended["imported"])
