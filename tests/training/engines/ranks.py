@@ -55,6 +55,9 @@ def start_forked(ranks: int) -> int | None:
 
     Returns a rank's number in that rank, and None where all of them have ended.
     """
+    from training.engines.lean_import import import_lean
+
+    import_lean()  # as run.py does
     import composer  # noqa: F401
     import torchvision  # noqa: F401
 
