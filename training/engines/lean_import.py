@@ -1,7 +1,7 @@
 """Composer without what it imports for others: two fifths of its import, and nothing that a recipe uses.
 
 torchmetrics imports transformers, scipy and matplotlib where they are installed, for metrics of texts and sounds and to
-plot metrics; Composer imports mcli to report to MosaicML's platform. A recipe's metrics are accuracies and means.
+plot metrics. Composer imports transformers for an algorithm that changes BERT, and mcli for MosaicML's platform.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from importlib import import_module, util
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
-_METRICS, _PLATFORM = "torchmetrics", "mcli"
+_METRICS, _BERTS, _PLATFORM = "torchmetrics", "composer.algorithms.gated_linear_units.gated_linear_units", "mcli"
 # torchmetrics can do without them, less the metrics and plots that need them.
 _ABSENT_FOR_METRICS = frozenset({"matplotlib", "scipy", "transformers"})
 _REQUIREMENTS = "lightning_utilities.core.imports"  # where torchmetrics asks what is installed
@@ -24,8 +25,10 @@ _REQUIREMENTS = "lightning_utilities.core.imports"  # where torchmetrics asks wh
 def import_lean() -> None:
     """Have Composer's import leave out what no recipe uses. What is imported already stays as it is.
 
-    While torchmetrics is imported, it finds the packages of `_ABSENT_FOR_METRICS` absent; nobody else does, so that
-    Hugging Face's models and curves.png import them when they need them. mcli is imported when something of it is used.
+    torchmetrics, while it is imported, finds the packages of `_ABSENT_FOR_METRICS` absent; Composer's algorithm for BERT,
+    which no recipe can have, finds transformers absent. Nobody else does: Hugging Face's models and curves.png import
+    them when they need them. mcli is imported when something of it is used.
+
     This is for run.py's own process: in it, torchmetrics has no metrics of texts and plots nothing.
     """
     if not any(isinstance(finder, _LeanFinder) for finder in sys.meta_path):
@@ -33,7 +36,7 @@ def import_lean() -> None:
 
 
 class _LeanFinder:
-    """Finds torchmetrics and mcli where Python does, and has them loaded in another way."""
+    """Finds the three modules where Python does, and has them loaded in another way."""
 
     def __init__(self) -> None:
         self._platform_is_wanted = False
@@ -41,10 +44,10 @@ class _LeanFinder:
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name == _METRICS:
+        if name in _WITHOUT:
             spec = PathFinder.find_spec(name, path, target)
             if spec is not None and spec.loader is not None:
-                spec.loader = _MetricsLoader(spec.loader)  # pyright: ignore[reportAttributeAccessIssue]
+                spec.loader = _LoaderWithin(spec.loader, _WITHOUT[name])  # pyright: ignore[reportAttributeAccessIssue]
             return spec
         if self._platform_is_wanted:
             return None
@@ -63,36 +66,54 @@ class _LeanFinder:
         return import_module(_PLATFORM)
 
 
-class _MetricsLoader:
-    def __init__(self, loader: Any) -> None:
-        self._loader = loader
+class _LoaderWithin:
+    """Loads as `loader` does, within a context."""
+
+    def __init__(self, loader: Any, context: Callable[[], AbstractContextManager[None]]) -> None:
+        self._loader, self._context = loader, context
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
         module.__loader__ = module.__spec__.loader = self._loader  # pyright: ignore[reportOptionalMemberAccess]
-        with _told_absent(_ABSENT_FOR_METRICS):
+        with self._context():
             self._loader.exec_module(module)
 
 
 @contextlib.contextmanager
-def _told_absent(names: frozenset[str]) -> Iterator[None]:
-    """Whoever imports from `_REQUIREMENTS` within is told, then and later, that the packages `names` are absent."""
+def _told_absent() -> Iterator[None]:
+    """Within, `_REQUIREMENTS` tells whoever imports from it that the packages of `_ABSENT_FOR_METRICS` are absent."""
     requirements: Any = import_module(_REQUIREMENTS)
     available, cache = requirements.package_available, requirements.RequirementCache
 
     class WithoutSome(cache):
         def __bool__(self) -> bool:
             name, *_ = re.split(r"[^\w-]", self.requirement or self.module)
-            return name not in names and super().__bool__()
+            return name not in _ABSENT_FOR_METRICS and super().__bool__()
 
-    requirements.package_available = lambda name: name not in names and available(name)
+    requirements.package_available = lambda name: name not in _ABSENT_FOR_METRICS and available(name)
     requirements.RequirementCache = WithoutSome
     try:
         yield
     finally:
         requirements.package_available, requirements.RequirementCache = available, cache
+
+
+@contextlib.contextmanager
+def _no_transformers() -> Iterator[None]:
+    """Within, transformers cannot be imported, unless it is already."""
+    if "transformers" in sys.modules:
+        yield
+        return
+    sys.modules["transformers"] = None  # pyright: ignore[reportArgumentType]
+    try:
+        yield
+    finally:
+        del sys.modules["transformers"]
+
+
+_WITHOUT = {_METRICS: _told_absent, _BERTS: _no_transformers}
 
 
 class _LateLoader:
