@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed
+from ranks import run_ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -67,9 +67,7 @@ def train_ranks(folder: Path) -> None:
 
 @pytest.mark.timeout(120)
 def test_ranks_average_what_is_trained_and_no_more(tmp_path: Path) -> None:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run([*launch, __file__, str(tmp_path)], capture_output=True, text=True, timeout=100, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_ranks(2, __file__, str(tmp_path), timeout=100)
     alone = network()
     expected = train(alone, alone, slice(8))
     everything = sum(parameter.numel() for parameter in alone.parameters())

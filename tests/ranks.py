@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[1]
 
 
 def free_port() -> int:
@@ -27,12 +27,14 @@ def rank_environment(rank: int, ranks: int, *, port: int) -> dict[str, str]:
     return {
         **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks), "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'algos'}",
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests' / 'algos'}",
     }  # fmt: skip
 
 
-def run_ranks(ranks: int, *arguments: str, timeout: float, statuses: Sequence[int] | None = None) -> None:
-    """Run `python arguments...` as so many ranks. Raises AssertionError with what they said unless all end well.
+def run_ranks(ranks: int, *arguments: str, timeout: float, statuses: Sequence[int] | None = None) -> str:
+    """Run `python arguments...` as so many ranks; returns what they said.
+
+    Raises AssertionError, which has that too, unless all end well.
 
     statuses: with what else each shall end; -9 is a kill.
     """
@@ -48,6 +50,7 @@ def run_ranks(ranks: int, *arguments: str, timeout: float, statuses: Sequence[in
             os.killpg(starter.pid, signal.SIGKILL)
     ended = said.strip().rpartition("\n")[2]
     assert ended == f"ended with {list(statuses or [0] * ranks)}", said
+    return said
 
 
 def start_forked(ranks: int) -> int | None:
