@@ -25,9 +25,9 @@ _REQUIREMENTS = "lightning_utilities.core.imports"  # where torchmetrics asks wh
 def import_lean() -> None:
     """Have Composer's import leave out what no recipe uses. What is imported already stays as it is.
 
-    torchmetrics, while it is imported, finds `_ABSENT_FOR_METRICS` absent; Composer's algorithm for BERT,
-    which no recipe can have, finds transformers absent. Nobody else does: Hugging Face's models and curves.png import
-    them when they need them. mcli is imported when something of it is used.
+    torchmetrics, while it is imported, finds `_ABSENT_FOR_METRICS` absent; Composer's algorithm for BERT, which recipes
+    cannot have, finds transformers absent. Nobody else does: Hugging Face's models and curves.png import them when they
+    need them. mcli is imported when something of it is used.
 
     This is for run.py's own process: in it, torchmetrics has no metrics of texts and plots nothing.
     """

@@ -1,0 +1,179 @@
+"""What run.py costs before it trains: a mistake, --help, a plan, and the way to the first step, beside their imports.
+
+    python -m benchmarks.startup --json figures.json                     # about 10 minutes of one core
+    python -m benchmarks.startup --read figures.json                     # measure nothing
+    python -m benchmarks.startup --quick --recipes digits_medium         # a minute: that it runs, no more
+
+Every case is a fresh process. A round runs each case once, in turn, and a case is compared to the `import torch` of its
+own round. The cost is CPU-seconds, user's and system's, of the process and those it waited for: other processes cannot
+add to it, though they slow memory down. Wall-clock seconds stand beside it, and are those of the machine as it was.
+Bytecode and the digits' .beton are written by a run that is not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.measuring import columns, hardware, progress, spread, verdict, versions
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted(path.stem for path in (ROOT / "yamls").glob("*.yaml"))
+TORCH, COMPOSER, LEAN, HELP, FIRST_STEP = (
+    "import torch", "import composer", "the same in run.py", "run.py --help", "first training step",
+)  # fmt: skip
+MISTAKES = {"wrong key": "foo=1", "wrong value": "duration.epochs=x", "wrong name": "algorithms.mixupp.alpha=1"}
+GOAL_HELP, GOAL_MISTAKE, GOAL_PLAN = 0.2, 1.0, 3.0  # CPU-seconds: in all; more than `import torch`, both
+LIBRARIES = ("torch", "torchvision", "mosaicml", "torchmetrics", "transformers", "scipy", "matplotlib")
+
+LEAN_SCRIPT = "from training.engines.lean_import import import_lean; import_lean(); import composer"
+# run.py, which ends when its first step is done: at the event at which a run's record counts the step.
+FIRST_STEP_SCRIPT = """
+import os, sys
+from training.cli import main
+from training.engines.lean_import import import_lean
+import_lean()
+from training.results.recorder import Recorder
+Recorder.batch_end = lambda self, state, logger: os._exit(0)
+sys.exit(main() or 1)
+"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A process to be measured, and what it may cost in CPU-seconds: in all, or more than `import torch`."""
+
+    name: str
+    command: tuple[str, ...]
+    status: int = 0
+    goal: float | None = None
+    over_torch: bool = True
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, or read what was measured before; print the table, and write the JSON file that was asked for."""
+    options = parse(arguments)
+    report = json.loads(options.read.read_text()) if options.read else measure(options)
+    print(table(report))
+    if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.startup", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of each case")
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=RECIPES, metavar="NAME", help="to be planned")
+    parser.add_argument("--quick", action="store_true", help="one round, to see that it runs")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
+    parser.add_argument("--read", type=Path, metavar="FILE", help="measure nothing, take the figures of a --json")
+    options = parser.parse_args(arguments)
+    if options.quick:
+        options.rounds = 1
+    return options
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Everything that was asked for, as it goes into the JSON file."""
+    with tempfile.TemporaryDirectory() as folder:
+        cases = cases_of(options.recipes, Path(folder))
+        run(cases[-1], Path(folder))
+        found: dict[str, dict[str, Any]] = {
+            case.name: {"goal": case.goal, "over_torch": case.over_torch, "cpu_s": [], "wall_s": []} for case in cases
+        }
+        for number in range(options.rounds):
+            for case in cases:
+                progress(f"round {number + 1} of {options.rounds}: {case.name}")
+                cpu, wall = run(case, Path(folder))
+                found[case.name]["cpu_s"].append(round(cpu, 3))
+                found[case.name]["wall_s"].append(round(wall, 3))
+    progress("")
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "hardware": {**hardware(torch.device("cpu")), "cores": os.cpu_count()},
+        "versions": versions(LIBRARIES),
+        "rounds": options.rounds,
+        "cases": found,
+    }
+
+
+def cases_of(recipes: Sequence[str], folder: Path) -> list[Case]:
+    """What is measured, in turn; the first training step is the last. folder: for results and data."""
+    python = (sys.executable, "-c")
+    digits = (sys.executable, "run.py", "-f", "yamls/digits_medium.yaml")
+    training = ("-f", "yamls/digits_medium.yaml", f"results_dir={folder / 'results'}", f"data.cache_dir={folder}")
+    return [
+        Case(TORCH, (*python, "import torch")),
+        Case(COMPOSER, (*python, "import composer")),
+        Case(LEAN, (*python, LEAN_SCRIPT)),
+        Case(HELP, (sys.executable, "run.py", "--help"), goal=GOAL_HELP, over_torch=False),
+        *(Case(name, (*digits, mistake), status=2, goal=GOAL_MISTAKE) for name, mistake in MISTAKES.items()),
+        *(
+            Case(f"--plan {name}", (sys.executable, "run.py", "-f", f"yamls/{name}.yaml", "--plan"), goal=GOAL_PLAN)
+            for name in recipes
+        ),
+        Case(FIRST_STEP, (*python, FIRST_STEP_SCRIPT, *training)),
+    ]
+
+
+def run(case: Case, folder: Path) -> tuple[float, float]:
+    """CPU-seconds and wall-clock seconds of a process. RuntimeError where it ends otherwise than it should."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with (folder / "said.txt").open("w+") as said:
+        started = time.monotonic()
+        process = subprocess.Popen(case.command, cwd=ROOT, env=environment, stdout=said, stderr=said)
+        _, status, usage = os.wait4(process.pid, 0)
+        wall = time.monotonic() - started
+        process.returncode = os.waitstatus_to_exitcode(status)  # which Popen would wait for in vain
+        if process.returncode != case.status:
+            said.seek(0)
+            raise RuntimeError(f"{case.name} ended with status {process.returncode}: {said.read()}")
+    return usage.ru_utime + usage.ru_stime, wall
+
+
+def over_torch(report: dict[str, Any], name: str) -> list[float]:
+    """CPU-seconds that a case takes more than `import torch`, round by round."""
+    cases = report["cases"]
+    return [mine - torchs for mine, torchs in zip(cases[name]["cpu_s"], cases[TORCH]["cpu_s"], strict=True)]
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report for people."""
+    lines = [["a process's", "CPU-seconds", "lowest, highest", "over import torch", "wall clock", "goal", ""]]
+    for name, case in report["cases"].items():
+        cpu, more = spread(case["cpu_s"]), spread(over_torch(report, name))
+        goal, judged = case["goal"], more if case["over_torch"] else cpu
+        lines.append(
+            [
+                name,
+                f"{cpu['median']:.2f}",
+                f"{cpu['min']:.2f}, {cpu['max']:.2f}",
+                f"{more['median']:+.2f}",
+                f"{statistics.median(case['wall_s']):.2f}",
+                "" if goal is None else f"at most {goal:g} {'more' if case['over_torch'] else 'in all'}",
+                "" if goal is None else verdict(judged, goal),
+            ]
+        )
+    cases = report["cases"]
+    steps, imports = (statistics.median(cases[name]["cpu_s"]) for name in (FIRST_STEP, COMPOSER))
+    return (
+        f"{columns(lines)}\n\nthe first training step is done after {steps:.2f} CPU-seconds, "
+        f"{abs(steps - imports):.2f} {'after' if steps > imports else 'before'} a plain import of Composer"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
