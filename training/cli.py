@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from training.engines.lean_import import import_lean
 
 _PAUSE_FOR_RANK_0_SECONDS = 10.0
+_HOW_THREADS_WAIT = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 _DESCRIPTION = """\
 Train an image classifier from a recipe: one YAML file that names the model, the data, the speed-ups, the optimizer and
@@ -39,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _quiet_libraries()
     if "composer" not in sys.modules:
         import_lean()
+        _let_threads_sleep()
         # Nothing is open while the libraries are imported, and some of them take an interrupt for a missing module.
         # Composer's import puts a handler of its own in place.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -102,6 +104,17 @@ def _parser() -> argparse.ArgumentParser:
         "overrides", nargs="*", metavar="key=value", help="keys of the recipe to set; null turns one off"
     )
     return parser
+
+
+def _let_threads_sleep() -> None:
+    """Have torch's threads sleep while they wait for each other, unless the environment says how they wait.
+
+    They would spin for milliseconds otherwise. On a machine with other work, a thread that spins keeps the very thread
+    from running that it waits for, and a small network trains 10 times slower; see docs/startup.md. OpenMP reads this
+    when torch is imported.
+    """
+    if not any(name in os.environ for name in _HOW_THREADS_WAIT):
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
 def _quiet_libraries() -> None:

@@ -7,6 +7,7 @@ one: what none of them may import is absent after the last.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 DIGITS = "yamls/digits_medium.yaml"
 WATCHED = ("torch", "numpy", "yaml", "composer", "torchvision", "torchmetrics", "transformers", "sklearn")
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 MISTAKES = {
     "key": (["foo=1"], "foo: unknown key"),
     "key of a section": (["data.train.batch=3"], "data.train.batch: unknown key"),
@@ -33,7 +35,7 @@ PLANS = (DIGITS, "yamls/resnet50_medium.yaml")
 
 # Runs run.py as `python run.py` does, once for each command line, and says how it ended.
 RUN = """
-import contextlib, io, json, runpy, sys
+import contextlib, io, json, os, runpy, sys
 commands, watched = json.loads(sys.argv[1])
 said = sys.stdout
 for command in commands:
@@ -44,8 +46,9 @@ for command in commands:
             runpy.run_path("run.py", run_name="__main__")
         except SystemExit as stop:
             status = stop.code
-    imported = [name for name in watched if name in sys.modules]
-    print(json.dumps({"status": status, "out": out.getvalue(), "err": err.getvalue(), "imported": imported}), file=said)
+    ended = {"status": status, "out": out.getvalue(), "err": err.getvalue()}
+    ended |= {"imported": [name for name in watched if name in sys.modules], "environment": dict(os.environ)}
+    print(json.dumps(ended), file=said)
 """
 
 pytestmark = [
@@ -54,11 +57,12 @@ pytestmark = [
 ]
 
 
-def run(*commands: list[str]) -> list[dict[str, Any]]:
-    """Each command's status, output and modules; in one process, in turn."""
+def run(*commands: list[str], **environment: str) -> list[dict[str, Any]]:
+    """Each command's status, output, modules and environment; in one process, in turn."""
+    inherited = {name: value for name, value in os.environ.items() if name not in WAITING}
     done = subprocess.run(
         [sys.executable, "-c", RUN, json.dumps([commands, WATCHED])],
-        cwd=ROOT, capture_output=True, text=True, timeout=60,
+        cwd=ROOT, env={**inherited, **environment}, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -89,8 +93,15 @@ def test_a_mistake_is_told_without_composer(mistake: str, mistakes: dict[str, An
 
 
 def test_a_plan_is_made_without_composer() -> None:
-    for recipe, ended in zip(PLANS, run(*(["-f", recipe, "--plan"] for recipe in PLANS)), strict=True):
+    done = run(*(["-f", recipe, "--plan"] for recipe in PLANS), GOMP_SPINCOUNT="7")
+    for recipe, ended in zip(PLANS, done, strict=True):
         assert ended["status"] == 0, ended["err"]
         assert ended["out"].startswith(f"{Path(recipe).stem}: ")
         assert "algorithms, in the order they act" in ended["out"]
         assert not {"composer", "torchmetrics", "transformers", "sklearn"} & set(ended["imported"])
+        assert "OMP_WAIT_POLICY" not in ended["environment"]  # the user has said how threads wait
+
+
+def test_threads_wait_asleep_where_the_user_has_not_said_how(mistakes: dict[str, Any]) -> None:
+    assert "OMP_WAIT_POLICY" not in mistakes["help"]["environment"]
+    assert mistakes["key"]["environment"]["OMP_WAIT_POLICY"] == "PASSIVE"
