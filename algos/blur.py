@@ -1,4 +1,4 @@
-"""The binomial filter of BlurPool (Zhang 2019, arXiv 1904.11486), with borders of its own and a derivative of its own.
+"""The binomial filter of BlurPool (Zhang 2019, arXiv 1904.11486), with its own border handling and derivative.
 
 Shapes: N samples, C channels, H x W pixels.
 """
@@ -33,7 +33,7 @@ def blur(
 
 
 def check_filter(filter_size: int, pad: str) -> None:
-    """ValueError for a filter that there is not."""
+    """ValueError for a filter that does not exist."""
     if filter_size not in range(2, 8):
         raise ValueError(f"filter_size {filter_size} must be a whole number from 2 to 7; 3 is usual")
     if pad not in ("reflect", "zeros"):
@@ -78,7 +78,7 @@ def _is_traced() -> bool:
 
 
 def pair(value: Any) -> Pair:
-    """(rows, columns) of a number or of two."""
+    """(rows, columns) from one number or two."""
     if isinstance(value, int):
         return value, value
     rows, columns = value
@@ -191,7 +191,7 @@ def _multiply(images: Tensor, rows: _Axis, columns: _Axis) -> Tensor:
 
 @functools.cache
 def _matrix(axis: _Axis) -> tuple[tuple[float, ...], ...]:
-    """[pixels, pixels kept]: what each contributes to each."""
+    """[pixels, pixels kept]: the weight of each input pixel in each output pixel."""
     matrix = [[0.0] * ((axis.size - 1) // axis.stride + 1) for _ in range(axis.size)]
     for kept in range(len(matrix[0])):
         for tap, weight in enumerate(_binomial(axis.taps)):

@@ -101,7 +101,7 @@ class BlurPool(SpeedUp):
         self.settings = _Settings(filter_size, placement, pad, min_channels, convolutions, max_pools)
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        """Change the model in place and log how many layers were."""
+        """Change the model in place and log how many layers changed."""
         apply_blurpool(state.model, **self.settings.as_arguments())
         logger.log_hyperparameters({"blurpool/layers": len(_blurred_layers(state.model))})
 
@@ -135,7 +135,7 @@ class _Settings:
 
 @dataclass(frozen=True)
 class _Change:
-    """What becomes of one layer. None: as it was, or no such blur."""
+    """How one layer changes. None: not at all, or without that blur."""
 
     blur_input: Pair | None = None  # stride of a blur before the layer
     blur_output: Pair | None = None  # stride of a blur behind the layer (pools only)
@@ -243,7 +243,7 @@ _PLANS_AFTER: dict[str, Callable[[Any, _Settings, _Changes], None]] = {
 
 
 def _blur_behind_activation(layers: Sequence[nn.Conv2d], settings: _Settings, changes: _Changes) -> None:
-    """Of layers that follow each other with activations between: the strided ones hand their stride to the next."""
+    """For layers in sequence with activations between: strided ones pass their stride on to the next."""
     for layer, following in pairwise(layers):
         if layer in _strided_convolutions(layer, settings):
             _blur_between(layer, following, pair(layer.stride), (1, 1), settings, changes)

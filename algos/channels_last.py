@@ -42,7 +42,7 @@ class ChannelsLast(SpeedUp):
     contract = Contract(writes=[Resource.MEMORY_FORMAT], after=[Resource.MODEL])
     events = (Event.INIT,)
 
-    def __init__(self) -> None:  # says to whoever reads the signature that there is nothing to set
+    def __init__(self) -> None:  # the signature shows that there are no settings
         pass
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:

@@ -47,7 +47,9 @@ def ema_update(average: nn.Module | Average, model: nn.Module, *, decay: float) 
 
 @contextlib.contextmanager
 def averaged_weights(model: nn.Module, average: nn.Module | Average) -> Iterator[nn.Module]:
-    """Within, `model` holds `average`; afterwards what it held before, bit for bit. Holds one more copy of the weights.
+    """Inside the context `model` holds `average`; afterwards what it held before, bit for bit.
+
+    This takes one more copy of the weights.
 
     Export in here: `with averaged_weights(model, average): torch.save(model.state_dict(), path)`. May be nested.
     Raises ValueError as `ema_update` does.
@@ -134,7 +136,7 @@ class EMA(SpeedUp):
         self._evaluations = 0  # under way, one within the other
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        """Update the average after a step, and lend it to the model while that is evaluated."""
+        """Update the average after a step, and put it into the model during evaluation."""
         if event == Event.INIT:
             _refuse_other_averages(self, state)
         elif event == Event.BEFORE_LOAD:

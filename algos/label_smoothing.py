@@ -1,4 +1,4 @@
-"""Label smoothing (Szegedy 2016, arXiv 1512.00567): targets a little less than certain.
+"""Label smoothing (Szegedy 2016, arXiv 1512.00567): a share of each target spread over all classes.
 
 Shapes: N samples, K classes.
 """

@@ -66,7 +66,7 @@ def _changing(algorithms: Mapping[str, Any]) -> list[Any]:
 
 
 def _silent(*given: Any, **named: Any) -> None:
-    """What is logged here nobody reads."""
+    """Discards what is logged while planning."""
 
 
 class _ShapesOnly(TorchFunctionMode):

@@ -40,7 +40,7 @@ _FREE_ON_RESUME_ENDINGS = (".num_workers", ".loader", ".path")
 
 @dataclass(frozen=True)
 class Result:
-    """What a run came to."""
+    """The result of a run."""
 
     history: History
     summary: dict[str, Any]
@@ -232,4 +232,4 @@ def _flat(value: Any, path: str = "") -> dict[str, Any]:
 
 
 def _silent(text: str) -> None:
-    """What ranks other than the first say."""
+    """Used as `say` on ranks other than the first."""

@@ -1,4 +1,4 @@
-"""A process that never compiles does without torch's compiler, which takes as long to import as the rest of torch."""
+"""Stand-ins for torch's compiler, whose import takes as long as the rest of torch, in a process that never compiles."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class _StandIn(ModuleType):
 
 
 class _MakeWay:
-    """Sees the import of a module within the compiler, which needs the compiler itself."""
+    """Sees the import of a module within the compiler, which needs the real compiler."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None

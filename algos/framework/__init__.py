@@ -1,1 +1,1 @@
-"""What algorithms stand on: events, contracts and their order, the registry, draws, and helpers for batches."""
+"""The base of all algorithms: events, contracts and their order, the registry, draws, and helpers for batches."""

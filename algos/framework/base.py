@@ -122,8 +122,8 @@ class SpeedUp(Algorithm):
     def match(self, event: Event, state: State) -> bool:
         """Whether to act at `event`: it is one of `events`, and this algorithm is not `suspended`.
 
-        Raises ValueError at INIT when another one of this class is among the Trainer's algorithms: smoothed or mixed
-        twice is not what either says.
+        Raises ValueError at INIT when another one of this class is among the Trainer's algorithms: two would
+        smooth or mix twice.
         """
         if event == Event.INIT:
             refuse_twice(self, state)
@@ -154,9 +154,9 @@ class SpeedUp(Algorithm):
 
         @classmethod
         def for_planning(cls, **settings: Any) -> SpeedUp:
-            """An algorithm to ask and not to train with: it checks its settings, and says what it would do when.
+            """An algorithm for planning, not for training: it checks its settings, and says what it would do when.
 
-            Needs no Composer, which takes seconds to import; so no Trainer of Composer's takes it.
+            Works without Composer, which takes seconds to import; so Composer's Trainer does not accept it.
             Raises what the constructor raises for `settings`.
             """
             planned = object.__new__(cls)
@@ -173,7 +173,7 @@ class SpeedUp(Algorithm):
             return {"repr": repr(self)}
 
         def load_state_dict(self, state: dict[str, Any]) -> None:
-            """Take back what `state_dict` gave."""
+            """Restore what `state_dict` returned."""
 
 
 def act_last(algorithm: Algorithm, state: State) -> None:

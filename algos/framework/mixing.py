@@ -1,4 +1,4 @@
-"""What the algorithms that mix samples share: the draw, the mixture, and whose turn a batch is.
+"""What the algorithms that mix samples share: the draw, the mixture, and which algorithm mixes a batch.
 
 Shapes: N samples.
 """
@@ -50,7 +50,7 @@ def draw_beta(alpha: float, *, generator: torch.Generator, num_samples: int | No
 
 
 def mix(values: Tensor, lam: float | Tensor, permutation: Tensor) -> Tensor:
-    """lam · values + (1 - lam) · values[permutation], with lam a number or one a row."""
+    """lam · values + (1 - lam) · values[permutation], with lam a number or one per row."""
     # Indexing by a tensor keeps channels_last where index_select does not; lerp reads both parts once and writes once.
     partners = values[permutation]
     if isinstance(lam, Tensor):
@@ -88,7 +88,7 @@ def check_permutation(permutation: Tensor, *, num_samples: int) -> None:
 
 
 def check_counts(images: Tensor, probabilities: Tensor) -> None:
-    """ValueError unless there is a target an image."""
+    """ValueError unless there is one target per image."""
     if probabilities.shape[0] != images.shape[0]:
         raise ValueError(
             f"received {images.shape[0]} images and {probabilities.shape[0]} targets; the numbers must be equal: "

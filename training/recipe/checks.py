@@ -1,4 +1,4 @@
-"""Every check of a recipe that needs neither data nor network, from the cheap ones to the costly."""
+"""Every check of a recipe that needs neither data nor network, cheap ones first."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from training.recipe.sections import (
 
 
 def check(raw: dict[str, Any]) -> dict[str, Any]:
-    """Every section checked and filled with its defaults. What costs an import comes last, when the rest is right."""
+    """Every section checked and filled with its defaults. Checks that cost an import come last."""
     from algos import LearningRate
     from data.loading.augment import build_augmentations
 
@@ -38,7 +38,7 @@ def check(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_together(top: dict[str, Any]) -> None:
-    """What no key can be asked alone."""
+    """Checks that involve several keys."""
     train = top["data"]["train"]
     sizes = [train["global_batch_size"], train["per_device_batch_size"]]
     if sum(size is not None for size in sizes) != 1:
@@ -75,7 +75,7 @@ def _check_together(top: dict[str, Any]) -> None:
 
 
 def _other_crop(train: dict[str, Any]) -> str:
-    """What else than its default says how to crop."""
+    """The crop keys whose values differ from the defaults."""
     default = TrainData()
     names = ("crop_scale", "crop_aspect_ratio")
     return " and ".join(name for name in names if tuple(train[name]) != getattr(default, name))

@@ -39,7 +39,7 @@ class TrainData:
 
 @dataclass
 class EvalData:
-    """What the model is judged on: held-out images, each counted once."""
+    """What the model is evaluated on: held-out images, each counted once."""
 
     image_size: Count = MISSING  # px
     per_device_batch_size: Count = MISSING
@@ -52,14 +52,14 @@ class EvalData:
 
 @dataclass
 class TestData:
-    """The source's test split, on which best.pt is judged once, after training, as `EvalData` says."""
+    """The source's test split, on which best.pt is evaluated once, after training, with the settings of `EvalData`."""
 
     path: str | None = None
 
 
 @dataclass
 class Expected:
-    """What the source is known to hold, so that a run can be planned where the data are not."""
+    """What the source is known to hold, so that a run can be planned without the data."""
 
     num_classes: Count = MISSING
     num_train: Count = MISSING
@@ -130,7 +130,7 @@ class Checkpoints:
 
 @dataclass
 class Logging:
-    """What a run says on standard error while it trains."""
+    """What a run prints on standard error while it trains."""
 
     progress_bar: bool | None = None  # null: a bar on a terminal, a line an epoch elsewhere
     level: Literal["debug", "info", "warning", "error"] = "warning"

@@ -1,4 +1,4 @@
-"""A recipe's file as plain data, with what the command line says in place of it."""
+"""A recipe's file as plain data, with the command line's overrides applied."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """`raw` with each `key=value` of `overrides` in its place, in turn. Raises RecipeError."""
+    """`raw` with each `key=value` of `overrides` applied in turn. Raises RecipeError."""
     seen: set[str] = set()
     for override in overrides:
         key, equals, _ = override.partition("=")

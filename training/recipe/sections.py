@@ -80,7 +80,7 @@ def parse_algorithms(given: Any) -> dict[str, dict[str, Any] | None]:
 
 
 def try_composers(algorithms: dict[str, dict[str, Any] | None]) -> None:
-    """Check the settings of Composer's own algorithms, which takes an import of Composer where there are any."""
+    """Check the settings of Composer's own algorithms; imports Composer if there are any."""
     from algos.framework import registry
     from algos.framework.composer_algorithms import PREFIX
 
@@ -90,7 +90,7 @@ def try_composers(algorithms: dict[str, dict[str, Any] | None]) -> None:
 
 
 def _name_composers(given: dict[str, Any]) -> dict[str, Any]:
-    """Composer's own stand in a section of theirs, algorithms.composer.ema; from here on each has that as its name."""
+    """Composer's own are in the section algorithms.composer; from here on each is named composer.ema and so on."""
     named = {name: settings for name, settings in given.items() if name != "composer"}
     for name, settings in _mapping(given.get("composer"), "algorithms.composer").items():
         if f"composer.{name}" in named:

@@ -1,4 +1,4 @@
-"""`smoke=true`: the same run in small, on made-up images, to see within a minute on two CPU cores that it works.
+"""`smoke=true`: the same run at small scale, on synthetic images, to check it within a minute on two CPU cores.
 
 What stays: the model in full, the algorithms, the loaders, the order of the phases, the optimizer, and the shapes of
 the schedule. What shrinks:
@@ -79,7 +79,7 @@ def _smaller(batch_size: int, ratio: float) -> int:
 
 
 def _pixels(settings: dict[str, Any], stages: list[dict[str, Any]]) -> Callable[[int], int]:
-    """What becomes of an image size."""
+    """Scales an image size."""
     data = settings["data"]
     largest = max(part["image_size"] for part in (data["train"], data["eval"], *stages))
     share = _LARGEST_IMAGE_PX / largest

@@ -1,1 +1,1 @@
-"""What a run tells while it trains, and what it leaves behind."""
+"""What a run reports while it trains, and the files that it writes."""

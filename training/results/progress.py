@@ -1,4 +1,4 @@
-"""One progress bar for the whole run, or one line an epoch where nobody watches a terminal."""
+"""One progress bar for the whole run, or one line per epoch without a terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keeps the course of a run: every step's loss and learning rate, every epoch's metrics and throughput.
+"""Records a run: every step's loss and learning rate, every epoch's metrics and throughput.
 
 `Ledger` does the bookkeeping and knows no trainer; `Recorder` feeds it from the Trainer's events. What is recorded is
 part of the checkpoint, so a resumed run continues the history where its checkpoint stood.
@@ -210,7 +210,7 @@ class Ledger:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Stand where `state_dict` stood; what was collected here before is dropped."""
+        """Restore what `state_dict` returned; what was collected here before is dropped."""
         state = deepcopy(state)
         self._epochs, self._steps = state["epochs"], state["steps"]
         self._partial, self._evaluation = state["partial"], state["evaluation"]

@@ -1,4 +1,4 @@
-"""What a run came to, on which machine and with which versions: summary.json."""
+"""The result of a run, its machine and its versions: summary.json."""
 
 from __future__ import annotations
 
