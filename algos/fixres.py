@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .framework.base import Contract, Event, Logger, Resource, SpeedUp, State, act_last
 from .framework.protocols import CropSwitchingLoader, ResizableLoader
+from .framework.ranks import average_what_is_trained, can_change_what_is_trained
 from .learning_rate import require_schedule, run_epochs
 
 Trained = Literal["classifier_and_norm", "classifier", "all"]
@@ -27,7 +28,8 @@ def freeze_for_fixres(model: nn.Module, *, train: Trained = "classifier_and_norm
     The classifier is the last `nn.Linear` (or, without one, the last convolution) in registration order, and the norm
     the last batch norm registered before it. Every other batch norm is frozen with its statistics: it normalizes with
     its running mean and variance even after `model.train()`. Gradients of frozen parameters are dropped, so that no
-    optimizer applies an old one. Calling it again changes nothing.
+    optimizer applies an old one. Calling it again changes nothing. A model that is wrapped in DistributedDataParallel
+    needs no find_unused_parameters: from here on its ranks average the gradients of what is still trained alone.
 
     train: "classifier_and_norm" (the paper's choice), "classifier", or "all", which freezes nothing.
 
@@ -42,12 +44,13 @@ def freeze_for_fixres(model: nn.Module, *, train: Trained = "classifier_and_norm
             _freeze_statistics(module)
     kept_parameters = {id(parameter) for module in kept for parameter in module.parameters(recurse=False)}
     names = []
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(id(parameter) in kept_parameters)
-        if parameter.requires_grad:
-            names.append(name)
-        else:
-            parameter.grad = None  # a gradient left from the last step would be applied again, with decay and momentum
+    with average_what_is_trained(model):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(id(parameter) in kept_parameters)
+            if parameter.requires_grad:
+                names.append(name)
+            else:
+                parameter.grad = None  # one left from the last step would be applied again, with decay and momentum
     return names
 
 
@@ -113,8 +116,8 @@ class FixRes(SpeedUp):
 
     @property
     def find_unused_parameters(self) -> bool:
-        """Tells Composer to let DDP expect parameters without gradients: the frozen ones, from the phase on."""
-        return self.train != "all"
+        """Whether DDP must look for parameters without a gradient in every step, for lack of a way to tell it later."""
+        return self.train != "all" and not can_change_what_is_trained()
 
     def start_epoch(self, total_epochs: int) -> int:
         """First epoch of the phase, counted from 0. Raises ValueError when the phase is longer than the run."""
@@ -215,8 +218,9 @@ def _freeze_statistics(norm: _BatchNorm) -> None:
 def _thaw(model: nn.Module, frozen: list[str]) -> None:
     """Undo `freeze_for_fixres` for the parameters that it froze."""
     parameters = dict(model.named_parameters())
-    for name in frozen:
-        parameters[name].requires_grad_(True)
+    with average_what_is_trained(model):
+        for name in frozen:
+            parameters[name].requires_grad_(True)
     for module in model.modules():
         for key, hook in list(module._forward_pre_hooks.items()):
             if hook is _stay_in_eval:

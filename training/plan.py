@@ -163,7 +163,7 @@ def make_plan(recipe: Recipe, facts: DataFacts, place: Place) -> Plan:
     algorithms, settings = _arrange_algorithms(recipe)
     network = make_network(recipe, num_classes=facts.num_classes, shapes_only=shapes_suffice(algorithms))
     network = change_network(network, recipe, algorithms)
-    per_device = _per_device_batch_size(recipe, world_size=place.world_size)
+    per_device = per_device_batch_size(recipe, world_size=place.world_size)
     peak = peak_learning_rate(recipe.optimizer, global_batch_size=per_device * place.world_size)
     shapes = _epoch_shapes(recipe, algorithms, per_device_batch_size=per_device, world_size=place.world_size)
     macs = {
@@ -186,6 +186,20 @@ def make_plan(recipe: Recipe, facts: DataFacts, place: Place) -> Plan:
             for index, shape in enumerate(shapes)
         ),
     )
+
+
+def per_device_batch_size(recipe: Recipe, *, world_size: int) -> int:
+    """Images of a rank in a training batch, where no stage says otherwise. Raises RecipeError if unevenly divided."""
+    train = recipe.data.train
+    if train.per_device_batch_size is not None:
+        return train.per_device_batch_size
+    assert train.global_batch_size is not None, "checked with the recipe"
+    if train.global_batch_size % world_size:
+        raise RecipeError(
+            "data.train.global_batch_size",
+            f"is {train.global_batch_size} and there are {world_size} ranks; make it a multiple of {world_size}",
+        )
+    return train.global_batch_size // world_size
 
 
 def network_as_trained(plan: Plan, *, shapes_only: bool = False) -> nn.Module:
@@ -229,19 +243,6 @@ def _arrange_algorithms(recipe: Recipe) -> tuple[dict[str, Any], dict[str, dict[
     with users_mistake("algorithms"):
         order = arrange({name: algorithm.contract for name, algorithm in made.items()})
     return {name: made[name] for name in order}, settings
-
-
-def _per_device_batch_size(recipe: Recipe, *, world_size: int) -> int:
-    train = recipe.data.train
-    if train.per_device_batch_size is not None:
-        return train.per_device_batch_size
-    assert train.global_batch_size is not None, "checked with the recipe"
-    if train.global_batch_size % world_size:
-        raise RecipeError(
-            "data.train.global_batch_size",
-            f"is {train.global_batch_size} and there are {world_size} ranks; make it a multiple of {world_size}",
-        )
-    return train.global_batch_size // world_size
 
 
 def _epoch_shapes(

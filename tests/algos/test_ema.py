@@ -2,12 +2,11 @@
 
 import copy
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import run_ranks
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -320,10 +319,7 @@ def on_two_ranks(tmp_path, call):
         f"import sys; sys.path.insert(0, {str(here.parent)!r}); import {here.stem} as tests\n"
         f"tests.{call}({str(tmp_path)!r})\n"
     )
-    launcher = [sys.executable, "-m", "composer.cli.launcher", "-n", "2", "--stderr", str(tmp_path / "err{rank}")]
-    done = subprocess.run([*launcher, str(script)], check=False, timeout=200, capture_output=True, text=True)
-    errors = "".join(path.read_text()[-3000:] for path in tmp_path.glob("err*"))
-    assert done.returncode == 0, done.stdout[-2000:] + errors
+    run_ranks(2, str(script), timeout=200)
 
 
 @pytest.mark.slow

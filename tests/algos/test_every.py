@@ -7,8 +7,6 @@ docs/composition.md from such runs, with Composer's own algorithms beside ours.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,12 +26,14 @@ from composition import (
     train_applied_twice,
     train_interrupted,
 )
+from ranks import run_ranks
 
 from algos.framework.registry import find, names
 
 HERE = Path(__file__).parent
 ROUNDING = 1e-12  # float64, a dozen steps
 _references: dict[tuple[str, ...], dict[str, torch.Tensor]] = {}
+_as_two_ranks: dict[tuple[str, ...], dict[str, torch.Tensor]] = {}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -51,6 +51,14 @@ def reference(chosen: list[str]) -> dict[str, torch.Tensor]:
     if key not in _references:
         _references[key] = train(chosen)
     return _references[key]
+
+
+def reference_as_two_ranks(chosen: list[str]) -> dict[str, torch.Tensor]:
+    """One process that does to each half of a batch what a rank would; once for both strategies."""
+    key = tuple(sorted(chosen))
+    if key not in _as_two_ranks:
+        _as_two_ranks[key] = train(chosen, as_two_ranks=True)
+    return _as_two_ranks[key]
 
 
 def test_every_algorithm_has_example_settings() -> None:
@@ -108,12 +116,7 @@ def pairs_on_two_ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.
 
 
 def launch(strategy: str, what: str, folder: Path) -> Path:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*launcher, str(HERE / "composition.py"), strategy, str(folder), what],
-        cwd=HERE.parents[1], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=580,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_ranks(2, str(HERE / "composition.py"), strategy, str(folder), what, timeout=580)
     return folder
 
 
@@ -123,7 +126,7 @@ def assert_as_one_process(chosen: list[str], name: str, strategy: str, folder: P
     ranks = [torch.load(folder / f"{name}.{rank}.pt") for rank in (0, 1)]
     assert furthest(*ranks) == 0.0, "the ranks drifted apart"
     # Composer's FSDP2 computes in float32.
-    assert furthest(ranks[0], train(chosen, as_two_ranks=True)) < (1e-10 if strategy == "ddp" else 1e-5)
+    assert furthest(ranks[0], reference_as_two_ranks(chosen)) < (1e-10 if strategy == "ddp" else 1e-5)
 
 
 @pytest.mark.timeout(600)

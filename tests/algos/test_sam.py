@@ -3,10 +3,7 @@
 import contextlib
 import copy
 import gc
-import os
 import pickle
-import subprocess
-import sys
 import warnings
 import weakref
 from pathlib import Path
@@ -14,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from ranks import run_ranks
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -590,10 +588,7 @@ def on_two_ranks(tmp_path, call):
         f"import sys; sys.path[:0] = [{str(here.parent)!r}]; import {here.stem} as tests\n"
         f"tests.{call}({str(tmp_path)!r})\n"
     )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    environment = {**os.environ, "NODE_RANK": "0"}  # Composer asks for what torchrun leaves out
-    done = subprocess.run(launch, check=False, timeout=240, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-6000:]
+    run_ranks(2, str(script), timeout=240)
     return [torch.load(tmp_path / f"rank{rank}.pt", weights_only=False) for rank in (0, 1)]
 
 

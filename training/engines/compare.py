@@ -34,6 +34,7 @@ from typing import Any
 import torch
 
 from training.engines.memory import FLOAT32_BYTES, PARTS, expected_bytes, state_bytes_per_parameter
+from training.plan import per_device_batch_size
 from training.recipe import Recipe, RecipeError, load_recipe
 from training.results.summary import write_json
 
@@ -84,7 +85,7 @@ def compare_engines(
     recipe: Recipe, engines: Sequence[str], *, ranks: int, steps: int, timeout_seconds: float
 ) -> tuple[list[Cost], dict[str, str]]:
     """Measure each of `engines`; returns what they cost, and why the others were left out."""
-    per_device = _per_device_batch_size(recipe, ranks)
+    per_device = per_device_batch_size(recipe, world_size=ranks)
     state_bytes = state_bytes_per_parameter(recipe.optimizer)
     costs: list[Cost] = []
     left_out: dict[str, str] = {}
@@ -307,7 +308,7 @@ def _write(
         "model": recipe.model["name"],
         "num_parameters": round(costs[0].expected["parameters"] / FLOAT32_BYTES * _shards(costs[0])),
         "image_size": recipe.data.train.image_size,
-        "per_device_batch_size": _per_device_batch_size(recipe, options.ranks),
+        "per_device_batch_size": per_device_batch_size(recipe, world_size=options.ranks),
         "optimizer": recipe.optimizer["name"],
         "precision": recipe.precision,
         "on_gpu": torch.cuda.is_available(),
@@ -336,19 +337,6 @@ def _efficiency_text(cost: Cost) -> str:
 
 def _shards(cost: Cost) -> int:
     return cost.ranks if cost.engine in ("fsdp", "zero3") else 1
-
-
-def _per_device_batch_size(recipe: Recipe, ranks: int) -> int:
-    train = recipe.data.train
-    if train.per_device_batch_size is not None:
-        return train.per_device_batch_size
-    assert train.global_batch_size is not None, "checked with the recipe"
-    if train.global_batch_size % ranks:
-        raise RecipeError(
-            "data.train.global_batch_size",
-            f"is {train.global_batch_size}; with {ranks} ranks make it a multiple of them",
-        )
-    return train.global_batch_size // ranks
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -1,18 +1,7 @@
 """What the user wrote: the keys of a recipe, their checks, overrides, and the recipe in small."""
 
-from training.recipe.recipe import (
-    FSDP,
-    Checkpoints,
-    Data,
-    EvalData,
-    Expected,
-    Logging,
-    Parallelism,
-    Recipe,
-    TrainData,
-    load_recipe,
-    recipe_from,
-)
+from training.recipe.keys import FSDP, Checkpoints, Data, EvalData, Expected, Logging, Parallelism, TrainData
+from training.recipe.recipe import Recipe, load_recipe, recipe_from
 from training.recipe.schema import RecipeError, users_mistake
 
 __all__ = [

@@ -12,7 +12,7 @@ import difflib
 import inspect
 import types
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -24,6 +24,31 @@ class RecipeError(ValueError):
     def __init__(self, path: str, message: str) -> None:
         super().__init__(f"{path}: {message}" if path else message)
         self.path = path
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Which numbers a field takes, said beside its type: `Annotated[float, Range(above=0, maximum=1)]`.
+
+    minimum and maximum are among them, `above` is not. note: what the smallest means, put after it in a message.
+    """
+
+    minimum: float | None = None
+    above: float | None = None
+    maximum: float | None = None
+    note: str = ""
+
+    def __contains__(self, value: float) -> bool:
+        return (
+            (self.minimum is None or value >= self.minimum)
+            and (self.above is None or value > self.above)
+            and (self.maximum is None or value <= self.maximum)
+        )
+
+    def __str__(self) -> str:
+        if self.maximum is None:
+            return f"be at least {self.minimum:g}{self.note}" if self.above is None else f"be above {self.above:g}"
+        return f"lie in {f'[{self.minimum:g}' if self.above is None else f'({self.above:g}'}, {self.maximum:g}]"
 
 
 @contextlib.contextmanager
@@ -62,7 +87,7 @@ def parse(schema: type, given: Any, *, path: str) -> dict[str, Any]:
         given = {}
     if not isinstance(given, dict):
         raise RecipeError(path, f"is {given!r}; it must be a mapping with the keys {_listed(_field_names(schema))}")
-    hints = get_type_hints(schema)
+    hints = get_type_hints(schema, include_extras=True)
     _refuse_unknown_keys(given, _field_names(schema), path=path)
     parsed = {}
     for field in dataclasses.fields(schema):
@@ -91,7 +116,12 @@ def _parse_value(hint: Any, value: Any, *, path: str) -> Any:
         return _parse_list(item, value, path=path)
     if hint is Any:
         return value
-    return _convert(hint, value, path=path)
+    hint, allowed = _strip_ranges(hint)
+    converted = _convert(hint, value, path=path)
+    for one in allowed:
+        if converted not in one:
+            raise RecipeError(path, f"is {converted}; it must {one}")
+    return converted
 
 
 def _parse_list(item: type, value: Any, *, path: str) -> list[Any]:
@@ -139,8 +169,13 @@ def _strip_optional(hint: Any) -> tuple[bool, Any]:
     return False, hint
 
 
+def _strip_ranges(hint: Any) -> tuple[Any, tuple[Range, ...]]:
+    return (hint.__origin__, hint.__metadata__) if get_origin(hint) is Annotated else (hint, ())
+
+
 def _described(hint: Any) -> str:
     optional, hint = _strip_optional(hint)
+    hint, _ = _strip_ranges(hint)
     words = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
     if get_origin(hint) is Literal:
         text = "one of " + _listed([str(choice) for choice in get_args(hint)])

@@ -257,5 +257,5 @@ def test_mistakes_on_the_command_line(given: list[str], says: str, capsys: pytes
 def test_a_batch_that_does_not_divide_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = [one.replace("batch_size=64", "batch_size=63") for one in arguments(tmp_path, "ddp")]
     assert main(given) == 2
-    assert "is 63; with 2 ranks make it a multiple" in capsys.readouterr().err
+    assert "is 63 and there are 2 ranks; make it a multiple of 2" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

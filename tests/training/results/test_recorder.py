@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ from composer.core import Callback
 from composer.models import ComposerModel
 from composer.optim import LinearScheduler
 from composer.utils import dist
+from ranks import run_ranks
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -279,8 +278,7 @@ def test_two_ranks_record_what_both_did(tmp_path):
         f"import sys; sys.path.insert(0, {str(here.parent)!r}); import {here.stem} as tests\n"
         f"tests.train_a_rank({str(tmp_path)!r})\n"
     )
-    launcher = [sys.executable, "-m", "composer.cli.launcher", "-n", "2", "--stderr", str(tmp_path / "err{rank}")]
-    subprocess.run([*launcher, str(script)], check=True, timeout=110)
+    run_ranks(2, str(script), timeout=110)
 
     rows = torch.load(tmp_path / "latest.pt", weights_only=False)["state"]["callbacks"]["Recorder"]["epochs"]
     assert read_metrics(tmp_path / "metrics.csv") == rows

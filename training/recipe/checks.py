@@ -1,0 +1,81 @@
+"""Every check of a recipe that needs neither data nor network, from the cheap ones to the costly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from training.recipe.keys import RecipeKeys, TrainData
+from training.recipe.schema import RecipeError, parse, schema_of
+from training.recipe.sections import (
+    parse_algorithms,
+    parse_model,
+    parse_optimizer,
+    parse_source,
+    try_composers,
+    try_settings,
+)
+
+
+def check(raw: dict[str, Any]) -> dict[str, Any]:
+    """Every section checked and filled with its defaults. What costs an import comes last, when the rest is right."""
+    from algos import LearningRate
+    from data.loading.augment import build_augmentations
+
+    top = parse(RecipeKeys, raw, path="")
+    top["data"]["source"] = parse_source(top["data"]["source"])
+    top["algorithms"] = parse_algorithms(top["algorithms"])
+    top["schedule"] = parse(schema_of(LearningRate), top["schedule"], path="schedule")
+    try_settings(LearningRate.for_planning, top["schedule"], path="schedule")
+    try_settings(
+        build_augmentations, {"entries": top["data"]["train"]["augmentations"]}, path="data.train.augmentations"
+    )
+    _check_together(top)
+    top["optimizer"] = parse_optimizer(top["optimizer"])
+    top["model"] = parse_model(top["model"])
+    try_composers(top["algorithms"])
+    return top
+
+
+def _check_together(top: dict[str, Any]) -> None:
+    """What no key can be asked alone."""
+    train = top["data"]["train"]
+    sizes = [train["global_batch_size"], train["per_device_batch_size"]]
+    if sum(size is not None for size in sizes) != 1:
+        raise RecipeError(
+            "data.train",
+            f"global_batch_size is {sizes[0]} and per_device_batch_size is {sizes[1]}; give exactly one of them",
+        )
+    microbatch_size = train["per_device_microbatch_size"]
+    if isinstance(microbatch_size, str) and microbatch_size != "auto":
+        raise RecipeError(
+            "data.train.per_device_microbatch_size",
+            f"is {microbatch_size!r}; it must be a whole number, auto, or null for the whole batch",
+        )
+    if isinstance(microbatch_size, int) and microbatch_size < 1:
+        raise RecipeError("data.train.per_device_microbatch_size", f"is {microbatch_size}; it must be at least 1")
+    if top["compile"] and top["parallelism"]["strategy"] == "deepspeed":
+        raise RecipeError(
+            "compile",
+            "is true, and parallelism.strategy is deepspeed, which runs the model as it is; "
+            "set compile=false, or parallelism.strategy to ddp or fsdp",
+        )
+    if not top["run_name"] or Path(top["run_name"]).name != top["run_name"]:
+        raise RecipeError(
+            "run_name", f"is {top['run_name']!r}; it names a folder, so it cannot be empty or hold a slash"
+        )
+    if train["crop_ratio"] is not None and _other_crop(train):
+        raise RecipeError(
+            "data.train.crop_ratio", f"is {train['crop_ratio']} beside {_other_crop(train)}; leave one of them out"
+        )
+    if top["data"]["test"] is not None and not top["checkpoints"]["keep_best"]:
+        raise RecipeError(
+            "data.test", "is judged by best.pt, which checkpoints.keep_best: false does not keep; drop one"
+        )
+
+
+def _other_crop(train: dict[str, Any]) -> str:
+    """What else than its default says how to crop."""
+    default = TrainData()
+    names = ("crop_scale", "crop_aspect_ratio")
+    return " and ".join(name for name in names if tuple(train[name]) != getattr(default, name))

@@ -1,0 +1,161 @@
+"""The keys of a recipe: their names, types, ranges and defaults. Those of named things are in their own signatures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from omegaconf import MISSING
+
+from training.recipe.schema import Range
+
+LoaderName = Literal["auto", "ffcv", "torch"]
+Count = Annotated[int, Range(minimum=1)]
+CropRatio = Annotated[float, Range(above=0, maximum=1)]
+Workers = Annotated[int, Range(minimum=0, note=", which loads in the training process")]
+
+
+@dataclass
+class TrainData:
+    """What the model is trained on. Give one of global_batch_size and per_device_batch_size."""
+
+    image_size: Count = MISSING  # px, where no algorithm sets another
+    global_batch_size: Count | None = None
+    per_device_batch_size: Count | None = None
+    # Images of one forward pass. null: the whole batch; auto: halved until it fits the GPU's memory.
+    per_device_microbatch_size: int | str | None = None
+    loader: LoaderName = "auto"
+    path: str | None = None  # a .beton of one's own; null: converted from the source at first use
+    num_workers: Workers = 2
+    drop_last: bool = True
+    crop_scale: tuple[float, float] = (0.08, 1.0)  # share of the image's area
+    crop_aspect_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    # Side of a crop over the image's short side: squares of one size, in place of the two above. 0.875 is 224 of 256.
+    crop_ratio: CropRatio | None = None
+    flip_probability: Annotated[float, Range(minimum=0, maximum=1)] = 0.5
+    # What else the loader does to an image after crop and flip, in this order: [{name: color_jitter, brightness: 0.4}]
+    augmentations: list[Any] = field(default_factory=list)
+
+
+@dataclass
+class EvalData:
+    """What the model is judged on: held-out images, each counted once."""
+
+    image_size: Count = MISSING  # px
+    per_device_batch_size: Count = MISSING
+    crop_ratio: CropRatio = 0.875  # side of the center crop over the image's short side; 0.875 is 224 of 256
+    every_epochs: Count = 1
+    loader: LoaderName = "auto"
+    path: str | None = None
+    num_workers: Workers = 2
+
+
+@dataclass
+class TestData:
+    """The source's test split, on which best.pt is judged once, after training, as `EvalData` says."""
+
+    path: str | None = None
+
+
+@dataclass
+class Expected:
+    """What the source is known to hold, so that a run can be planned where the data are not."""
+
+    num_classes: Count = MISSING
+    num_train: Count = MISSING
+    num_eval: Count = MISSING
+
+
+@dataclass
+class Data:
+    """Where the images come from; `source` is a name in data/ and its settings."""
+
+    source: Any = MISSING
+    expected: Expected | None = None
+    train: TrainData = field(default_factory=TrainData)
+    eval: EvalData = field(default_factory=EvalData)
+    test: TestData | None = None
+    cache_dir: str = ".cache/brisk"
+
+
+@dataclass
+class Duration:
+    """How long a run trains: passes over the training images, whatever their sizes and batches."""
+
+    epochs: Count = MISSING
+
+
+@dataclass
+class FSDP:
+    """How `strategy: fsdp` shards; see training/engines/parallel.py."""
+
+    version: Literal[1, 2] = 2
+    replicas: Count = 1  # HSDP: whole copies of the model; ranks / replicas shard each. 1: all ranks shard one copy
+    reshard_after_forward: bool = True  # false: keep the gathered weights until backward; more memory, less traffic
+    # What weights are gathered, and gradients reduced, in. full: float32. default: the run's precision, and float32.
+    # pure: the run's precision, both.
+    mixed_precision: Literal["full", "default", "pure"] = "full"
+
+
+@dataclass
+class Parallelism:
+    """The engine, and nothing else: the rest of a recipe means the same under each.
+
+    strategy: none is one process; ddp as many as the launcher starts; fsdp shards weights, gradients and optimizer
+        state over them; deepspeed does so with ZeRO. sync_batchnorm: statistics over all ranks' images.
+    """
+
+    strategy: Literal["none", "ddp", "fsdp", "deepspeed"] = "ddp"
+    sync_batchnorm: bool = False
+    fsdp: FSDP = field(default_factory=FSDP)
+    deepspeed: Any = None  # DeepSpeed's own JSON settings, less what the recipe says elsewhere
+    lost_rank_timeout_seconds: Annotated[float, Range(minimum=1)] = (
+        40.0  # how long a rank may be silent before the others end the run
+    )
+
+
+@dataclass
+class Checkpoints:
+    """latest.pt at every interval, best.pt by held-out top-1, ep<N>.pt every keep_every_epochs.
+
+    sharded: each rank writes its part, and the names stand for folders; needs a file system that all ranks share.
+    """
+
+    every_epochs: Count = 1
+    every_steps: Count | None = None
+    keep_every_epochs: Count | None = None
+    keep_best: bool = True
+    sharded: bool = False
+
+
+@dataclass
+class Logging:
+    """What a run says on standard error while it trains."""
+
+    progress_bar: bool | None = None  # null: a bar on a terminal, a line an epoch elsewhere
+    level: Literal["debug", "info", "warning", "error"] = "warning"
+
+
+@dataclass
+class RecipeKeys:
+    """The top level of a recipe; sections with names of their own (model, algorithms ...) are checked one by one."""
+
+    run_name: str = MISSING
+    model: Any = MISSING
+    data: Data = field(default_factory=Data)
+    algorithms: Any = None
+    loss: Literal["cross_entropy", "binary_cross_entropy"] = "cross_entropy"
+    optimizer: Any = MISSING
+    schedule: Any = None
+    duration: Duration = field(default_factory=Duration)
+    precision: Literal["fp32", "amp_bf16", "amp_fp16"] = "fp32"
+    compile: bool = False  # the model, by torch.compile: once for each image size and batch size, a minute or so each
+    device: Literal["auto", "cpu", "gpu", "mps"] = "auto"
+    parallelism: Parallelism = field(default_factory=Parallelism)
+    logging: Logging = field(default_factory=Logging)
+    checkpoints: Checkpoints = field(default_factory=Checkpoints)
+    seed: int = 0
+    results_dir: str = "results"
+    load: str | None = None  # latest, or a checkpoint's path
+    autoresume: bool = False
+    smoke: bool = False  # the same run in small, on made-up images; see training/recipe/smoke.py

@@ -1,0 +1,121 @@
+"""The sections of a recipe that name something: its settings are checked against that thing's own signature.
+
+Each function returns the section with its defaults filled in, and raises RecipeError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from training.recipe.composers_own import refusal
+from training.recipe.schema import RecipeError, parse, refuse_unknown, schema_of
+
+
+def parse_model(given: Any) -> dict[str, Any]:
+    """The section model: a network's name, and its settings with their defaults."""
+    from models import registry
+
+    name, settings = _split_name(given, path="model")
+    try:
+        factory = registry.find(name)
+    except ValueError as error:
+        raise RecipeError("model.name", str(error)) from None
+    return {"name": name, **parse(schema_of(factory, without=("num_classes",)), settings, path="model")}
+
+
+def parse_source(given: Any) -> dict[str, Any]:
+    """The section data.source: a source's name, and its settings with their defaults."""
+    from data.sources import SOURCES
+
+    name, settings = _split_name(given, path="data.source")
+    refuse_unknown(name, sorted(SOURCES), path="data.source.name", what="source")
+    return {"name": name, **parse(schema_of(SOURCES[name], without=("split",)), settings, path="data.source")}
+
+
+def parse_optimizer(given: Any) -> dict[str, Any]:
+    """The section optimizer: a name, and its settings with their defaults."""
+    from training.optimizers import check_settings, settings_of
+
+    name, settings = _split_name(given, path="optimizer")
+    try:
+        schema = settings_of(name)
+    except ValueError as error:
+        raise RecipeError("optimizer.name", str(error)) from None
+    parsed = {"name": name, **parse(schema, settings, path="optimizer")}
+    try_settings(check_settings, {"settings": parsed}, path="optimizer")
+    return parsed
+
+
+def parse_algorithms(given: Any) -> dict[str, dict[str, Any] | None]:
+    """The section algorithms: the settings of each, with their defaults; None for one that is off."""
+    from algos.framework import registry
+    from algos.framework.composer_algorithms import PREFIX, refuse_doubles
+
+    if given is None:
+        return {}
+    if not isinstance(given, dict):
+        raise RecipeError("algorithms", f"is {given!r}; it must be a mapping of names to settings")
+    parsed: dict[str, dict[str, Any] | None] = {}
+    for name, settings in _name_composers(given).items():
+        where = f"algorithms.{name}"
+        composers = name.startswith(PREFIX)
+        known = registry.composer_names() if composers else [*registry.names(), "composer"]
+        refuse_unknown(name, known, path=where, what="algorithm")
+        if settings is None:
+            parsed[name] = None
+        elif composers:  # see try_composers
+            parsed[name] = arguments = _mapping(settings, where)
+            reason = refusal(name, arguments)
+            if reason is not None:
+                raise RecipeError(where, reason)
+        else:
+            parsed[name] = arguments = parse(schema_of(registry.find(name)), settings, path=where)
+            try_settings(registry.planner(name), arguments, path=where)
+    try:
+        refuse_doubles(name for name, settings in parsed.items() if settings is not None)
+    except ValueError as error:
+        raise RecipeError("algorithms", str(error)) from None
+    return parsed
+
+
+def try_composers(algorithms: dict[str, dict[str, Any] | None]) -> None:
+    """Check the settings of Composer's own algorithms, which takes an import of Composer where there are any."""
+    from algos.framework import registry
+    from algos.framework.composer_algorithms import PREFIX
+
+    for name, settings in algorithms.items():
+        if settings is not None and name.startswith(PREFIX):
+            try_settings(registry.maker(name), settings, path=f"algorithms.{name}")
+
+
+def _name_composers(given: dict[str, Any]) -> dict[str, Any]:
+    """Composer's own stand in a section of theirs, algorithms.composer.ema; from here on each has that as its name."""
+    named = {name: settings for name, settings in given.items() if name != "composer"}
+    for name, settings in _mapping(given.get("composer"), "algorithms.composer").items():
+        if f"composer.{name}" in named:
+            raise RecipeError(f"algorithms.composer.{name}", "given twice, in the section composer and outside of it")
+        named[f"composer.{name}"] = settings
+    return named
+
+
+def _mapping(given: Any, path: str) -> dict[str, Any]:
+    if given is not None and not isinstance(given, dict):
+        raise RecipeError(path, f"is {given!r}; it must be a mapping")
+    return dict(given or {})
+
+
+def try_settings(factory: Callable[..., Any], arguments: dict[str, Any], *, path: str) -> None:
+    """Make it once, so that values out of range are found with the rest of the recipe."""
+    try:
+        factory(**arguments)
+    except ValueError as error:
+        raise RecipeError(path, str(error)) from None
+
+
+def _split_name(given: Any, *, path: str) -> tuple[str, dict[str, Any]]:
+    if isinstance(given, str):
+        return given, {}
+    if not isinstance(given, dict) or not isinstance(given.get("name"), str):
+        raise RecipeError(f"{path}.name", f"is missing (given {given!r}); name one and put its settings beside it")
+    return given["name"], {key: value for key, value in given.items() if key != "name"}
