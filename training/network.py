@@ -27,7 +27,8 @@ def make_network(recipe: Recipe, *, num_classes: int, shapes_only: bool = False)
     shapes_only: on torch's meta device, where initializing costs nothing. Weights that are read need a real one.
     """
     settings = {key: value for key, value in recipe.model.items() if key != "name"}
-    on_meta = shapes_only and settings.get("weights") is None
+    # transformers imports an architecture when it is built, and torch's compiler with it, whose tensors must be real.
+    on_meta = shapes_only and settings.get("weights") is None and not recipe.model["name"].startswith("hf.")
     if on_meta:
         with contextlib.suppress(ModuleNotFoundError):
             import_module("torchvision.models")  # most networks import it, and it makes tensors that must be real

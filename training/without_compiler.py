@@ -1,4 +1,4 @@
-"""Stand-ins for torch's compiler, whose import takes as long as the rest of torch, in a process that never compiles."""
+"""A process that never compiles does without torch's compiler, which takes as long to import as the rest of torch."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from typing import Any
 
 _COMPILER = "torch._dynamo"
 _SHAPES = "torch.fx.experimental.symbolic_shapes"
-_MODULES = (_COMPILER, f"{_COMPILER}.utils", _SHAPES, "torch.utils.checkpoint")
-# What these functions do where nothing is compiled: every size is a number, and what is asked of it is true or false.
+_ALGEBRA = "sympy"  # half of what the compiler's import takes
+_MODULES = (_COMPILER, f"{_COMPILER}.utils", _SHAPES, "torch.utils.checkpoint", _ALGEBRA)
+# What these do where nothing is compiled: every size is a number, what is asked of it is true or false, and nothing is
+# one of sympy's expressions.
 _ANSWERS: dict[tuple[str, str], Callable[..., Any]] = {
     (_COMPILER, "disable"): lambda function, *args, **kwargs: function,
     (_SHAPES, "_advise_is_size"): lambda size: None,
     (_SHAPES, "expect_true"): lambda condition, *args, **kwargs: condition,
     (_SHAPES, "guard_size_oblivious"): lambda condition: condition,
     (_SHAPES, "is_nested_int"): lambda size: False,
+    (_ALGEBRA, "Basic"): type("Basic", (), {}),
 }
 
 
@@ -27,9 +30,9 @@ def leave_out_compiler() -> None:
     """Put stand-ins in place of torch's compiler; nothing where it is imported already.
 
     torch asks the compiler to leave many of its functions alone at their first call, and whether sizes are as they
-    should be; torchvision imports it for two functions that only training calls. The stand-ins answer the former
-    (`_ANSWERS`). At whatever else is asked of them they make way for the compiler. Functions left alone by then would
-    be compiled like others: this is for a process that plans and ends.
+    should be, and sympy what is an expression; torchvision imports the compiler for two functions that only training
+    calls. The stand-ins answer the former (`_ANSWERS`). At whatever else is asked of them they make way for what they
+    stand for. Functions left alone by then would be compiled like others: this is for a process that plans and ends.
     """
     if _COMPILER not in sys.modules:
         sys.meta_path.insert(0, _MakeWay())  # pyright: ignore[reportArgumentType]
@@ -55,6 +58,9 @@ class _StandIn(ModuleType):
             raise AttributeError(name)
         if (self.__name__, name) in _ANSWERS:
             return _ANSWERS[self.__name__, name]
+        if self.__name__ == _ALGEBRA:  # classes, which torch inherits from
+            _make_way()
+            return getattr(import_module(_ALGEBRA), name)
 
         def of_the_module(*args: Any, **kwargs: Any) -> Any:
             _make_way()
@@ -64,12 +70,12 @@ class _StandIn(ModuleType):
 
 
 class _MakeWay:
-    """Sees the import of a module within the compiler, which needs the real compiler."""
+    """Sees the import of a module within the compiler or sympy, which needs them themselves."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if not name.startswith(f"{_COMPILER}."):
+        if not name.startswith((f"{_COMPILER}.", f"{_ALGEBRA}.")):
             return None
         _make_way()
         return find_spec(name)

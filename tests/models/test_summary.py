@@ -94,3 +94,9 @@ def test_the_network_is_left_as_it_is() -> None:
 def test_a_size_that_the_network_cannot_take_is_the_networks_error() -> None:
     with pytest.raises(ValueError, match="do not divide into patches"):
         summarize(find("vit_digits")(num_classes=10), image_size=30)
+
+
+def test_a_batch_norm_of_other_channels_is_refused_as_it_refuses_itself() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(16))
+    with pytest.raises(RuntimeError, match="running_mean should contain 8 elements"):
+        count_forward_macs(network, image_size=8)

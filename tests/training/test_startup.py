@@ -17,7 +17,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 DIGITS = "yamls/digits_medium.yaml"
-WATCHED = ("torch", "numpy", "yaml", "composer", "torchvision", "torchmetrics", "transformers", "sklearn")
+COMPILER = ("torch._dynamo.eval_frame", "sympy.core")
+WATCHED = ("torch", "numpy", "yaml", "composer", "torchvision", "torchmetrics", "transformers", "sklearn", *COMPILER)
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 MISTAKES = {
     "key": (["foo=1"], "foo: unknown key"),
@@ -98,10 +99,25 @@ def test_a_plan_is_made_without_composer() -> None:
         assert ended["status"] == 0, ended["err"]
         assert ended["out"].startswith(f"{Path(recipe).stem}: ")
         assert "algorithms, in the order they act" in ended["out"]
-        assert not {"composer", "torchmetrics", "transformers", "sklearn"} & set(ended["imported"])
+        assert not {"composer", "torchmetrics", "transformers", "sklearn", *COMPILER} & set(ended["imported"])
         assert "OMP_WAIT_POLICY" not in ended["environment"]  # the user has said how threads wait
 
 
 def test_threads_wait_asleep_where_the_user_has_not_said_how(mistakes: dict[str, Any]) -> None:
     assert "OMP_WAIT_POLICY" not in mistakes["help"]["environment"]
     assert mistakes["key"]["environment"]["OMP_WAIT_POLICY"] == "PASSIVE"
+
+
+@pytest.mark.slow
+def test_a_plan_of_a_hugging_face_model_imports_what_it_needs(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    config = transformers.ViTConfig(image_size=16, patch_size=8, **small)
+    config.architectures = ["ViTForImageClassification"]
+    config.save_pretrained(tmp_path)
+    recipe = tmp_path / "recipe.yaml"
+    text = (ROOT / DIGITS).read_text().replace("name: resnet_digits", f"name: hf.{tmp_path}")
+    recipe.write_text(text.replace("  width: 16\n", "  weights: null\n"))
+    (ended,) = run(["-f", str(recipe), "--plan", "algorithms=null"])
+    assert ended["status"] == 0, ended["err"]
+    assert "ViTForImageClassification" in ended["out"]
