@@ -128,6 +128,11 @@ class FixRes(SpeedUp):
             )
         return total_epochs - self.epochs
 
+    def check_model(self, model: nn.Module) -> None:
+        """Raises ValueError when `model` lacks the layers that the phase is to train."""
+        if self.train != "all":
+            _kept_modules(model, with_norm=self.train == "classifier_and_norm")
+
     def suspends(self, algorithm: Any) -> TypeGuard[SpeedUp]:
         """Whether `algorithm` changes images and is to do nothing in the phase."""
         if not (self.plain_images and isinstance(algorithm, SpeedUp)):
@@ -185,8 +190,7 @@ class FixRes(SpeedUp):
             )
         if self.learning_rate is not None:
             require_schedule(state, "fixres.learning_rate")
-        if self.train != "all":  # a model without such layers is better found now than at the phase's start
-            _kept_modules(state.model, with_norm=self.train == "classifier_and_norm")
+        self.check_model(state.model)  # better found now than at the phase's start
 
 
 def _kept_modules(model: nn.Module, *, with_norm: bool) -> set[nn.Module]:

@@ -163,6 +163,9 @@ def make_plan(recipe: Recipe, facts: DataFacts, place: Place) -> Plan:
     algorithms, settings = _arrange_algorithms(recipe)
     network = make_network(recipe, num_classes=facts.num_classes, shapes_only=shapes_suffice(algorithms))
     network = change_network(network, recipe, algorithms)
+    if isinstance(fixres := algorithms.get("fixres"), FixRes):
+        with users_mistake("algorithms"):
+            fixres.check_model(network)
     per_device = per_device_batch_size(recipe, world_size=place.world_size)
     peak = peak_learning_rate(recipe.optimizer, global_batch_size=per_device * place.world_size)
     shapes = _epoch_shapes(recipe, algorithms, per_device_batch_size=per_device, world_size=place.world_size)

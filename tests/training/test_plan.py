@@ -57,17 +57,18 @@ def test_order_does_not_depend_on_the_order_of_keys(short_recipe: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "says"),
+    ("overrides", "says"),
     [
         ("duration.epochs=7", r"cover 1 \+ 2 \+ 1 = 4 epochs and the run has 7"),
         ("schedule.warmup_epochs=9", "schedule.warmup_epochs: is 9, longer than the run of 4 epochs"),
         ("algorithms.fixres.image_size=12", "fixres.image_size is 12 px and progressive_resizing trains"),
         ("algorithms.fixres.epochs=9", "fixres.epochs is 9 and the run has 4 epochs"),
         ("data.train.global_batch_size=5000", "a global batch of 5000 is larger than the 1438 training images"),
-        ("model=torchvision.alexnet", "torchvision.alexnet cannot take images of 8 px"),
+        ("model=torchvision.alexnet algorithms.fixres=null", "torchvision.alexnet cannot take images of 8 px"),
+        ("model=torchvision.alexnet", "fixres.train is classifier_and_norm and AlexNet has no batch norm before its"),
     ],
 )
-def test_what_cannot_be_done_is_said_before_training(short_recipe: Any, override: str, says: str) -> None:
-    recipe = short_recipe(override)
+def test_what_cannot_be_done_is_said_before_training(short_recipe: Any, overrides: str, says: str) -> None:
+    recipe = short_recipe(*overrides.split())
     with pytest.raises(RecipeError, match=says):
         plan_run(recipe)
