@@ -1,14 +1,13 @@
-"""Training a small network on a machine with nothing else to do, and on one with other work, by how threads wait.
+"""How fast a small network trains on an idle machine and beside other work, by how torch's threads wait.
 
-    python -m benchmarks.busy_machine --json figures.json      # about 10 minutes
-    python -m benchmarks.busy_machine --read figures.json      # measure nothing
-    python -m benchmarks.busy_machine --quick                  # that it runs, no more
+    python -m benchmarks.busy_machine --json figures.json      # about 6 minutes
+    python -m benchmarks.busy_machine --read figures.json      # print earlier figures, measure nothing
+    python -m benchmarks.busy_machine --quick                  # only checks that it runs
 
-Each run is `run.py` on the digits, in a process of its own, with an environment that says how torch's threads wait for
-each other. A round runs every environment once on the machine as it is, and once beside a busy loop for each core.
-Compared are the images a second that a run itself counts, imports left out, and the CPU-seconds of the whole process.
-"Otherwise busy" is the share of the cores' time that other processes took meanwhile, busy loops among them: it tells
-whether a run with no busy loop beside it had the machine to itself.
+One process per setting trains the digits' ResNet on random images. The processes take turns of a second each, and only
+one runs at a time, so that drifting clock speeds and neighbors affect all of them alike. The table reports medians over
+the rounds, and each setting's ratio to libgomp's default within a round, with quartiles. Busy loops are processes that
+never wait; with as many of them as cores, each thread of the training process gets about half a core.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -28,25 +26,31 @@ from typing import Any
 
 import torch
 
-from benchmarks.measuring import columns, hardware, progress, versions
+from benchmarks.measuring import columns, hardware, progress, spread, versions
+from models.resnet import resnet_digits
 
 ROOT = Path(__file__).parents[1]
+BATCH_SIZE, IMAGE_SIZE = 64, 16
+WARMUP_STEPS = 5
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_NUM_THREADS")
-ENVIRONMENTS: dict[str, dict[str, str]] = {
-    "run.py's": {},
-    "libgomp's own": {"GOMP_SPINCOUNT": "300000"},  # what it does where the environment is silent
+DEFAULT = "300,000 spins (libgomp)"
+SETTINGS: dict[str, dict[str, str]] = {
+    DEFAULT: {"GOMP_SPINCOUNT": "300000"},
+    "100,000 spins": {"GOMP_SPINCOUNT": "100000"},
+    "30,000 spins (run.py)": {"GOMP_SPINCOUNT": "30000"},
+    "10,000 spins": {"GOMP_SPINCOUNT": "10000"},
     "1,000 spins": {"GOMP_SPINCOUNT": "1000"},
+    "no spins": {"OMP_WAIT_POLICY": "PASSIVE"},
     "one thread": {"OMP_NUM_THREADS": "1"},
 }
-RECIPE = (
-    "yamls/digits_medium.yaml", "schedule.warmup_epochs=0", "algorithms.progressive_resizing=null",
-    "algorithms.fixres=null", "logging.progress_bar=false", "device=cpu",
-)  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, or read what was measured before; print the table, and write the JSON file that was asked for."""
+    """Measure, or read earlier figures; print the table, and write the JSON file that was asked for."""
     options = parse(arguments)
+    if options.turns:
+        take_turns(options.turn_seconds)
+        return
     report = json.loads(options.read.read_text()) if options.read else measure(options)
     print(table(report))
     if options.json is not None:
@@ -59,44 +63,64 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.busy_machine", description=(__doc__ or "").split("\n")[0]
     )
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each kind")
-    parser.add_argument("--epochs", type=int, default=6, help="of a run; 22 steps each")
-    parser.add_argument("--loops", type=int, nargs="+", default=[0, os.cpu_count() or 1], help="busy loops beside it")
-    parser.add_argument("--only", nargs="+", choices=list(ENVIRONMENTS), default=list(ENVIRONMENTS), metavar="NAME")
-    parser.add_argument("--quick", action="store_true", help="one epoch, one round, no busy loops")
+    parser.add_argument("--rounds", type=int, default=20, help="turns of each setting")
+    parser.add_argument("--turn-seconds", type=float, default=1.0, help="length of a turn")
+    parser.add_argument("--loops", type=int, nargs="+", default=[0, os.cpu_count() or 1], help="numbers of busy loops")
+    parser.add_argument("--quick", action="store_true", help="one short round without busy loops")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
     parser.add_argument("--read", type=Path, metavar="FILE", help="measure nothing, take the figures of a --json")
+    parser.add_argument("--turns", action="store_true", help=argparse.SUPPRESS)  # a process that is measured
     options = parser.parse_args(arguments)
     if options.quick:
-        options.rounds, options.epochs, options.loops = 1, 1, [0]
+        options.rounds, options.turn_seconds, options.loops = 1, 0.05, [0]
     return options
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Everything that was asked for, as it goes into the JSON file."""
+    """All figures, as they go into the JSON file: images/s and CPU-ms per step of every turn."""
     runs: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        train(Path(folder), epochs=1, environment={"OMP_NUM_THREADS": "1"})  # converts the data
-        for number in range(options.rounds):
-            for loops in options.loops:
-                with busy_loops(loops):
-                    for name in options.only:
-                        progress(f"round {number + 1} of {options.rounds}: {name} beside {loops} busy loops")
-                        done = train(Path(folder), epochs=options.epochs, environment=ENVIRONMENTS[name])
-                        runs.append({"environment": name, "loops": loops, **done})
+    with contextlib.ExitStack() as processes:
+        trainers = {
+            name: processes.enter_context(trainer(environment, options.turn_seconds))
+            for name, environment in SETTINGS.items()
+        }
+        for process in trainers.values():
+            _line(process)  # that it is ready
+        for loops in options.loops:
+            with busy_loops(loops):
+                for number in range(options.rounds):
+                    progress(f"round {number + 1} of {options.rounds} beside {loops} busy loops")
+                    for name, process in trainers.items():
+                        print(file=process.stdin, flush=True)
+                        runs.append({"setting": name, "loops": loops, "round": number, **json.loads(_line(process))})
     progress("")
     return {
         "date": time.strftime("%Y-%m-%d"),
         "hardware": {**hardware(torch.device("cpu")), "cores": os.cpu_count()},
-        "versions": versions(("torch", "mosaicml")),
-        "epochs": options.epochs,
+        "versions": versions(("torch",)),
+        "turn_seconds": options.turn_seconds,
         "runs": runs,
     }
 
 
 @contextlib.contextmanager
+def trainer(environment: dict[str, str], turn_seconds: float) -> Iterator[subprocess.Popen[str]]:
+    """A process that trains for one turn whenever it reads a line."""
+    inherited = {name: value for name, value in os.environ.items() if name not in WAITING}
+    command = [sys.executable, "-m", "benchmarks.busy_machine", "--turns", "--turn-seconds", str(turn_seconds)]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env={**inherited, **environment}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@contextlib.contextmanager
 def busy_loops(count: int) -> Iterator[None]:
-    """So many processes that do nothing but work."""
+    """`count` processes that use a core each."""
     loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
     try:
         yield
@@ -106,60 +130,62 @@ def busy_loops(count: int) -> Iterator[None]:
             loop.wait()
 
 
-def train(folder: Path, *, epochs: int, environment: dict[str, str]) -> dict[str, float]:
-    """Train the digits in a process; what it counted and what it cost."""
-    inherited = {name: value for name, value in os.environ.items() if name not in WAITING}
-    given = (*RECIPE, f"duration.epochs={epochs}", f"results_dir={folder / 'results'}", f"data.cache_dir={folder}")
-    with (folder / "said.txt").open("w+") as said:
-        started, busy = time.monotonic(), _busy_seconds()
-        process = subprocess.Popen(
-            [sys.executable, "run.py", "-f", *given],
-            cwd=ROOT, env={**inherited, **environment, "PYTHONPATH": str(ROOT)}, stdout=said, stderr=said,
-        )  # fmt: skip
-        _, status, usage = os.wait4(process.pid, 0)
-        wall, busy = time.monotonic() - started, _busy_seconds() - busy
-        process.returncode = os.waitstatus_to_exitcode(status)  # which Popen would wait for in vain
-        if process.returncode != 0:
-            said.seek(0)
-            raise RuntimeError(f"run.py ended with status {process.returncode}: {said.read()}")
-    cpu = usage.ru_utime + usage.ru_stime
-    summary = json.loads((folder / "results" / "digits_medium" / "summary.json").read_text())
-    return {
-        "images_per_second": round(summary["images_per_second"], 1),
-        "cpu_s": round(cpu, 2),
-        "wall_s": round(wall, 2),
-        "otherwise_busy": round(max(0.0, busy - cpu) / (wall * (os.cpu_count() or 1)), 3),
-    }
+def take_turns(turn_seconds: float) -> None:
+    """Train for `turn_seconds` after each line on stdin; print the turn's figures as a line of JSON."""
+    torch.manual_seed(0)
+    network = resnet_digits(num_classes=10)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
+    images, labels = torch.randn(BATCH_SIZE, 3, IMAGE_SIZE, IMAGE_SIZE), torch.randint(10, (BATCH_SIZE,))
 
+    def step() -> None:
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(network(images), labels).backward()
+        optimizer.step()
 
-def _busy_seconds() -> float:
-    """Seconds of work of all cores since the machine started; 0 where the system does not tell."""
-    try:
-        first = Path("/proc/stat").read_text().partition("\n")[0].split()[1:8]
-    except OSError:
-        return 0.0
-    user, nice, system, _, _, irq, softirq = map(int, first)
-    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+    for _ in range(WARMUP_STEPS):
+        step()
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        step()  # wakes the threads
+        started, cpu, steps = time.perf_counter(), time.process_time(), 0
+        while (elapsed := time.perf_counter() - started) < turn_seconds:
+            step()
+            steps += 1
+        cpu_ms = 1000 * (time.process_time() - cpu) / steps
+        print(json.dumps({"images_per_second": steps * BATCH_SIZE / elapsed, "cpu_ms_per_step": cpu_ms}), flush=True)
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report for people: medians, and every run's images a second."""
-    lines = [["busy loops", "threads wait as", "images/s", "of each run", "CPU-seconds", "otherwise busy"]]
-    kinds = list(dict.fromkeys((one["loops"], one["environment"]) for one in report["runs"]))
-    for loops, environment in sorted(kinds, key=lambda kind: kind[0]):
-        runs = [one for one in report["runs"] if (one["loops"], one["environment"]) == (loops, environment)]
-        speeds = [one["images_per_second"] for one in runs]
+    """The report as text."""
+    lines = [["busy loops", "threads wait for", "images/s", "of libgomp's", "quartiles", "CPU-ms per step"]]
+    kinds = dict.fromkeys((one["loops"], one["setting"]) for one in report["runs"])
+    for loops, setting in kinds:
+        runs = _turns(report, loops, setting)
+        pairs = zip(runs, _turns(report, loops, DEFAULT), strict=True)
+        ratio = spread([one["images_per_second"] / other["images_per_second"] for one, other in pairs])
         lines.append(
             [
                 str(loops),
-                environment,
-                f"{statistics.median(speeds):,.0f}",
-                " ".join(f"{speed:,.0f}" for speed in speeds),
-                f"{statistics.median(one['cpu_s'] for one in runs):.1f}",
-                " ".join(f"{one['otherwise_busy']:.0%}" for one in runs),
+                setting,
+                f"{statistics.median(one['images_per_second'] for one in runs):,.0f}",
+                f"{ratio['median']:.2f}",
+                f"{ratio['q1']:.2f} to {ratio['q3']:.2f}",
+                f"{statistics.median(one['cpu_ms_per_step'] for one in runs):.1f}",
             ]
         )
     return columns(lines)
+
+
+def _turns(report: dict[str, Any], loops: int, setting: str) -> list[dict[str, Any]]:
+    return [one for one in report["runs"] if (one["loops"], one["setting"]) == (loops, setting)]
+
+
+def _line(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    if not line:
+        raise RuntimeError(f"a training process ended with status {process.wait()}")
+    return line
 
 
 if __name__ == "__main__":

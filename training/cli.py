@@ -15,6 +15,7 @@ from training.engines.lean_import import import_lean
 
 _PAUSE_FOR_RANK_0_SECONDS = 10.0
 _HOW_THREADS_WAIT = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+_SPINS = "30000"
 
 _DESCRIPTION = """\
 Train an image classifier from a recipe: one YAML file that names the model, the data, the speed-ups, the optimizer and
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _quiet_libraries()
     if "composer" not in sys.modules:
         import_lean()
-        _let_threads_sleep()
+        _limit_spinning()
         # Nothing is open while the libraries are imported, and some of them take an interrupt for a missing module.
         # Composer's import puts a handler of its own in place.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -106,15 +107,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _let_threads_sleep() -> None:
-    """Have torch's threads sleep while they wait for each other, unless the environment says how they wait.
+def _limit_spinning() -> None:
+    """Let a thread that waits for others spin for about 1 ms before it sleeps, unless the environment says otherwise.
 
-    They would spin for milliseconds otherwise. On a machine with other work, a thread that spins keeps the very thread
-    from running that it waits for, and a small network trains 10 times slower; see docs/startup.md. OpenMP reads this
-    when torch is imported.
+    libgomp's default is 10 times as long. On a machine with other work, a spinning thread keeps the core from the very
+    thread that it waits for, which slows small networks by half and more. See docs/startup.md. libgomp reads this
+    variable when torch is imported.
     """
     if not any(name in os.environ for name in _HOW_THREADS_WAIT):
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.environ["GOMP_SPINCOUNT"] = _SPINS
 
 
 def _quiet_libraries() -> None:

@@ -57,7 +57,7 @@ def test_order_does_not_depend_on_the_order_of_keys(short_recipe: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "says"),
+    ("changes", "says"),
     [
         ("duration.epochs=7", r"cover 1 \+ 2 \+ 1 = 4 epochs and the run has 7"),
         ("schedule.warmup_epochs=9", "schedule.warmup_epochs: is 9, longer than the run of 4 epochs"),
@@ -68,7 +68,7 @@ def test_order_does_not_depend_on_the_order_of_keys(short_recipe: Any) -> None:
         ("model=torchvision.alexnet", "fixres.train is classifier_and_norm and AlexNet has no batch norm before its"),
     ],
 )
-def test_what_cannot_be_done_is_said_before_training(short_recipe: Any, overrides: str, says: str) -> None:
-    recipe = short_recipe(*overrides.split())
+def test_what_cannot_be_done_is_said_before_training(short_recipe: Any, changes: str, says: str) -> None:
+    recipe = short_recipe(*changes.split())
     with pytest.raises(RecipeError, match=says):
         plan_run(recipe)

@@ -100,12 +100,12 @@ def test_a_plan_is_made_without_composer() -> None:
         assert ended["out"].startswith(f"{Path(recipe).stem}: ")
         assert "algorithms, in the order they act" in ended["out"]
         assert not {"composer", "torchmetrics", "transformers", "sklearn", *COMPILER} & set(ended["imported"])
-        assert "OMP_WAIT_POLICY" not in ended["environment"]  # the user has said how threads wait
+        assert ended["environment"]["GOMP_SPINCOUNT"] == "7"  # what the user has set
 
 
-def test_threads_wait_asleep_where_the_user_has_not_said_how(mistakes: dict[str, Any]) -> None:
-    assert "OMP_WAIT_POLICY" not in mistakes["help"]["environment"]
-    assert mistakes["key"]["environment"]["OMP_WAIT_POLICY"] == "PASSIVE"
+def test_threads_spin_briefly_where_the_user_has_not_said_how_they_wait(mistakes: dict[str, Any]) -> None:
+    assert "GOMP_SPINCOUNT" not in mistakes["help"]["environment"]
+    assert mistakes["key"]["environment"]["GOMP_SPINCOUNT"] == "30000"
 
 
 @pytest.mark.slow
