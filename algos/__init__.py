@@ -1,6 +1,6 @@
-"""Training speed-ups for image classifiers: pure functions, and Composer algorithms made of them.
+"""Training speed-ups for image classifiers: pure functions, and Composer algorithms built on them.
 
-Names are imported when they are first used, so importing one algorithm costs one algorithm.
+Names are imported on first use, so importing one algorithm loads only that one.
 """
 
 from __future__ import annotations

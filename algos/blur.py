@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 Pair = tuple[int, int]  # rows, columns
 
-# Up to which a matrix product blurs a map on a CPU. There a border is most of the map, and PyTorch's padding goes
-# through it pixel by pixel.
+# On CPU, maps up to this size are blurred by a matrix product: most of such a map is border, which PyTorch pads pixel
+# by pixel.
 SMALL_MAP_PIXELS = 64
 
 
@@ -26,7 +26,7 @@ def blur(
     """Blur [N, C, H, W] with the binomial filter and keep every stride-th pixel: [N, C, ⌈H/stride⌉, ⌈W/stride⌉].
 
     filter_size, pad: as in `apply_blurpool`; here both axes are blurred. Dtype, device and memory format are kept.
-    Raises ValueError for a filter_size that is not 2 to 7 and for another pad.
+    Raises ValueError for a filter_size that is not 2 to 7 and for an unknown pad.
     """
     check_filter(filter_size, pad)
     return convolve(images, binomial_kernel((filter_size, filter_size), like=images), stride=pair(stride), pad=pad)
@@ -51,7 +51,7 @@ def binomial_kernel(taps: Pair, *, like: Tensor) -> Tensor:
 def convolve(images: Tensor, kernel: Tensor, *, stride: Pair, pad: str) -> Tensor:
     """Filter each channel of [N, C, H, W] or [C, H, W] with a binomial `kernel` and keep every stride-th pixel.
 
-    kernel: [1, 1, rows, columns], of `binomial_kernel`; no gradient reaches it. stride, pad: as in `blur`.
+    kernel: [1, 1, rows, columns], from `binomial_kernel`; it gets no gradient. stride, pad: as in `blur`.
     """
     if images.dim() == 3:
         return convolve(images.unsqueeze(0), kernel, stride=stride, pad=pad).squeeze(0)
@@ -68,12 +68,12 @@ def convolve(images: Tensor, kernel: Tensor, *, stride: Pair, pad: str) -> Tenso
 
 
 def to_channels_last(images: Tensor) -> Tensor:
-    """[N, C, H, W] in memory as [N, H, W, C]; `contiguous(memory_format=)`, which torch.vmap does not have."""
+    """[N, C, H, W] stored as [N, H, W, C]: `contiguous(memory_format=)`, which torch.vmap does not support."""
     return images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
 def _is_traced() -> bool:
-    # Compilers and exporters know a padding and a convolution, and what comes of them with a derivative of ours.
+    # Compilers and exporters get a plain padding and convolution, without our derivative.
     return torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
 
 
@@ -102,13 +102,13 @@ class _Axis(NamedTuple):
 
     @classmethod
     def of(cls, size: int, taps: int, stride: int, pad: str, *, any_size: bool) -> _Axis:
-        """any_size: that the padding must do for other sizes as well, as in a graph that is traced."""
+        """any_size: whether the padding must work for other sizes as well, as in a traced graph."""
         before = (taps - 1) // 2
         last = (size - 1) // stride * stride  # the first pixel of the last window, padded
         after = taps // 2 if any_size else max(0, last + taps - before - size)
         if pad == "zeros":
             return cls(size, taps, stride, "constant", before, after)
-        # Reflecting p pixels takes an axis of more than p.
+        # Reflecting p pixels requires an axis of more than p.
         return cls(size, taps, stride, "reflect" if taps // 2 < size else "replicate", before, after)
 
     @property
@@ -119,9 +119,9 @@ class _Axis(NamedTuple):
 class _Blur(torch.autograd.Function):
     """`_convolve` with a derivative that keeps no image and adds in a fixed order.
 
-    Left to autograd, the padded copy would live until the backward pass. The derivative of PyTorch's reflection is one
-    scalar addition a pixel for NCHW on a CPU, five times the work of the padding; on a GPU it adds in no fixed order,
-    so that no two runs are alike and torch.use_deterministic_algorithms refuses it.
+    Autograd would keep the padded copy until the backward pass. The derivative of PyTorch's reflection is one scalar
+    addition per pixel for NCHW on CPU, five times the work of the padding; on a GPU it adds in no fixed order, so runs
+    differ and torch.use_deterministic_algorithms refuses it.
     """
 
     generate_vmap_rule = True
@@ -160,7 +160,7 @@ def _transposed(gradient: Tensor, kernel: Tensor, rows: _Axis, columns: _Axis, *
     weight, channels = _weight(kernel, gradient)
     padding = _padding_of_convolution(rows, columns)
     height, width = (rows.size, columns.size) if padding else (rows.padded_size, columns.padded_size)
-    # Of the convolution's input its derivative asks for the shape and the format alone.
+    # The derivative needs only the shape and format of the convolution's input.
     like = _empty(gradient, height, width, channels_last=channels_last)
     stride, taken = (rows.stride, columns.stride), (True, False, False)
     padded, *_ = torch.ops.aten.convolution_backward(  # pyright: ignore[reportCallIssue]
@@ -170,13 +170,13 @@ def _transposed(gradient: Tensor, kernel: Tensor, rows: _Axis, columns: _Axis, *
 
 
 def _padding_of_convolution(rows: _Axis, columns: _Axis) -> Pair | None:
-    """Where the convolution itself can pad, which saves a copy: with zeros, as many on both sides."""
+    """The padding if the convolution can do it, which saves a copy: zeros, equally many on both sides."""
     by_convolution = all(axis.mode == "constant" and axis.taps % 2 for axis in (rows, columns))
     return (rows.before, columns.before) if by_convolution else None
 
 
 def _weight(kernel: Tensor, images: Tensor) -> tuple[Tensor, int]:
-    channels = int(images.shape[-3])  # a number for ONNX's tracer too, whose convolutions have weights of known shape
+    channels = int(images.shape[-3])  # a number for ONNX's tracer too, whose convolutions need weights of known shape
     return kernel.to(images).expand(channels, -1, -1, -1), channels
 
 
@@ -216,13 +216,13 @@ def _pad(images: Tensor, rows: _Axis, columns: _Axis) -> Tensor:
     else:
         images = F.pad(images, (columns.before, columns.after, 0, 0), mode=columns.mode)
         images = F.pad(images, (0, 0, rows.before, rows.after), mode=rows.mode)
-    # Reflection keeps the format on CPU and not everywhere else; where a compiler believes otherwise, a norm behind it
-    # gets the wrong gradient (torch 2.7.0, aot_eager, GroupNorm).
+    # Reflection keeps the format on CPU but not everywhere; if a compiler assumes otherwise, a norm after it gets the
+    # wrong gradient (torch 2.7.0, aot_eager, GroupNorm).
     return to_channels_last(images) if channels_last else images
 
 
 def _reflect_channels_last(images: Tensor, rows: _Axis, columns: _Axis) -> Tensor:
-    """F.pad(mode="reflect") with one copy of the images, where PyTorch's on a GPU changes their format as well."""
+    """F.pad(mode="reflect") with one copy of the images; PyTorch's also changes their format on a GPU."""
     padded = _empty(images, rows.padded_size, columns.padded_size, channels_last=True)
     between = padded.narrow(-1, columns.before, columns.size)
     between.narrow(-2, rows.before, rows.size).copy_(images)
@@ -233,7 +233,7 @@ def _reflect_channels_last(images: Tensor, rows: _Axis, columns: _Axis) -> Tenso
 
 
 def _fold(padded: Tensor, dim: int, axis: _Axis) -> Tensor:
-    """The transpose of padding an axis, in place: what lies beyond the border is added to where it came from."""
+    """The transpose of padding an axis, in place: adds values beyond the border to the pixels they came from."""
     inner = padded.narrow(dim, axis.before, axis.size)
     if axis.mode == "reflect":
         for border, mirrored in _mirrored(padded, dim, axis):
@@ -257,7 +257,7 @@ def _mirrored(padded: Tensor, dim: int, axis: _Axis) -> list[tuple[Tensor, Tenso
 
 
 def _flip(pixels: Tensor, dim: int) -> Tensor:
-    return pixels.flip(dim) if pixels.shape[dim] > 1 else pixels  # flipping is copying
+    return pixels.flip(dim) if pixels.shape[dim] > 1 else pixels  # flip copies
 
 
 def _empty(like: Tensor, height: int, width: int, *, channels_last: bool) -> Tensor:
@@ -268,5 +268,5 @@ def _empty(like: Tensor, height: int, width: int, *, channels_last: bool) -> Ten
 
 
 def _is_channels_last(images: Tensor) -> bool:
-    # By strides: torch.vmap does not answer is_contiguous(memory_format=).
+    # By strides: torch.vmap does not support is_contiguous(memory_format=).
     return images.shape[1] > 1 and images.stride(1) == 1

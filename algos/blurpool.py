@@ -1,7 +1,7 @@
 """BlurPool (Zhang 2019, arXiv 1904.11486): low-pass filter before subsampling, so that small shifts change little.
 
-Layers are changed in place by giving each a subclass of its own class. Parameters, their names, ties and gradients'
-flags, hooks, optimizers and checkpoints never notice: the same weights load before and after.
+Each changed layer's class is replaced in place by a subclass of it. Parameters, their names, ties and requires_grad,
+hooks, optimizers and checkpoints are unaffected: the same weights load before and after.
 
 Shapes: N samples, C channels, H x W pixels.
 """
@@ -34,34 +34,34 @@ def apply_blurpool(
     convolutions: bool = True,
     max_pools: bool = True,
 ) -> nn.Module:
-    """Put a blur where `model` subsamples: in convolutions and max-pools with a stride above 1. In place.
+    """Add a blur where `model` subsamples: in convolutions and max-pools with a stride above 1. In place.
 
     The blur is a depthwise convolution along each axis that is subsampled, with the binomial filter of n taps
     (`filter_size`), C(n-1, k) / 2^(n-1) for k = 0..n-1, which sums to 1.
 
         max-pool, stride s            ->  max-pool, stride 1; blur, stride s
-        convolution, stride s         ->  blur, stride 1; the convolution as it was      (placement "before")
+        convolution, stride s         ->  blur, stride 1; the convolution unchanged      (placement "before")
         1x1 convolution, stride s     ->  blur, stride s; 1x1 convolution, stride 1      (same result as the line above)
         convolution s, activation, f  ->  convolution 1, activation; blur, stride s; f   (placement "after")
 
-    filter_size: taps, 2 to 7. An even filter moves the image by half a pixel.
-    placement: "before" works on any model and adds little work. "after" is the paper's: the strided convolution is run
-        at stride 1, so it costs s² times its work, and the blur comes behind the activation. It needs to know what
-        follows a convolution, which it does for torchvision's ResNet, VGG, AlexNet, MobileNetV2 and DenseNet and for
-        other models made of their blocks; DenseNet's average-pools become blurs, and ResNet's first max-pool becomes
-        2x2, as in the authors' models.
-    pad: what lies beyond the border. "reflect" leaves a constant image constant (an axis too short to reflect repeats
+    filter_size: taps, 2 to 7. An even filter shifts the image by half a pixel.
+    placement: "before" works on any model and adds little work. "after" is the paper's: the strided convolution runs
+        at stride 1, at s² times the cost, and the blur follows the activation. It needs to know what follows a
+        convolution, which it does for torchvision's ResNet, VGG, AlexNet, MobileNetV2 and DenseNet and for other
+        models made of their blocks; DenseNet's average-pools become blurs, and ResNet's first max-pool becomes 2x2,
+        as in the authors' models.
+    pad: the values beyond the border. "reflect" leaves a constant image constant (an axis too short to reflect repeats
         its last pixel); "zeros" darkens borders.
-    min_channels: convolutions with fewer input channels keep their stride; 16 spares the first one.
+    min_channels: convolutions with fewer input channels are not blurred; 16 excludes the first one.
     convolutions, max_pools: which of the two to change.
 
-    An output has the size it had before, ceil_mode included; only under "after" ResNet's first pool and DenseNet's
-    average-pools differ, for odd sizes, as the authors' do. A layer's `stride` says afterwards what the layer itself
-    does; the blur's stride is in its repr. Max-pools that return indices are left alone with a warning.
+    Output sizes do not change, even with ceil_mode, except for odd sizes under "after": ResNet's first pool and
+    DenseNet's average-pools differ as in the authors' models. A changed layer's `stride` is that of the layer itself;
+    the blur's stride is in its repr. Max-pools that return indices are left alone with a warning.
 
-    Returns the same model. Applying it twice with the same settings is applying it once. Warns when nothing changed.
-    Raises ValueError for settings out of range, for other settings than the model was blurred with, for lazy layers
-    that have not seen a batch, and for "after" on a model whose structure it does not know.
+    Returns the same model. Applying it again with the same settings changes nothing. Warns when nothing changed.
+    Raises ValueError for settings out of range, for settings that differ from those of an earlier call, for lazy
+    layers that have not seen a batch, and for "after" on a model of unknown structure.
 
     Zhang 2019, "Making Convolutional Networks Shift-Invariant Again".
     """
@@ -138,7 +138,7 @@ class _Change:
     """How one layer changes. None: not at all, or without that blur."""
 
     blur_input: Pair | None = None  # stride of a blur before the layer
-    blur_output: Pair | None = None  # stride of a blur behind the layer (pools only)
+    blur_output: Pair | None = None  # stride of a blur after the layer (pools only)
     taps: Pair = (1, 1)  # of the filter, along rows and columns
     stride: Pair | None = None  # new value of the layer's own stride
     kernel_size: Pair | None = None  # new window of a max-pool, then unpadded
@@ -211,7 +211,7 @@ def _plan_resnet(model: Any, settings: _Settings, changes: _Changes) -> None:
     if pool not in changes:
         return
     if (pair(pool.kernel_size), pair(pool.stride), pair(pool.padding)) == ((3, 3), (2, 2), (1, 1)):
-        # The authors' window: the blur takes over what the overlap of 3x3 windows was there for.
+        # The authors' window: the blur replaces the overlap of 3x3 windows.
         changes[pool] = _Change(blur_output=(2, 2), taps=_taps((2, 2), settings), stride=(1, 1), kernel_size=(2, 2))
     if model.conv1 in _strided_convolutions(model, settings):
         _blur_between(model.conv1, pool, pair(model.conv1.stride), (1, 1), settings, changes)
@@ -220,7 +220,7 @@ def _plan_resnet(model: Any, settings: _Settings, changes: _Changes) -> None:
 def _plan_alexnet(model: Any, settings: _Settings, changes: _Changes) -> None:
     first, pool = model.features[0], model.features[2]
     if first in _strided_convolutions(model, settings) and pair(first.stride) == (4, 4) and pool in changes:
-        # The authors keep half of the stride of 4: at stride 1 the 11x11 convolution would cost 16 times its work.
+        # The authors keep half of the stride of 4: at stride 1 the 11x11 convolution would cost 16 times as much.
         _blur_between(first, pool, (2, 2), (2, 2), settings, changes)
 
 
@@ -259,7 +259,7 @@ def _blur_between(
 
 
 def _blur_then_pointwise(layer: nn.Conv2d, settings: _Settings) -> _Change:
-    # A 1x1 convolution commutes with subsampling; after it, it works on a 1/s² of the pixels.
+    # A 1x1 convolution commutes with subsampling; after it, it processes 1/s² of the pixels.
     stride = pair(layer.stride)
     return _Change(blur_input=stride, taps=_taps(stride, settings), stride=(1, 1))
 
@@ -278,7 +278,7 @@ def _strided_convolutions(model: nn.Module, settings: _Settings) -> list[nn.Conv
 
 
 def _is_pointwise(layer: nn.Module) -> bool:
-    # Not a subclass, whose forward pass may do something else besides.
+    # Not a subclass, whose forward pass may do more.
     return type(layer) is nn.Conv2d and pair(layer.kernel_size) == (1, 1) and layer.padding in ((0, 0), "valid")
 
 
@@ -304,7 +304,7 @@ class _Blurred(nn.Module):
             images = self._blurred(images, change.blur_input)
         if change.blur_output is None:
             return super().forward(images)
-        if isinstance(self, nn.AvgPool2d):  # the blur is an average itself, and takes the pool's place
+        if isinstance(self, nn.AvgPool2d):  # the blur is itself an average, and replaces the pool
             return self._blurred(images, change.blur_output)
         if isinstance(self, nn.MaxPool2d) and self.ceil_mode:
             images = _extend_for_ceil_mode(images, self, change.blur_output)
@@ -331,8 +331,8 @@ class _Blurred(nn.Module):
         return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # Classes made at run time cannot be found by name: rebuild this one from the layer's former class. Someone
-        # else's subclass of it (a parametrization's, a sharding's) is theirs to copy.
+        # Classes created at run time cannot be found by name: rebuild this one from the layer's former class. Other
+        # libraries' subclasses of it (for parametrization, sharding) copy themselves.
         first, *others = type(self).__bases__
         if first is not _Blurred:
             return super().__reduce_ex__(protocol)
@@ -361,14 +361,14 @@ def _rebuild(cls: type[nn.Module]) -> nn.Module:
 
 
 def _pools_slowly(images: Tensor) -> bool:
-    # On CPU, PyTorch (2.7) vectorizes max-pools in channels-last alone: a dense 3x3 one takes 18 times as long in NCHW,
-    # and what it takes to change the format is a fifth of the difference. A compiler makes its own kernels.
+    # On CPU, PyTorch (2.7) vectorizes max-pools only in channels-last: a dense 3x3 one takes 18 times as long in NCHW,
+    # and changing the format takes a fifth of the difference. A compiler generates its own kernels.
     on_cpu = images.device.type == "cpu" and not torch.compiler.is_compiling()
     return on_cpu and images.dim() == 4 and images.is_contiguous()
 
 
 def _extend_for_ceil_mode(images: Tensor, pool: nn.MaxPool2d, stride: Pair) -> Tensor:
-    """Add -inf below and to the right, so that the dense maximum reaches the last window that ceil_mode counts."""
+    """Pad with -inf below and to the right, so that the dense max-pool covers the last window of ceil_mode."""
     extra = [
         _missing_in_ceil_mode(size, *sizes)
         for size, *sizes in zip(

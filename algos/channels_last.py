@@ -1,4 +1,4 @@
-"""Channels-last (NHWC) memory format: the layout that convolutions on tensor cores and oneDNN work in."""
+"""Channels-last (NHWC) memory format: the layout of convolutions on tensor cores and in oneDNN."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ def apply_channels_last(model: nn.Module, *, weights: bool = True) -> nn.Module:
     """Make `model` compute in channels-last: strides of [N, C, H, W] tensors ordered N, H, W, C. Values do not change.
 
     weights: True converts the four-dimensional parameters and buffers, in place: every parameter stays the same object,
-        so optimizers, ties, hooks and requires_grad stay as they are. A convolution then returns channels-last whatever
-        it is given. False leaves the weights and converts what convolutions are given instead, for weights whose
-        strides are fixed (sharding needs them contiguous); a convolution then reorders its small weights on each call.
+        so optimizers, ties, hooks and requires_grad are unaffected. A convolution then returns channels-last for any
+        input. False converts the inputs of convolutions instead of the weights, for weights whose strides are fixed
+        (sharding needs them contiguous); a convolution then reorders its small weights on each call.
 
-    Returns the same model. Warns when there is nothing to convert. Applying it twice is applying it once.
+    Returns the same model. Warns when there is nothing to convert. Applying it again changes nothing.
     """
     if not any(parameter.ndim == 4 for parameter in model.parameters()):
         warnings.warn(
@@ -35,7 +35,7 @@ def apply_channels_last(model: nn.Module, *, weights: bool = True) -> nn.Module:
 class ChannelsLast(SpeedUp):
     """Makes the model compute in channels-last, from the start of training.
 
-    It has no settings. Under FSDP, which shards contiguous parameters only, it converts what convolutions are given
+    It has no settings. Under FSDP, which shards only contiguous parameters, it converts the inputs of convolutions
     instead of their weights.
     """
 
@@ -57,8 +57,8 @@ def _convert_weights(model: nn.Module) -> None:
 
 
 def _convert_inputs(model: nn.Module) -> None:
-    # At every convolution and not at the model, whose forward may be called past its hooks (Composer evaluates so).
-    # From the second convolution on there is nothing left to convert, as a rule.
+    # At every convolution, not at the model, whose forward may be called without its hooks (Composer evaluates so).
+    # From the second convolution on there is usually nothing left to convert.
     for module in model.modules():
         is_convolution = any(parameter.ndim == 4 for parameter in module.parameters(recurse=False))
         if is_convolution and _to_channels_last not in module._forward_pre_hooks.values():

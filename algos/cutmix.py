@@ -13,7 +13,7 @@ from .framework.batches import check_num_classes, count_classes, soften, split_b
 from .framework.mixing import check_alpha, check_counts, check_permutation, check_seed, draw_beta, has_turn, mix
 from .framework.randomness import generator_at
 
-Box = tuple[int, int, int, int]  # top, left, bottom, right in px; bottom and right lie just outside
+Box = tuple[int, int, int, int]  # top, left, bottom, right in px; bottom and right are exclusive
 
 
 def cutmix_batch(
@@ -26,13 +26,13 @@ def cutmix_batch(
 
     images: [N, C, H, W] of any dtype; the result keeps it and the memory format.
     targets: class indices [N] of an integer type, or probabilities [N, K].
-    box: (top, left, bottom, right) in px for the batch, or an integer tensor [N, 4] of one a sample. It may be empty.
+    box: (top, left, bottom, right) in px for the batch, or an integer tensor [N, 4], one per sample. It may be empty.
     permutation: [N], integers 0..N-1 each once.
     num_classes: K; needed for indices only.
 
     Returns (images, probabilities [N, K]) as new tensors. Deterministic; `draw_cutmix` draws box and permutation.
-    Raises ValueError for images of another shape, a box outside the image, targets that do not fit and a permutation
-    that is none (tensors' values are looked at on CPU only, since looking at an accelerator's would wait for it).
+    Raises ValueError for images of another shape, a box outside the image, targets that do not fit and an invalid
+    permutation (tensors' values are checked on CPU only, since reading an accelerator's would wait for it).
 
     Yun et al. 2019, "CutMix: Regularization Strategy to Train Strong Classifiers with Localizable Features", section 3.
     """
@@ -52,12 +52,12 @@ def draw_cutmix(
 ) -> tuple[Box | Tensor, Tensor]:
     """Draw (box, permutation): a box of about 1 - lam of the image, lam ~ Beta(alpha, alpha), and a permutation [N].
 
-    The box has sides of √(1 - lam) of the image's, lies around a uniformly drawn pixel and is clipped at the border, so
-    its area may be less than 1 - lam; `cutmix_batch` weighs the targets by the area that is left.
+    The box's sides are √(1 - lam) of the image's. It is centered on a uniformly drawn pixel and clipped at the border,
+    so its area may be less than 1 - lam; `cutmix_batch` weights the targets by the area that is left.
 
     height, width: of the images, px.
     alpha: above 0; 1, the paper's, draws lam uniformly.
-    generator: a CPU generator, the only source of chance.
+    generator: a CPU generator, the only source of randomness.
     per_sample: False draws one box; True draws a tensor [N, 4] of them.
 
     Raises ValueError for an alpha that is not above 0 and finite, and for less than one sample or pixel.
@@ -80,21 +80,21 @@ def draw_cutmix(
 
 
 class CutMix(SpeedUp):
-    """Pastes a box of another sample into every image of a training batch; evaluation sees them whole.
+    """Pastes a box of another sample into every image of a training batch, but not in evaluation.
 
     alpha: of Beta(alpha, alpha), from which the share of a sample's own area is drawn; above 0.
     per_sample: draw a box for each sample instead of one for the batch.
-    switch_probability: share of the batches that are this one's when MixUp is on as well, in [0, 1]; MixUp has the
-        others. Without MixUp every batch is this one's.
+    switch_probability: share of the batches that CutMix takes if MixUp is on as well, in [0, 1]; MixUp takes the
+        others. Without MixUp, CutMix takes every batch.
     num_classes: classes; None reads the model's `num_classes`.
-    seed: of the boxes and permutations, 0 or more; None takes the run's seed.
+    seed: of the boxes and permutations, 0 or more; None uses the run's seed.
 
-    Draws once a device batch, whatever the microbatch size. A draw is a function of the seed, the rank and the number
-    of batches done, so ranks differ from each other and a resumed run repeats nothing and skips nothing. Targets become
+    Draws once per device batch, whatever the microbatch size. A draw is a function of the seed, the rank and the number
+    of batches done, so ranks draw differently, and a resumed run repeats and skips nothing. Targets become
     probabilities [N, K]: the loss must accept them, as torch.nn.functional.cross_entropy does.
     """
 
-    # It does not own mixing, which MixUp does: `has_turn` lets exactly one of the two act on a batch.
+    # MixUp owns mixing, CutMix does not: `has_turn` lets exactly one of the two act on a batch.
     contract = Contract(writes=[Resource.MIXING, Resource.IMAGES, Resource.TARGETS], after=[Resource.IMAGES])
     events = (Event.BATCH_START,)
 
@@ -122,7 +122,7 @@ class CutMix(SpeedUp):
         self.seed = seed
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        """Replace the batch by its mixture, unless this one is MixUp's."""
+        """Replace the batch with its mixture, unless it is MixUp's turn."""
         if not has_turn(self, state):
             return
         images, targets = split_batch(state.batch)
@@ -155,7 +155,7 @@ def _paste(images: Tensor, box: Box | Tensor, permutation: Tensor) -> Tensor:
 
 
 def _own_share(box: Box | Tensor, *, height: int, width: int) -> float | Tensor:
-    """lam: the share of the image that the box leaves to the sample itself, exact for the box that is pasted."""
+    """lam: the share of the image outside the box, exact for the box that is pasted."""
     if isinstance(box, Tensor):
         area = (box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1])
         return 1.0 - area.double() / (height * width)
@@ -164,7 +164,7 @@ def _own_share(box: Box | Tensor, *, height: int, width: int) -> float | Tensor:
 
 
 def _interval(sides: Tensor, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Begin and end, in px of an axis of `size`, of boxes that take `sides` of it around uniformly drawn centers."""
+    """Start and end, in px of an axis of `size`, of boxes that span `sides` of it around uniformly drawn centers."""
     center = torch.randint(size, sides.shape, generator=generator)
     half = (sides * size / 2).long()
     return (center - half).clamp(min=0), (center + half).clamp(max=size)

@@ -20,12 +20,12 @@ def ema_update(average: nn.Module | Average, model: nn.Module, *, decay: float) 
     """Move `average` towards `model`, in place: a <- decay · a + (1 - decay) · w.
 
     Parameters and floating-point buffers (batch norm's running statistics) are averaged; integer buffers (its count of
-    batches) are copied, and buffers that no state dict holds are left alone. Wrappers such as DDP do not show in names.
+    batches) are copied, and non-persistent buffers are left alone. Names ignore wrappers such as DDP.
 
-    average: another module of the same structure (`copy.deepcopy(model)` starts one), or its tensors by name. Sharded
-        by FSDP2, both must be sharded alike; no rank waits for another.
-    decay: share of the average that stays, in [0, 1]. After t updates a weight's part in it has shrunk by decay^t, to a
-        half after log(1/2) / log(decay).
+    average: another module of the same structure (`copy.deepcopy(model)` starts one), or its tensors by name. Under
+        FSDP2 both must be sharded the same way; no rank waits for another.
+    decay: share of the average that is kept, in [0, 1]. After t updates a weight's contribution has shrunk by decay^t,
+        to a half after log(1/2) / log(decay) updates.
 
     Raises ValueError for a decay out of range, names or shapes that do not match, and for a model under FSDP1.
 
@@ -47,11 +47,11 @@ def ema_update(average: nn.Module | Average, model: nn.Module, *, decay: float) 
 
 @contextlib.contextmanager
 def averaged_weights(model: nn.Module, average: nn.Module | Average) -> Iterator[nn.Module]:
-    """Inside the context `model` holds `average`; afterwards what it held before, bit for bit.
+    """Inside the context `model` holds `average`; afterwards its previous values, bit for bit.
 
     This takes one more copy of the weights.
 
-    Export in here: `with averaged_weights(model, average): torch.save(model.state_dict(), path)`. May be nested.
+    Export inside: `with averaged_weights(model, average): torch.save(model.state_dict(), path)`. May be nested.
     Raises ValueError as `ema_update` does.
     """
     before = _put(model, average)
@@ -62,7 +62,7 @@ def averaged_weights(model: nn.Module, average: nn.Module | Average) -> Iterator
 
 
 def averaged_state_dict(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """The model's state dict with its average in place of the weights, from a checkpoint that was trained with `EMA`.
+    """The model's state dict with its average in place of the weights, from a checkpoint of a run with `EMA`.
 
     checkpoint: what torch.load returned for one file of Composer's Trainer.
     Raises ValueError when it holds no average.
@@ -81,14 +81,14 @@ class EMA(SpeedUp):
     """Averages the weights over training and evaluates the average; training itself does not change.
 
     Give exactly one of the first two:
-    half_life_steps: steps after which a weight's part in the average has halved, above 0.
-    decay: share of the average that stays at each step, in (0, 1).
-    update_interval_steps: steps between updates, 1 or more; the share that stays is then decay^interval, so the average
-        reaches back as far as before.
+    half_life_steps: steps after which a weight's contribution to the average has halved, above 0.
+    decay: share of the average that is kept at each step, in (0, 1).
+    update_interval_steps: steps between updates, 1 or more; an update then keeps decay^interval, so the average
+        covers as many steps as before.
 
-    The first update copies the weights, so the random start has no part in the average. Evaluation and prediction run
-    on the average; the weights come back afterwards, bit for bit. A checkpoint holds both: the model's entry is the
-    weights (what a resumed run goes on from), this algorithm's is their average; `averaged_state_dict` takes it out.
+    The first update copies the weights, so the random start does not contribute. Evaluation and prediction use the
+    average; the weights are restored afterwards, bit for bit. A checkpoint holds both: the model's entry has the
+    weights (a resumed run continues from these), this algorithm's their average; `averaged_state_dict` extracts it.
 
     average: after the first update, the averages by name; for `averaged_weights`.
     """
@@ -133,14 +133,14 @@ class EMA(SpeedUp):
         self._num_updates = 0
         self._loaded: Mapping[str, Any] | None = None
         self._weights: dict[str, Tensor] = {}  # the model's own, while it holds the average
-        self._evaluations = 0  # under way, one within the other
+        self._evaluations = 0  # in progress, nested
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         """Update the average after a step, and put it into the model during evaluation."""
         if event == Event.INIT:
             _refuse_other_averages(self, state)
         elif event == Event.BEFORE_LOAD:
-            if state.fsdp_sharded_state_dict_enabled:  # loaded in place, so there must be a place
+            if state.fsdp_sharded_state_dict_enabled:  # loaded in place, so it must exist
                 self.average = _snapshot(state.model)
         elif event == Event.AFTER_LOAD:
             self._take_loaded(state)
@@ -160,7 +160,7 @@ class EMA(SpeedUp):
             self._evaluations -= 1
 
     def state_dict(self) -> dict[str, Any]:
-        """The average, whole on every rank: under FSDP all of them must ask for it together."""
+        """The average, unsharded on every rank: under FSDP all ranks must call this together."""
         return {
             "num_updates": self._num_updates,
             "tensors": {name: _whole(tensor) for name, tensor in (self.average or {}).items()},
@@ -197,7 +197,7 @@ class EMA(SpeedUp):
 
 
 def _named_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers under the names that the bare model gives them, sharded ones as shards."""
+    """Parameters and persistent buffers under the names of the unwrapped model, sharded ones as shards."""
     model = _unwrapped(module)
     transient = set()
     for prefix, part in model.named_modules():
@@ -207,7 +207,7 @@ def _named_tensors(module: nn.Module) -> dict[str, Tensor]:
                 "average under FSDP2 (fsdp version 2), DDP or on one device"
             )
         if hasattr(part, "unshard") and hasattr(part, "reshard"):
-            part.reshard()  # FSDP2's root stays whole after an evaluation; its shards are what counts
+            part.reshard()  # FSDP2's root stays unsharded after an evaluation; this needs its shards
         transient |= {f"{prefix}.{name}".removeprefix(".") for name in part._non_persistent_buffers_set}
     buffers = {name: buffer for name, buffer in model.named_buffers() if name not in transient}
     return {_bare(name): tensor.detach() for name, tensor in [*model.named_parameters(), *buffers.items()]}
@@ -251,7 +251,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _snapshot(model: nn.Module) -> dict[str, Tensor]:
-    """A copy to average into, in float32 at least: in bfloat16 a step of 1/1000 of the way would be rounded to none."""
+    """A copy to average into, in float32 at least: bfloat16 would round a step of 1/1000 of the way to zero."""
     return {
         name: tensor.to(torch.promote_types(tensor.dtype, torch.float32)) if tensor.is_floating_point() else tensor
         for name, tensor in ((name, tensor.clone()) for name, tensor in _named_tensors(model).items())
@@ -269,9 +269,9 @@ def _put(model: nn.Module, values: nn.Module | Average) -> dict[str, Tensor]:
 
 
 def _broadcast_buffers(average: Average, model: nn.Module) -> None:
-    """Give every rank rank 0's averaged buffers, which are the ones that a checkpoint holds.
+    """Send rank 0's averaged buffers, which are those of a checkpoint, to every rank.
 
-    Gradients are common to all ranks, and so are averaged parameters; batch norm's statistics are of a rank's images.
+    Ranks share gradients and so averaged parameters, but batch norm's statistics are of each rank's own images.
     """
     if world_size() == 1:
         return
@@ -281,7 +281,7 @@ def _broadcast_buffers(average: Average, model: nn.Module) -> None:
 
 
 def _like_model(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Whole `tensors` from a checkpoint, on the model's device and sharded as it is."""
+    """Unsharded `tensors` of a checkpoint, on the model's device and sharded as it is."""
     average = _snapshot(model)
     _check_match({name: tensor.shape for name, tensor in tensors.items()}, average)
     for name, tensor in average.items():
@@ -300,17 +300,17 @@ def _whole(tensor: Any) -> Tensor:
 
 
 def _local(tensor: Any) -> Tensor:
-    # All that is done to averages is done to each element alone, so each rank can do it to its shard.
+    # All operations on averages are elementwise, so each rank can apply them to its shard.
     return tensor.to_local() if _is_sharded(tensor) else tensor
 
 
 def _is_sharded(tensor: Tensor) -> bool:
-    return hasattr(tensor, "full_tensor")  # a DTensor; asking its class would import torch.distributed.tensor
+    return hasattr(tensor, "full_tensor")  # a DTensor; checking its class would import torch.distributed.tensor
 
 
 def _refuse_other_averages(algorithm: EMA, state: State) -> None:
     for other in state.algorithms:
-        # Composer's EMA and SWA have these names too. Each would put the other's average back as the weights.
+        # Composer's EMA and SWA have these names too. Each would restore the other's average as the weights.
         if other is not algorithm and type(other).__name__ in ("EMA", "SWA"):
             raise ValueError(
                 f"ema and another algorithm, {type(other).__module__}.{type(other).__name__}, would both swap the "

@@ -1,8 +1,8 @@
-"""FixRes: a last phase at the test resolution, with the test-time crop, on the layers that see the change.
+"""FixRes: a last phase at the test resolution, with the test-time crop, that trains only the layers affected.
 
-Touvron 2019 (arXiv 1906.06423): random crops make objects look larger in training than at test time, so the network
-meets other activation statistics there. Fine-tuning the classifier and the batch norm before it on images as they will
-be at test time mends that, at a fraction of a full epoch's cost since nothing below them needs a gradient.
+Touvron 2019 (arXiv 1906.06423): random crops make objects look larger in training than at test time, so activation
+statistics differ at test time. Fine-tuning the classifier and the batch norm before it on test-like images corrects
+that, at a fraction of a full epoch's cost since nothing below them needs a gradient.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def freeze_for_fixres(model: nn.Module, *, train: Trained = "classifier_and_norm
     The classifier is the last `nn.Linear` (or, without one, the last convolution) in registration order, and the norm
     the last batch norm registered before it. Every other batch norm is frozen with its statistics: it normalizes with
     its running mean and variance even after `model.train()`. Gradients of frozen parameters are dropped, so that no
-    optimizer applies an old one. Calling it again changes nothing. A model that is wrapped in DistributedDataParallel
-    needs no find_unused_parameters: from here on its ranks average the gradients of what is still trained alone.
+    optimizer applies an old one. Calling it again changes nothing. A model wrapped in DistributedDataParallel does not
+    need find_unused_parameters: from here on its ranks average only the gradients of what is still trained.
 
     train: "classifier_and_norm" (the paper's choice), "classifier", or "all", which freezes nothing.
 
@@ -55,7 +55,7 @@ def freeze_for_fixres(model: nn.Module, *, train: Trained = "classifier_and_norm
 
 
 def phase_learning_rate(epoch: float, *, start_epoch: float, total_epochs: float, learning_rate: float) -> float:
-    """Rate after `epoch` epochs: r (1 + cos(pi t)) / 2, t the share of the epochs from start to total that is done."""
+    """Rate after `epoch` epochs: r (1 + cos(pi t)) / 2, t the completed share of the epochs from start to total."""
     share = (epoch - start_epoch) / max(total_epochs - start_epoch, 1e-12)
     return learning_rate * 0.5 * (1.0 + math.cos(math.pi * min(max(share, 0.0), 1.0)))
 
@@ -64,18 +64,18 @@ class FixRes(SpeedUp):
     """Trains the run's last `epochs` at the test resolution with the test-time crop.
 
     epochs: length of the phase; it is part of the run, not added to it.
-    image_size: px; None keeps the size that the loader has then (the last stage's under ProgressiveResizing).
-    train: which layers learn: the classifier and the last batch norm (the paper's choice), the classifier, or all.
-    learning_rate: of every parameter group at the phase's start, falling to 0 by a cosine; it needs a LearningRate
-        among the algorithms. None leaves the run's own schedule.
+    image_size: px; None keeps the loader's size at that point (the last stage's under ProgressiveResizing).
+    train: which layers to train: the classifier and the last batch norm (the paper's choice), the classifier, or all.
+    learning_rate: of every parameter group at the phase's start, falling to 0 along a cosine; it needs a LearningRate
+        among the algorithms. None keeps the run's schedule.
     plain_images: suspend the algorithms that change images (MixUp, CutMix, RandAugment) in the phase.
     crop: "test" switches the loader to the test-time crop in the phase; "keep" leaves the loader's crop as it is, for
         loaders that cannot be switched, and fine-tunes on the images that they serve.
 
     The loader must be a `CropSwitchingLoader` unless crop is "keep", and a `ResizableLoader` when image_size is given;
-    others are refused before the first step, and so is a phase longer than the run or a model without the layers to
-    train. A run whose length is given in batches has as many epochs as it begins. Another `fit` of the same Trainer
-    makes the run longer and the phase its end: until then, all layers train again.
+    others are refused before the first step, as are a phase longer than the run and a model without the layers to
+    train. A run whose length is given in batches has as many epochs as it starts. Another `fit` of the same Trainer
+    extends the run and moves the phase to its end: until then, all layers train again.
     """
 
     contract = Contract(
@@ -116,7 +116,7 @@ class FixRes(SpeedUp):
 
     @property
     def find_unused_parameters(self) -> bool:
-        """Whether DDP must look for parameters without a gradient in every step, for lack of a way to tell it later."""
+        """Whether DDP must look for unused parameters in every step, because it cannot be told of them later."""
         return self.train != "all" and not can_change_what_is_trained()
 
     def start_epoch(self, total_epochs: int) -> int:
@@ -134,17 +134,17 @@ class FixRes(SpeedUp):
             _kept_modules(model, with_norm=self.train == "classifier_and_norm")
 
     def suspends(self, algorithm: Any) -> TypeGuard[SpeedUp]:
-        """Whether `algorithm` changes images and is to do nothing in the phase."""
+        """Whether `algorithm` changes images and is suspended in the phase."""
         if not (self.plain_images and isinstance(algorithm, SpeedUp)):
             return False
-        # Progressive resizing changes images too where the loader cannot, and goes on: it sets their size.
+        # Progressive resizing, which changes images if the loader cannot, stays on: it sets their size.
         writes = algorithm.contract.writes
         return Resource.IMAGES in writes and Resource.LOADER_SHAPE not in writes
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        """Put loader and model into the phase that the run is in."""
+        """Set loader and model for the current phase of the run."""
         if event == Event.INIT:
-            act_last(self, state)  # after ProgressiveResizing, whose size this one may change, wherever that is listed
+            act_last(self, state)  # after ProgressiveResizing, whose size this may override, however they are listed
             return
         if event == Event.FIT_START:
             self._check_run(state)
@@ -160,7 +160,7 @@ class FixRes(SpeedUp):
             self._frozen = []
 
     def modify_learning_rate(self, learning_rate: float, epoch: float, total_epochs: float) -> float:
-        """The phase's own rate from its start on."""
+        """The phase's own rate once it has started."""
         start_epoch = self.start_epoch(math.ceil(total_epochs))
         if self.learning_rate is None or epoch < start_epoch:
             return learning_rate
@@ -190,7 +190,7 @@ class FixRes(SpeedUp):
             )
         if self.learning_rate is not None:
             require_schedule(state, "fixres.learning_rate")
-        self.check_model(state.model)  # better found now than at the phase's start
+        self.check_model(state.model)  # fail now rather than at the phase's start
 
 
 def _kept_modules(model: nn.Module, *, with_norm: bool) -> set[nn.Module]:
@@ -233,8 +233,8 @@ def _thaw(model: nn.Module, frozen: list[str]) -> None:
 
 
 def _stay_in_eval(norm: nn.Module, inputs: Any) -> None:
-    # model.train() runs before every epoch of any loop; a hook outlives it where a call of norm.eval() would not.
-    # torch.compile does not watch for new hooks, but compiles anew since the parameters' requires_grad has changed.
+    # Every loop calls model.train() before an epoch, which undoes norm.eval() but not a hook. torch.compile does not
+    # notice new hooks, but recompiles since the parameters' requires_grad has changed.
     norm.training = False
 
 

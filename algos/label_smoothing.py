@@ -16,19 +16,19 @@ def smooth_labels(
 ) -> Tensor:
     """Probabilities [N, K]: (1 - smoothing) · y + smoothing / K, with y the one-hot or soft targets.
 
-    This is the convention of torch.nn.functional.cross_entropy(label_smoothing=...); the right class ends at
-    1 - smoothing + smoothing / K. A row keeps its sum (smoothing / K is shared out in proportion to it), so the map is
-    linear: smoothing before or after mixing samples gives the same targets.
+    This is the convention of torch.nn.functional.cross_entropy(label_smoothing=...); the true class gets
+    1 - smoothing + smoothing / K. A row keeps its sum (smoothing / K is multiplied by it), so the map is linear:
+    smoothing before or after mixing samples gives the same targets.
 
     targets: class indices [N] of an integer type, or probabilities [N, K]; they are not changed.
     smoothing: share of a row that is spread over all classes, in [0, 1].
     num_classes: K; needed for indices only.
     ignore_index: an index that marks a sample without a label. Its row is all zero and adds nothing to a soft cross
-        entropy's sum; a mean over N still counts the sample, while PyTorch's mean over indices leaves it out. A binary
-        cross entropy reads the row as "none of the classes".
+        entropy's sum; a mean over N still counts the sample, while PyTorch's mean over indices leaves it out. Binary
+        cross entropy treats the row as "none of the classes".
 
     Returns floating-point [N, K]: torch.get_default_dtype() for indices, the targets' own dtype for probabilities.
-    Raises ValueError for a smoothing outside [0, 1] and for targets that are neither form.
+    Raises ValueError for a smoothing outside [0, 1] and for targets of neither form.
 
     Szegedy et al. 2016, "Rethinking the Inception Architecture for Computer Vision", section 7.
     """
@@ -39,12 +39,12 @@ def smooth_labels(
 
 
 class LabelSmoothing(SpeedUp):
-    """Smooths the targets of every training batch; evaluation sees the true ones.
+    """Smooths the targets of every training batch; evaluation uses the true ones.
 
     smoothing: share of each target that is spread over all classes, in [0, 1].
     num_classes: classes; None reads the model's `num_classes`.
 
-    Acts once a device batch, on all of it, after any mixing of samples.
+    Acts once per device batch, on all of it, after any mixing of samples.
     """
 
     contract = Contract(owns=[Resource.SMOOTHING], writes=[Resource.TARGETS], after=[Resource.MIXING])

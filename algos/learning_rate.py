@@ -1,9 +1,9 @@
 """The learning rate as a pure function of the epochs done.
 
-Composer's schedulers count batches and lag one; a batch size that changes in mid-run bends them (a halved batch makes a
-linear decay jump up, a doubled one makes it reach zero early), and two of them do not multiply. Here the rate of a step
-depends on the share of the run that lies behind it and on nothing else, so it survives any batch size and any
-resumption, and every algorithm with a say in it (`LearningRateModifier`) is asked in turn: a true product.
+Composer's schedulers count batches and lag by one; a batch size that changes during the run distorts them (a halved
+batch makes a linear decay jump up, a doubled one makes it reach zero early), and two of them do not multiply. Here the
+rate of a step depends only on the completed share of the run, so neither batch size nor resumption affects it, and
+every algorithm that changes it (`LearningRateModifier`) is applied in turn: a true product.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ def warmup_decay(
     step_factor: float = 0.1,
     points: tuple[tuple[float, float], ...] = (),
 ) -> float:
-    """Factor on the peak learning rate after `epoch` epochs (fractions within an epoch count).
+    """Factor on the peak learning rate after `epoch` epochs (may be fractional).
 
-    Linear from `warmup_start_factor` to 1 over `warmup_epochs` (Goyal 2017, arXiv 1706.02677); then, with t the share
-    of the remaining epochs (of `total_epochs`) that is done and f = `final_factor`:
+    Linear from `warmup_start_factor` to 1 over `warmup_epochs` (Goyal 2017, arXiv 1706.02677); then, with t the
+    completed share of the remaining epochs (of `total_epochs`) and f = `final_factor`:
 
         cosine      f + (1 - f) (1 + cos(pi t)) / 2      (Loshchilov 2017, arXiv 1608.03983)
         linear      f + (1 - f) (1 - t)
@@ -45,10 +45,10 @@ def warmup_decay(
         step        step_factor^(number of milestones_epochs reached)
         constant    1
 
-    piecewise_linear is neither: `points` are (epoch, factor) in rising order of epochs, joined by straight lines, and
-    beyond the first and the last the factor stays what it is there. A warm-up beside them is refused.
+    piecewise_linear differs: `points` are (epoch, factor) in rising order of epochs, joined by straight lines, and the
+    factor is constant before the first and after the last. It excludes a warm-up.
 
-    Raises ValueError for another `decay`, and for piecewise_linear without points.
+    Raises ValueError for an unknown `decay`, and for piecewise_linear without points.
     """
     _check_decay(decay)
     if decay == "piecewise_linear":
@@ -73,11 +73,11 @@ class LearningRate(SpeedUp):
     """Sets every parameter group's learning rate before each step: its initial one times `warmup_decay`.
 
     The run's length must be given in epochs or in batches. A group's initial rate is the one that its optimizer was
-    made with; other algorithms with a say in the rate are asked in the order of the Trainer's list. For the settings
-    see `warmup_decay`.
+    created with; other algorithms that change the rate are applied in the order of the Trainer's list. For the
+    settings see `warmup_decay`.
 
-    Raises ValueError for settings out of range. Refused before the first step: a warmup longer than the run, and
-    schedulers beside it, whose rates it would overwrite.
+    Raises ValueError for settings out of range and, before the first step, for a warmup longer than the run and for
+    additional schedulers, whose rates it would overwrite.
     """
 
     contract = Contract(owns=[Resource.LEARNING_RATE], after=[Resource.LOADER_SHAPE, Resource.TRAINABLE])
@@ -136,7 +136,7 @@ class LearningRate(SpeedUp):
         return learning_rate
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        """Set the rate of the coming step."""
+        """Set the rate of the next step."""
         total_epochs = run_length_epochs(state)
         if event == Event.FIT_START:
             self._check_run(state, total_epochs)
@@ -179,9 +179,9 @@ def run_length(state: State) -> tuple[int, str]:
 
 
 def run_length_epochs(state: State) -> float:
-    """Length of the run in epochs; one in batches is divided by an epoch's batches.
+    """Length of the run in epochs; one in batches is divided by the batches per epoch.
 
-    Raises ValueError for a length in other units, and for batches of a loader that does not tell its own length.
+    Raises ValueError for a length in other units, and for one in batches if the loader's length is unknown.
     """
     length, unit = run_length(state)
     if unit == "ep":
@@ -195,12 +195,12 @@ def run_length_epochs(state: State) -> float:
 
 
 def run_epochs(state: State) -> int:
-    """How many epochs the run begins; the last one may end early. Raises ValueError as `run_length_epochs`."""
+    """How many epochs the run starts; the last one may end early. Raises ValueError as `run_length_epochs`."""
     return math.ceil(run_length_epochs(state))
 
 
 def epochs_done(state: State) -> float:
-    """Epochs behind the coming step, with the share of the present one that is done."""
+    """Epochs completed before the next step, including the part of the current one."""
     in_epoch = state.timestamp.batch_in_epoch.value
     if in_epoch == 0:
         return float(state.timestamp.epoch.value)
@@ -209,7 +209,7 @@ def epochs_done(state: State) -> float:
 
 
 def require_schedule(state: State, asked_by: str) -> None:
-    """Refuse a run in which an algorithm would change the learning rate and nothing asks it to.
+    """Refuse a run in which an algorithm changes the learning rate but nothing applies it.
 
     Raises ValueError naming `asked_by`, the setting that needs a `LearningRate` among the run's algorithms.
     """

@@ -17,20 +17,20 @@ from .framework.randomness import generator_at
 def mixup_batch(
     images: Tensor, targets: Tensor, *, lam: float | Tensor, permutation: Tensor, num_classes: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Mix each sample i with sample permutation[i], in images and in targets alike.
+    """Mix each sample i with sample permutation[i], in both images and targets.
 
         images[i]  <- lam · images[i]  + (1 - lam) · images[permutation[i]]
         targets[i] <- lam · targets[i] + (1 - lam) · targets[permutation[i]]
 
     images: floating point [N, C, H, W], already normalized; the result keeps their dtype and memory format.
     targets: class indices [N] of an integer type, or probabilities [N, K].
-    lam: weight of a sample's own part, in [0, 1]: one number for the batch, or a tensor [N].
+    lam: weight of the sample itself, in [0, 1]: one number for the batch, or a tensor [N].
     permutation: [N], integers 0..N-1 each once.
     num_classes: K; needed for indices only.
 
     Returns (images, probabilities [N, K]) as new tensors. Deterministic; `draw_mixup` draws lam and permutation.
-    Raises ValueError for uint8 images, shapes that do not fit, and a lam or permutation out of range (values are looked
-    at on CPU only, since looking at an accelerator's would wait for it).
+    Raises ValueError for uint8 images, shapes that do not fit, and a lam or permutation out of range (values are
+    checked on CPU only, since reading an accelerator's would wait for it).
 
     Zhang et al. 2018, "mixup: Beyond Empirical Risk Minimization", equation 1.
     """
@@ -47,8 +47,8 @@ def draw_mixup(
 ) -> tuple[float | Tensor, Tensor]:
     """Draw (lam, permutation): lam ~ Beta(alpha, alpha) and a uniform permutation [N], on CPU.
 
-    alpha: above 0. Small values keep most samples nearly pure, 1 is uniform mixing.
-    generator: a CPU generator, the only source of chance.
+    alpha: above 0. Small values leave most samples nearly unmixed, 1 is uniform mixing.
+    generator: a CPU generator, the only source of randomness.
     per_sample: False draws one lam, a float; True draws a tensor [N], float32.
 
     Raises ValueError for an alpha that is not above 0 and finite, or less than one sample.
@@ -61,20 +61,20 @@ def draw_mixup(
 
 
 class MixUp(SpeedUp):
-    """Mixes the samples of every training batch; evaluation sees them pure. With CutMix on as well they take turns.
+    """Mixes the samples of every training batch, but not in evaluation. If CutMix is on as well, they take turns.
 
-    alpha: of Beta(alpha, alpha), from which the weight of a sample's own part is drawn; above 0.
+    alpha: of Beta(alpha, alpha), from which the weight of the sample itself is drawn; above 0.
     per_sample: draw a weight for each sample instead of one for the batch.
     num_classes: classes; None reads the model's `num_classes`.
-    seed: of the draws, 0 or more; None takes the run's seed.
+    seed: of the draws, 0 or more; None uses the run's seed.
 
-    Draws once a device batch, whatever the microbatch size. A draw is a function of the seed, the rank and the number
-    of batches done, so ranks differ from each other and a resumed run repeats nothing and skips nothing. Targets become
+    Draws once per device batch, whatever the microbatch size. A draw is a function of the seed, the rank and the number
+    of batches done, so ranks draw differently, and a resumed run repeats and skips nothing. Targets become
     probabilities [N, K]: the loss must accept them, as torch.nn.functional.cross_entropy does.
     """
 
-    # After whatever else changes images: augmentation is meant for single images. CutMix does not own mixing and may
-    # stand beside this one; `has_turn` lets exactly one of them act.
+    # After all other changes to images: augmentation is meant for single images. CutMix does not own mixing and may be
+    # used as well; `has_turn` lets exactly one of them act.
     contract = Contract(owns=[Resource.MIXING], writes=[Resource.IMAGES, Resource.TARGETS], after=[Resource.IMAGES])
     events = (Event.BATCH_START,)
 
@@ -90,7 +90,7 @@ class MixUp(SpeedUp):
         self.seed = seed
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        """Replace the batch by its mixture, unless this one is CutMix's."""
+        """Replace the batch with its mixture, unless it is CutMix's turn."""
         if not has_turn(self, state):
             return
         images, targets = split_batch(state.batch)

@@ -29,7 +29,7 @@ _HALVES = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Stage:
-    """A number of epochs at one image size, and perhaps at a batch size of its own.
+    """A number of epochs at one image size and, optionally, one batch size.
 
     image_size: px, side of the square images. A batch size of None keeps the loader's own; give at most one.
     """
@@ -51,7 +51,7 @@ class Stage:
 
 
 def stage_at(epoch: int, stages: Sequence[Stage]) -> Stage:
-    """The stage that `epoch` (counted from 0) falls into. Raises ValueError for an epoch that none covers."""
+    """The stage of `epoch` (counted from 0). Raises ValueError for an epoch that no stage covers."""
     if epoch < 0:
         raise ValueError(f"epoch {epoch} is negative; epochs count from 0")
     end = 0
@@ -71,12 +71,12 @@ def ramp_stages(
     finetune_fraction: float = 0.2,
     size_multiple: int = 4,
 ) -> list[Stage]:
-    """Stages whose size rises linearly from `initial_scale` times the final one to all of it.
+    """Stages whose size rises linearly from `initial_scale` times the final size to the final size.
 
     The scale at epoch e of E is s0 + (1 - s0) clip((e/E - d) / (1 - d - f), 0, 1), with d = `delay_fraction` (share of
     the run before the rise) and f = `finetune_fraction` (share at full size at the end). Sizes are rounded to the
-    nearest multiple of `size_multiple` px (none to 0). The last epoch is at `final_image_size` exactly, whatever f is
-    and however short the run.
+    nearest multiple of `size_multiple` px (never to 0). The last epoch is at `final_image_size` exactly, whatever f is
+    and however short the run is.
 
     Raises ValueError for shares outside 0..1, d + f > 1, a scale outside (0, 1], or lengths and sizes below 1.
     """
@@ -104,8 +104,8 @@ def ramp_stages(
 def resize_images(images: Tensor, *, image_size: int) -> Tensor:
     """Floating-point images [N, C, H, W] resized to [N, C, S, S], S = `image_size` px, bilinear and anti-aliased.
 
-    Making images smaller averages over every source pixel, so patterns finer than the new grid fade instead of turning
-    into coarser ones. Dtype and memory format are kept; images of that size already are returned as they are.
+    Downscaling averages over every source pixel, so patterns finer than the new grid fade instead of aliasing. Dtype
+    and memory format are kept; images already of that size are returned as they are.
 
     Raises ValueError for integer images, images that are not square, and a size below 1.
     """
@@ -123,7 +123,7 @@ def resize_images(images: Tensor, *, image_size: int) -> Tensor:
         raise ValueError(f"image_size {image_size} must be at least 1 px")
     if images.shape[-1] == image_size:
         return images
-    # torch filters no half-precision images on the CPU.
+    # torch does not filter half-precision images on CPU.
     wide = images.float() if images.device.type == "cpu" and images.dtype in _HALVES else images
     return F.interpolate(wide, size=(image_size, image_size), mode="bilinear", antialias=True).to(images.dtype)
 
@@ -131,23 +131,23 @@ def resize_images(images: Tensor, *, image_size: int) -> Tensor:
 class ProgressiveResizing(SpeedUp):
     """Trains each stage's epochs at its image size and batch size.
 
-    stages: explicit ones, covering the whole run; None makes a ramp of the other settings (see `ramp_stages`) up to the
-        images' own size.
+    stages: explicit ones that cover the whole run; None makes a ramp from the other settings (see `ramp_stages`) up to
+        the images' own size.
     initial_scale, delay_fraction, finetune_fraction, size_multiple: of the ramp.
-    learning_rate_scaling: what a stage with another batch size than the loader's does to the learning rate: nothing,
-        times the ratio of the batch sizes ("linear", Goyal 2017), or times its square root. It needs a LearningRate
-        among the algorithms.
+    learning_rate_scaling: how a stage whose batch size differs from the loader's scales the learning rate: not at all
+        ("none"), by the ratio of the batch sizes ("linear", Goyal 2017), or by its square root ("sqrt"). Scaling needs
+        a LearningRate among the algorithms.
 
-    The size changes inside the loader when it is a `ResizableLoader`, so images are decoded at the size that they are
-    trained at; else batches are resized on the device, anti-aliased, and the log says so (a batch size cannot change
-    then, and is refused). A stage without a batch size has the loader's own. On the device, a ramp is a share of each
-    batch's own size; in a run whose length is given in batches it rises from batch to batch.
+    A `ResizableLoader` changes the size itself, so images are decoded at the size at which they are trained; otherwise
+    batches are resized on the device with anti-aliasing, which is logged (batch sizes cannot change then, and are
+    refused). A stage without a batch size uses the loader's. On the device, a ramp is a share of each batch's own
+    size; in a run whose length is given in batches it rises from batch to batch.
 
-    Size and batch size are a function of the epoch (or the batch) and the run's length alone, so a resumed run stands
-    where the interrupted one stood. Another `fit` of the same Trainer makes the run longer, and the ramp with it.
-    Refused before the first step: stages that do not cover the run, sizes that the loader does not take, a global batch
-    size that does not divide over the ranks, a batch size in a run whose length is given in batches, and the
-    continuation of a run that had other stages.
+    Size and batch size depend only on the epoch (or the batch) and the run's length, so a resumed run continues where
+    the interrupted one stopped. Another `fit` of the same Trainer extends the run, and the ramp with it. Before the
+    first step it refuses stages that do not cover the run, sizes that the loader rejects, a global batch size that does
+    not divide over the ranks, a batch size in a run whose length is given in batches, and resuming a run that had
+    other stages.
     """
 
     contract = Contract(owns=[Resource.LOADER_SHAPE], writes=[Resource.IMAGES])
@@ -176,12 +176,12 @@ class ProgressiveResizing(SpeedUp):
             finetune_fraction=finetune_fraction,
             size_multiple=size_multiple,
         )
-        ramp_stages(total_epochs=1, final_image_size=1, **self._ramp)  # raises for what cannot be
+        ramp_stages(total_epochs=1, final_image_size=1, **self._ramp)  # raises for invalid settings
         self._full_image_size: int | None = None  # px, of the loader before any stage
-        self._reference_batch_size: int | None = None  # images a device that the learning rate was chosen for
+        self._reference_batch_size: int | None = None  # images per device that the learning rate was chosen for
         self._microbatch_size: int | float | None = None  # the run's own; None: a batch is not split
-        self._batch_size: int | None = None  # images a device in the present stage
-        self._batches_per_epoch: int | None = None  # the run's own; None: all that the loader has
+        self._batch_size: int | None = None  # images per device in the current stage
+        self._batches_per_epoch: int | None = None  # the run's own; None: all of the loader's
         self._loaded_plan: dict[str, Any] | None = None
 
     def prepare(self, *, total_epochs: int, image_size: int, per_device_batch_size: int | None) -> None:
@@ -202,12 +202,12 @@ class ProgressiveResizing(SpeedUp):
             self._reference_batch_size = per_device_batch_size
 
     def stage(self, epoch: int) -> Stage:
-        """The stage of `epoch` (counted from 0); only after `prepare`."""
+        """The stage of `epoch` (counted from 0); call `prepare` first."""
         assert self.stages is not None, "prepare() comes first"
         return stage_at(epoch, self.stages)
 
     def per_device_batch_size(self, epoch: int, num_ranks: int) -> int:
-        """Images a device in a batch of `epoch`. Raises ValueError when a global one does not divide over the ranks."""
+        """The batch size per device in `epoch`. Raises ValueError when a global one does not divide over the ranks."""
         assert self._reference_batch_size is not None, "prepare() comes first"
         stage = self.stage(epoch)
         if stage.per_device_batch_size is not None:
@@ -222,7 +222,7 @@ class ProgressiveResizing(SpeedUp):
         return stage.global_batch_size // num_ranks
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        """Set the loader to the epoch's stage, or resize the batch where the loader cannot."""
+        """Set the loader to the epoch's stage, or resize the batch if the loader cannot."""
         resizable = isinstance(state.dataloader, ResizableLoader)
         if event == Event.BATCH_START:
             if not resizable:
@@ -234,18 +234,18 @@ class ProgressiveResizing(SpeedUp):
             self._set_loader(state, state.timestamp.epoch.value)
 
     def modify_learning_rate(self, learning_rate: float, epoch: float, total_epochs: float) -> float:
-        """Scale by the stage's batch size against the one that the run's rate was given for."""
+        """Scale by the ratio of the stage's batch size to the one that the rate was given for."""
         if self.learning_rate_scaling == "none" or self._reference_batch_size is None:
             return learning_rate
         ratio = self.per_device_batch_size(int(epoch), world_size()) / self._reference_batch_size
         return learning_rate * (ratio if self.learning_rate_scaling == "linear" else ratio**0.5)
 
     def state_dict(self) -> dict[str, Any]:
-        """The stages in force, so that a resumed run can be refused when its plan is another."""
+        """The current stages, so that a resumed run with another plan can be refused."""
         return self._plan()
 
     def load_state_dict(self, state: dict[str, Any], strict: bool = False) -> None:
-        """Remember the stages of the run that is continued; compared when training begins."""
+        """Keep the stages of the resumed run, to compare them when training begins."""
         self._loaded_plan = state
 
     def _bind(self, state: State) -> None:
@@ -261,7 +261,7 @@ class ProgressiveResizing(SpeedUp):
                 per_device_batch_size=getattr(loader, "batch_size", None),
             )
         else:
-            run_length(state)  # raises for what has no share of the run
+            run_length(state)  # raises for other units
         self._refuse_another_plan()
         self._refuse_batches_of_changing_size(state)
         if self.learning_rate_scaling != "none":
@@ -282,7 +282,7 @@ class ProgressiveResizing(SpeedUp):
             self._batches_per_epoch = state.dataloader_len.value
 
     def _try_every_stage(self, loader: ResizableLoader) -> None:
-        # Setters act on the next pass, so trying costs nothing; a late stage's mistake would cost the run up to it.
+        # Setters act on the next pass, so trying costs nothing; a late stage's error would waste the run up to it.
         epoch = 0
         assert self.stages is not None
         for number, stage in enumerate(self.stages, start=1):
@@ -298,12 +298,12 @@ class ProgressiveResizing(SpeedUp):
         batch_size = self.per_device_batch_size(epoch, world_size())
         loader.set_image_size(self.stage(epoch).image_size)
         loader.set_batch_size(batch_size)
-        # Composer reads both once, when the Trainer is made: a stale length drops part of every epoch, and a stale
-        # microbatch size splits the larger batch in pieces that nobody asked for.
+        # Composer reads both only when the Trainer is created: a stale length drops part of every epoch, and a stale
+        # microbatch size splits the larger batch for no reason.
         length = len(loader)
         state.dataloader_len = length if self._batches_per_epoch is None else min(length, self._batches_per_epoch)
         if state.auto_microbatching and state.device_train_microbatch_size != self._batch_size:
-            self._microbatch_size = state.device_train_microbatch_size  # Composer found that more does not fit
+            self._microbatch_size = state.device_train_microbatch_size  # Composer found that a larger one does not fit
         state.device_train_microbatch_size = min(self._microbatch_size or batch_size, batch_size)
         self._batch_size = batch_size
 
@@ -360,11 +360,11 @@ def _ramp_size(
     finetune_fraction: float,
     size_multiple: int,
 ) -> int:
-    """Of `step` (counted from 0) of `total`, which are epochs or batches; see `ramp_stages`."""
+    """The image size at `step` (from 0) of `total` epochs or batches; see `ramp_stages`."""
     rise = 1.0 - finetune_fraction - delay_fraction
     elapsed = step / total - delay_fraction
-    # A step right at the end of the rise must not fall short by a rounding error. The last one's share of the run done
-    # is below 1, and in a short run below 1 - f as well.
+    # A rounding error must not lower the size right at the end of the rise. The last step's completed share is below 1,
+    # and in a short run below 1 - f as well.
     if elapsed > rise - 1e-9 or step >= total - 1:
         return final_image_size
     share = elapsed / rise if elapsed > 0 else 0.0
@@ -380,7 +380,7 @@ def _as_stage(stage: Any) -> Stage:
         raise ValueError(f"a stage is {stage!r}; give algos.Stage(epochs=..., image_size=...) or a mapping of these")
     try:
         return Stage(**stage)
-    except TypeError as error:  # a key that is missing or none of a stage's
+    except TypeError as error:  # a missing or unknown key
         raise ValueError(
             f"a stage is {dict(stage)}: {error}; its keys are {', '.join(Stage.__dataclass_fields__)}"
         ) from None

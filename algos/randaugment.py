@@ -27,9 +27,9 @@ OPERATIONS = (
     "identity", "shear_x", "shear_y", "translate_x", "translate_y", "rotate", "brightness", "color", "contrast",
     "sharpness", "posterize", "solarize", "autocontrast", "equalize",
 )  # fmt: skip
-_SIGNED = frozenset(OPERATIONS[1:10])  # those that go either way
+_SIGNED = frozenset(OPERATIONS[1:10])  # those with a random sign
 
-# Mean and std on the 0..255 scale; one number holds for all channels.
+# Mean and std on the 0..255 scale; one number applies to all channels.
 _NORMALIZATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "imagenet": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
     "unit": ((0.0,), (255.0,)),
@@ -39,21 +39,21 @@ _NORMALIZATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
 def randaugment_batch(
     images: Tensor, *, operations: Tensor, signs: Tensor, magnitude: int = 9, interpolation: Interpolation = "nearest"
 ) -> Tensor:
-    """Apply to each image its own operations, one after the other.
+    """Apply each image's own operations, one after the other.
 
     With m = magnitude / 30 and s a sign: shear by 0.3 s m, translate by s m · 150/331 of the side, rotate by 30 s m
     degrees, brightness, color, contrast and sharpness times 1 + 0.9 s m, posterize to 8 - round(4 m) bits, solarize
-    above 255 (1 - m), autocontrast, equalize, or nothing: torchvision's space, whose functions do the work. Black fills
-    what moves in from outside.
+    above 255 (1 - m), autocontrast, equalize, or nothing: torchvision's space, with its functions. Uncovered pixels
+    become black.
 
     images: uint8 [N, C, H, W] with C 1 or 3, not normalized; the result keeps the memory format.
     operations: integers [R, N], indices into OPERATIONS; round r of sample i is operations[r, i].
     signs: [R, N], -1 or 1; unsigned operations ignore theirs.
-    magnitude: 0 to 30; interpolation: of what shears, translates and rotates.
+    magnitude: 0 to 30; interpolation: for shears, translations and rotations.
 
-    Images that a round treats alike are treated together, so a round costs as many calls as there are kinds of
-    operations in it and not as there are images. Returns a new tensor. Deterministic; `draw_randaugment` draws.
-    Raises ValueError for other images, shapes, indices or settings, and ModuleNotFoundError without torchvision.
+    Images with the same operation in a round are processed together, so a round costs as many calls as it has kinds of
+    operations, not images. Returns a new tensor. Deterministic; `draw_randaugment` draws.
+    Raises ValueError for invalid images, shapes, indices or settings, and ModuleNotFoundError without torchvision.
 
     Cubuk et al. 2020, "RandAugment: Practical automated data augmentation with a reduced search space", section 3.
     """
@@ -67,7 +67,7 @@ def randaugment_batch(
 def draw_randaugment(num_samples: int, *, num_ops: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Draw (operations, signs), each [num_ops, N], uniformly and independently.
 
-    generator: a CPU generator, the only source of chance. Raises ValueError for less than one sample or operation.
+    generator: a CPU generator, the only source of randomness. Raises ValueError for less than one sample or operation.
     """
     for name, value in (("num_samples", num_samples), ("num_ops", num_ops)):
         if value < 1:
@@ -78,18 +78,18 @@ def draw_randaugment(num_samples: int, *, num_ops: int, generator: torch.Generat
 
 
 class RandAugment(SpeedUp):
-    """Augments every training batch on the device; evaluation sees images as they are.
+    """Augments every training batch on the device, but not in evaluation.
 
-    num_ops: operations an image, 1 or more. magnitude: of all of them, 0 to 30.
+    num_ops: operations per image, 1 or more. magnitude: of all of them, 0 to 30.
     interpolation: nearest or bilinear.
-    mean, std: of the normalization that the images went through, a number a channel on the 0..255 scale; None reads the
-        loader's own `mean` and `std`. It is taken back for the augmentation, which is made for 0..255, and done again.
-    normalization: in their place, by name: "imagenet", with ImageNet's mean and standard deviation, or "unit", which is
-        values from 0 to 1 (torchvision's ToTensor alone).
-    seed: of the draws, 0 or more; None takes the run's seed.
+    mean, std: of the images' normalization, a number per channel on the 0..255 scale; None reads the loader's `mean`
+        and `std`. The normalization is undone for the augmentation, which expects 0..255, and then reapplied.
+    normalization: a name in place of mean and std: "imagenet", with ImageNet's mean and standard deviation, or "unit",
+        for values from 0 to 1 (torchvision's ToTensor alone).
+    seed: of the draws, 0 or more; None uses the run's seed.
 
-    A draw is a function of the seed, the rank and the number of batches done, so ranks differ from each other and a
-    resumed run repeats nothing and skips nothing. Acts before samples are mixed.
+    A draw is a function of the seed, the rank and the number of batches done, so ranks draw differently, and a resumed
+    run repeats and skips nothing. Acts before samples are mixed.
     """
 
     contract = Contract(writes=[Resource.IMAGES])
@@ -124,7 +124,7 @@ class RandAugment(SpeedUp):
         self._checked = False
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        """Replace the batch's images by augmented ones."""
+        """Replace the batch's images with augmented ones."""
         images, targets = split_batch(state.batch)
         seed = state.rank_zero_seed if self.seed is None else self.seed
         generator = generator_at(seed, rank=global_rank(), step=state.timestamp.batch.value, stream="randaugment")
@@ -137,7 +137,7 @@ class RandAugment(SpeedUp):
             return
         mean, std = self._normalization(state, images)
         pixels = images.float() * std + mean
-        if not self._checked:  # once a run: looking at an accelerator's values waits for it
+        if not self._checked:  # once per run: reading an accelerator's values waits for it
             _check_pixels(pixels)
             self._checked = True
         augmented = randaugment_batch(pixels.round_().clamp_(0, 255).byte(), **settings)
@@ -179,7 +179,7 @@ def _one_round(images: Tensor, operations: Tensor, signs: Tensor, magnitude: int
 def _operation(
     name: str, sign: int, magnitude: int, interpolation: str, size: Sequence[int]
 ) -> Callable[[Tensor], Tensor]:
-    """What `name` does to images [n, C, H, W]."""
+    """The function that applies `name` to images [n, C, H, W]."""
     from torchvision.transforms.v2 import InterpolationMode, functional
 
     height, width = size

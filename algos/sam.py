@@ -39,20 +39,19 @@ _untyped: Any = torch  # torch's type stubs lack the functions that work on list
 def sam_gradients(
     parameters: Iterable[Tensor], second_pass: Callable[[], Any], *, rho: float = 0.05, adaptive: bool = False
 ) -> None:
-    """Replace the gradients of `parameters` by those at w + e, leaving w as it was, bit for bit.
+    """Replace the gradients of `parameters` with those at w + e, leaving w unchanged, bit for bit.
 
         e = rho g / ||g||_2                       adaptive: e = rho w^2 g / || |w| g ||_2
 
     with g the gradients that `parameters` hold now and the norm taken over all of them. Call it between `backward()`
     and the optimizer's step. A scale that all gradients share (a GradScaler's) does not change e.
 
-    parameters: those without a gradient stay where they are. DTensors (FSDP2's) count with all of their shards.
+    parameters: those without a gradient are not moved. DTensors (FSDP2's) count with all of their shards.
     second_pass: runs the same batch forward and backward again and leaves its gradients in `.grad`. Random layers must
-        draw as they did before, and `frozen_statistics` keeps batch norm from counting the batch twice; the class does
-        both.
+        repeat their draws, and `frozen_statistics` keeps batch norm from counting the batch twice; `SAM` does both.
     rho: radius of the neighborhood, above 0.
 
-    Holds one copy of the parameters while `second_pass` runs, and nothing more: e takes the place of the gradients.
+    The only extra memory is a copy of the parameters while `second_pass` runs: e replaces the gradients in place.
     Raises ValueError for a rho that is not above 0, and when no parameter has a gradient.
     """
     _check_rho(rho)
@@ -71,13 +70,13 @@ def sam_gradients(
 
 @contextlib.contextmanager
 def frozen_statistics(model: nn.Module) -> Iterator[None]:
-    """On leaving, the running statistics of `model`'s norm layers are what they were on entering, bit for bit.
+    """On exit, restores the running statistics of `model`'s norm layers from entry, bit for bit.
 
-    Within, layers in training mode normalize with the batch's statistics as always. The copy is small: some numbers a
-    channel.
+    Inside, layers in training mode normalize with the batch's statistics as always. The copy is small: some numbers
+    per channel.
     """
-    # Not by switching track_running_stats off: instance norms update all the same, and torch.compile would compile the
-    # model a second time.
+    # Not by disabling track_running_stats: instance norms would still update, and torch.compile would recompile the
+    # model.
     buffers = [
         buffer
         for module in model.modules()
@@ -94,23 +93,23 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
 
 
 class SAM(SpeedUp):
-    """Makes every `interval`-th step a sharpness-aware one, at the price of a second forward and backward pass.
+    """Makes every `interval`-th step sharpness-aware, at the cost of a second forward and backward pass.
 
     rho: radius of the neighborhood, in the parameters' own norm (0.05 in the paper; Composer's recipes use 0.5 at
         interval 10).
     adaptive: ASAM, whose neighborhood scales with each weight (rho about ten times larger).
-    interval: steps between sharpness-aware ones; 1 makes every step one. The run's first step is one.
-    perturbation: "global" takes e from the gradient averaged over ranks, so a run means the same on any number of them;
-        "per_rank" takes each rank's own, which saves the first pass its all-reduce and is the paper's m-sharpness. It
-        needs DDP.
+    interval: steps from one sharpness-aware step to the next; 1 means every step. The run's first step is one.
+    perturbation: "global" takes e from the gradient averaged over ranks, so a run is the same on any number of them;
+        "per_rank" takes it from each rank's own, which saves the first pass's all-reduce and is the paper's
+        m-sharpness. It needs DDP.
 
-    The optimizer is left as it is: checkpoints hold it under its own name. Metrics and the logged loss are those of the
-    first pass. Both passes see the same microbatches, as other algorithms left them, and the same dropout masks (of
-    torch's generators). Gradient clipping and whatever else acts on gradients sees those at w + e, wherever it stands
-    in the list.
+    The optimizer is unchanged: checkpoints hold it under its own name. Metrics and the logged loss are those of the
+    first pass. Both passes use the same microbatches, as other algorithms left them, and the same dropout masks (of
+    torch's generators). Gradient clipping and everything else that acts on gradients gets those at w + e, wherever it
+    is in the list.
 
-    Refused before the first step: a second SAM, losses interpolated between targets (the second pass would lack it),
-    FSDP1, whose shards do not tell the whole gradient's norm, and per_rank on several ranks without DDP.
+    Before the first step it refuses a second SAM, losses interpolated between targets (the second pass cannot repeat
+    that), FSDP1, whose shards do not give the whole gradient's norm, and per_rank on several ranks without DDP.
     """
 
     contract = Contract(owns=[Resource.GRADIENTS], after=[Resource.IMAGES, Resource.TARGETS])
@@ -145,7 +144,7 @@ class SAM(SpeedUp):
         self.perturbation: Perturbation = perturbation
         self._first_pass: list[_Microbatch] = []
         self._num_samples = 0  # in this rank's batch
-        self._mean_num_samples = 0.0  # in a batch, over ranks
+        self._mean_num_samples = 0.0  # per batch, over ranks
 
     def match(self, event: Event, state: State) -> bool:
         """Whether to act at `event`: at a run's start, and in sharpness-aware steps."""
@@ -153,7 +152,7 @@ class SAM(SpeedUp):
         return super().match(event, state) and (at_start or state.timestamp.batch.value % self.interval == 0)
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        """Note what the first pass sees; after its last microbatch, replace its gradients."""
+        """Record the first pass's inputs; after its last microbatch, replace its gradients."""
         if event == Event.FIT_START:
             _check_run(state, self)
             act_last(self, state)  # to see batches as the others leave them, and to act on gradients before the others
@@ -165,7 +164,7 @@ class SAM(SpeedUp):
             _synchronize_gradients(state.model, self.perturbation == "global")
         elif event == Event.BEFORE_FORWARD:
             self._first_pass.append(_Microbatch(_shallow_copy(state.batch), state.batch, _random_state(state.model)))
-        elif event == Event.BEFORE_LOSS:  # Composer's label smoothing and others change targets only while this lasts
+        elif event == Event.BEFORE_LOSS:  # Composer's label smoothing and others change targets only for the loss
             self._first_pass[-1].loss_batch = _shallow_copy(state.batch)
         elif event == Event.AFTER_BACKWARD:
             if sum(microbatch.num_samples for microbatch in self._first_pass) == self._num_samples:
@@ -196,7 +195,7 @@ class SAM(SpeedUp):
 
 @dataclass
 class _Microbatch:
-    """What the model and the loss were given in the first pass: references, and no copies of tensors."""
+    """Inputs of the model and of the loss in the first pass: references, not copies of tensors."""
 
     forward_batch: Any
     loss_batch: Any
@@ -209,7 +208,7 @@ class _Microbatch:
 
 @torch.no_grad()
 def _perturb(parameters: Sequence[Tensor], *, rho: float, adaptive: bool) -> list[Tensor]:
-    """Move `parameters` by e in place, spending their gradients on it; returns copies of this rank's shards of them."""
+    """Move `parameters` by e in place, overwriting their gradients; returns copies of this rank's shards of them."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     values, directions = _shards(parameters), _shards(gradients)
     originals = [value.clone() for value in values]
@@ -230,7 +229,7 @@ def _perturb(parameters: Sequence[Tensor], *, rho: float, adaptive: bool) -> lis
 
 
 def _shards(tensors: Sequence[Tensor]) -> list[Tensor]:
-    # Functions on lists take no DTensors (torch 2.7); what is done element by element needs the shards alone.
+    # Functions on lists do not accept DTensors (torch 2.7); elementwise operations need only the shards.
     return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
 
@@ -257,12 +256,12 @@ def _loss(state: State, microbatch: _Microbatch) -> Tensor:
 
 
 def _shallow_copy(batch: Any) -> Any:
-    # Algorithms put another tensor into a list or a mapping, and back again.
+    # Algorithms replace a tensor in a list or a mapping, and restore it.
     return batch if isinstance(batch, Tensor) else copy.copy(batch)
 
 
 def _mean_over_ranks(num_samples: int, state: State) -> float:
-    # Composer weighs microbatches this way, so that ranks with unequal last batches count by their samples.
+    # Composer weights microbatches this way, so that ranks with unequal last batches count by their samples.
     if world_size() == 1:
         return float(num_samples)
     total = state.device.tensor_to_device(torch.tensor(float(num_samples)))
@@ -279,7 +278,7 @@ def _synchronize_gradients(model: nn.Module, synchronize: bool) -> None:
 
 
 def _no_sync(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
-    # Where parameters may go unused, the last microbatch may lack some that an earlier one had: all are averaged then.
+    # If parameters may be unused, the last microbatch may lack some that an earlier one had, so all synchronize.
     if isinstance(model, DistributedDataParallel) and not model.find_unused_parameters:
         return model.no_sync()
     return contextlib.nullcontext()
@@ -323,7 +322,7 @@ def _check_rho(rho: float) -> None:
 
 @dataclass
 class _RandomState:
-    """What the model's next forward pass will draw: torch's generators, and what was drawn for it beforehand."""
+    """What the model's next forward pass draws: torch's generators, and what was drawn for it in advance."""
 
     generators: list[Tensor]
     draws: list[tuple[MicrobatchDraws, Tensor | None]]

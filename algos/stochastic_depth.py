@@ -1,7 +1,7 @@
-"""Stochastic depth (Huang 2016, arXiv 1603.09382): leave residual branches out at random while training.
+"""Stochastic depth (Huang 2016, arXiv 1603.09382): drop residual branches at random while training.
 
-The last layer of each residual branch is given a subclass of its own class, in place. Parameters, their names, hooks,
-optimizers and checkpoints never notice: the same weights load before and after.
+The class of each residual branch's last layer is replaced in place by a subclass of it. Parameters, their names, hooks,
+optimizers and checkpoints are unaffected: the same weights load before and after.
 
 Shapes: N samples.
 """
@@ -28,12 +28,12 @@ Distribution = Literal["linear", "uniform"]
 def apply_stochastic_depth(
     model: nn.Module, *, drop_rate: float = 0.1, mode: Mode = "sample", distribution: Distribution = "linear"
 ) -> nn.Module:
-    """Let the residual branches of `model` drop out in training mode. In place.
+    """Drop residual branches of `model` at random in training mode. In place.
 
         training:    y = x + b · f(x) / (1 - p_l),   b = 0 with probability p_l, else 1
         evaluation:  y = x + f(x)
 
-    with x what the shortcut carries and f the branch, so that the expectation over b is what evaluation computes. (The
+    with x the shortcut's output and f the branch, so that the expectation over b is what evaluation computes. (The
     paper scales at evaluation instead, which is the same up to that factor.) Block l of L, counted from 1 in the order
     of the model's modules, has p_l = drop_rate · l / L ("linear", the paper's) or p_l = drop_rate ("uniform").
 
@@ -41,13 +41,13 @@ def apply_stochastic_depth(
     mode: "sample" draws b for each sample of the batch, "batch" one for all of it (the paper's).
     distribution: how the rate grows with depth.
 
-    Blocks are torchvision's BasicBlock and Bottleneck (ResNet and its kin, and models made of these blocks) and the
-    EncoderBlock of its ViT, both of whose branches have the block's rate. b is drawn from torch's own generator of the
-    device, once a forward pass; the class draws once a device batch instead. Branches are computed whether or not they
-    are dropped.
+    Blocks are torchvision's BasicBlock and Bottleneck (ResNet, its variants, and models made of these blocks) and the
+    EncoderBlock of its ViT, whose two branches both have the block's rate. b is drawn from torch's generator of the
+    device, once per forward pass; the class draws once per device batch instead. Branches are computed whether or not
+    they are dropped.
 
-    Returns the same model. Applying it twice with the same settings is applying it once. Warns when nothing changed.
-    Raises ValueError for settings out of range and for other settings than were applied before.
+    Returns the same model. Applying it again with the same settings changes nothing. Warns when nothing changed.
+    Raises ValueError for settings out of range and for settings that differ from those of an earlier call.
 
     Huang et al. 2016, "Deep Networks with Stochastic Depth", equations 2 to 5.
     """
@@ -80,7 +80,7 @@ def draw_stochastic_depth(
     """Draw which of B branches each of N samples keeps: bool [B, N] on CPU, False with a branch's drop rate.
 
     mode: "sample" draws for each sample, "batch" gives all samples of a branch the same.
-    generator: a CPU generator, the only source of chance.
+    generator: a CPU generator, the only source of randomness.
     """
     columns = num_samples if mode == "sample" else 1
     uniform = torch.rand(len(drop_rates), columns, generator=generator, dtype=torch.float64)
@@ -91,8 +91,8 @@ def draw_stochastic_depth(
 class StochasticDepth(SpeedUp):
     """Drops residual branches at random from the start of training; see `apply_stochastic_depth` for the settings.
 
-    Draws once a device batch, whatever the microbatch size. A draw is a function of the run's seed, the rank and the
-    number of batches done, so ranks differ from each other and a resumed run repeats nothing and skips nothing.
+    Draws once per device batch, whatever the microbatch size. A draw is a function of the run's seed, the rank and the
+    number of batches done, so ranks draw differently, and a resumed run repeats and skips nothing.
     """
 
     contract = Contract(writes=[Resource.MODEL])
@@ -100,13 +100,13 @@ class StochasticDepth(SpeedUp):
 
     def __init__(self, *, drop_rate: float = 0.1, mode: Mode = "sample", distribution: Distribution = "linear") -> None:
         self.settings = _Settings(drop_rate, mode, distribution)
-        self._draws = MicrobatchDraws()  # the model's own, once it has some
-        self._drop_rates: list[float] = []  # a branch
+        self._draws = MicrobatchDraws()  # the model's own, once it has them
+        self._drop_rates: list[float] = []  # per branch
         self._kept = torch.empty(0, 0, dtype=torch.bool)  # of the device batch, [B, N]
         self._first_row = 0  # of the next microbatch
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        """Change the model in place; then draw for each batch, and tell the layers each microbatch's part."""
+        """Change the model in place; then draw for each batch, and pass the layers each microbatch's part."""
         if event == Event.INIT:
             self._change_model(state, logger)
         elif event == Event.BATCH_START:
@@ -166,7 +166,7 @@ class _Settings:
             raise ValueError(f"distribution {self.distribution!r} must be 'linear' (the paper's) or 'uniform'")
 
     def rate_of(self, index: int, num_blocks: int) -> float:
-        """Of block `index`, counted from 0."""
+        """Rate of block `index`, from 0."""
         return self.drop_rate if self.distribution == "uniform" else self.drop_rate * (index + 1) / num_blocks
 
     def __str__(self) -> str:
@@ -200,8 +200,8 @@ class _Dropped(nn.Module):
         return ", ".join(filter(None, [super().extra_repr(), said]))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # Classes made at run time cannot be found by name: rebuild this one from the layer's former class. Someone
-        # else's subclass of it (a parametrization's, a sharding's) is theirs to copy.
+        # Classes created at run time cannot be found by name: rebuild this one from the layer's former class. Other
+        # libraries' subclasses of it (for parametrization, sharding) copy themselves.
         first, *others = type(self).__bases__
         if first is not _Dropped:
             return super().__reduce_ex__(protocol)
@@ -209,7 +209,7 @@ class _Dropped(nn.Module):
 
 
 def _branch_ends(module: Any) -> list[nn.Module]:
-    """The last layers of the branches of `module`, if it is a residual block that is known."""
+    """The last layers of the branches of `module`, if it is a known residual block."""
     for cls in type(module).__mro__:
         names = _BRANCH_ENDS.get(f"{cls.__module__}.{cls.__qualname__}")
         if names is not None:

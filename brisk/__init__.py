@@ -1,7 +1,7 @@
-"""Brisk as it is installed: `brisk.data`, `brisk.models`, and `brisk.algos`, which is `algos` under a second name.
+"""The installed package: `brisk.data`, `brisk.models`, and `brisk.algos`, which is an alias of `algos`.
 
 In a checkout the same code is `data`, `models` and `algos`. Installed, the first two would collide with folders that
-nearly every project has, so they are here alone; `algos` is what people import, and stays.
+nearly every project has, so they exist only here; users import `algos`, so it stays.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _ALGOS = f"{__name__}.algos"
 
 
 class _SecondName:
-    """Imports `brisk.algos` and all in it as the very modules of `algos`, so that a class has one identity."""
+    """Imports `brisk.algos` and its submodules as those of `algos`, so that each class exists once."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -30,7 +30,7 @@ class _SecondName:
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        # The import system has just put the second name's specification in place of the module's own.
+        # The import system has just replaced the module's own specification with the alias's.
         assert module.__spec__ is not None
         module.__spec__ = module.__spec__.loader_state
 

@@ -1,6 +1,6 @@
 """Images to batches: sources, the .beton file, and loaders whose image size and batch size can change between passes.
 
-Names are imported when they are first used, so reading labels out of a file costs neither torch nor torchvision.
+Names are imported on first use, so reading a file's labels imports neither torch nor torchvision.
 """
 
 from __future__ import annotations

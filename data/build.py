@@ -1,4 +1,4 @@
-"""From settings to a loader, with the .beton file made on the way where there is none yet."""
+"""Builds a loader from settings, writing the .beton file first if there is none yet."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .sources import SPLITS, build_source, source_stamp
 from .whole_files import partial_files
 
 LOADERS = ("auto", "ffcv", "torch")
-_CACHE_VERSION = 2  # raise it when the same settings come to mean other bytes
+_CACHE_VERSION = 2  # increase when the same settings give other bytes
 _POLL_SECONDS = 0.2
 
 
@@ -43,21 +43,20 @@ def build_loader(
         source: name in `data.sources.SOURCES`.
         source_settings: keyword arguments of that source, without the split.
         split: "train" shuffles and augments, "eval" and "test" do neither.
-        loader: "ffcv", "torch", or "auto": FFCV where it is installed, else torch; `log` says which.
-        cache_dir: where the FFCV loader's files go. A source is converted the first time that it is asked for with
-            these settings.
-        path: a .beton file to use as it is. The source is then not looked at.
+        loader: "ffcv", "torch", or "auto": FFCV if it is installed, else torch; `log` says which.
+        cache_dir: folder for the FFCV loader's files. A source is converted on its first use with these settings.
+        path: a .beton file to use as it is. The source is then ignored.
         write_settings: `write_mode`, `jpeg_share`, `max_side_px` and `jpeg_quality` of the conversion. By default
-            pixels for sources that are small by nature, and JPEGs of up to 500 px for image folders. Images that
-            cannot be used are left out, and `log` says where they are listed.
-        class_names: those that the model tells apart; data with other classes are refused. None takes any.
+            pixels for sources of small images, and JPEGs of up to 500 px for image folders. Unusable images are left
+            out, and `log` says where they are listed.
+        class_names: the model's classes; data with other classes are refused. None accepts any.
         stall_timeout_seconds: rank 0 converts and the other ranks wait; they give up when nothing has been written
-            for so long.
+            for this long.
         settings: see `Loader`.
 
     Raises:
         ValueError, FileNotFoundError: bad settings or data.
-        ModuleNotFoundError: "ffcv" was asked for and is not installed.
+        ModuleNotFoundError: "ffcv" is requested but not installed.
     """
     if split not in SPLITS:
         raise ValueError(f"split {split!r}: give one of {', '.join(SPLITS)}")
@@ -85,7 +84,7 @@ def build_loader(
 def cached_beton_path(
     source: str, source_settings: dict[str, Any], write_settings: dict[str, Any], cache_dir: Path
 ) -> Path:
-    """Where the .beton file of a source with these settings lies: the name is a hash of all of them."""
+    """Path of the .beton file of a source with these settings; its name includes their hash."""
     stamp = source_stamp(source, **source_settings)
     told = json.dumps([_CACHE_VERSION, source, source_settings, write_settings, stamp], sort_keys=True, default=str)
     split = source_settings.get("split") or "all"
@@ -138,7 +137,7 @@ def _converted(
     if rank == 0:
         images = build_source(source, **source_settings)
         log(f"converting {len(images)} images of {images.name} to {path}")
-        # Two processes that get here together write the same bytes under names of their own; the later one wins.
+        # Two processes that get here together write the same bytes under separate names; the later one wins.
         about = {"built_from": source, "settings": source_settings}
         write_beton(images, path, strict=False, about=about, **write_settings)
         if report_path(path).is_file():
@@ -166,5 +165,5 @@ def _wait_for(path: Path, *, stall_timeout_seconds: float) -> None:
 def _size_or_zero(path: Path) -> int:
     try:
         return path.stat().st_size
-    except FileNotFoundError:  # renamed in this moment
+    except FileNotFoundError:  # just renamed
         return 0

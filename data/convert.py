@@ -15,14 +15,14 @@ from .beton.format import Beton, report_path
 from .beton.write import WRITE_MODES, default_write_settings, write_beton
 from .sources import SOURCES, SPLITS, FolderSource, build_source
 
-INTERRUPTED = 130  # exit status: 128 and the number of SIGINT
+INTERRUPTED = 130  # exit status: 128 + SIGINT
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Convert a source to a .beton file; returns the exit status: 0, 2 for a mistake that the message explains, 130
     for Ctrl-C."""
     args = _parser().parse_args(arguments)
-    warnings.filterwarnings("ignore", module="PIL")  # of files that are found wanting anyway, one line each
+    warnings.filterwarnings("ignore", module="PIL")  # one per file, and bad files are reported anyway
     try:
         _convert(args)
     except KeyboardInterrupt:
@@ -106,7 +106,7 @@ def _source(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
             settings[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             settings[key] = value
-    # A name without a folder behind it is a source, or a misspelled one: build_source answers with the nearest.
+    # A name without such a folder is a source, or a misspelled one: build_source suggests the nearest.
     if args.source in SOURCES or not (Path(args.source).exists() or "/" in args.source):
         return args.source, settings
     return "folder", {"path": args.source} | settings
@@ -123,7 +123,7 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _os_error(error: OSError, out: Path) -> str:
-    if error.errno is None:  # one of ours, which says everything
+    if error.errno is None:  # raised in this package, with a full message
         return str(error)
     where = f" ({error.filename})" if error.filename else ""
     return f"{out} cannot be written: {error.strerror}{where}. Nothing was written; free space, or write elsewhere"

@@ -1,7 +1,7 @@
 """Random numbers as a pure function of (seed, epoch, image, operation, draw).
 
-A generator has a state, so what it gives depends on who asked before: on the number of workers, on the ranks, on
-whether the run was resumed. A counter-based hash has none, so the same image in the same epoch is always cropped alike.
+A generator has state, so its numbers depend on earlier draws: on the number of workers and ranks, and on whether the
+run was resumed. A counter-based hash has none, so the same image in the same epoch is always cropped the same way.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _GAMMA = np.uint64(0x9E3779B97F4A7C15)  # splitmix64's increment: 2**64 divided 
 
 
 class Operation(IntEnum):
-    """What the numbers are for. A number once given is never reused: it would change every run's pixels."""
+    """What the numbers are for. Never reuse or change a value: that would change every run's pixels."""
 
     ORDER = 1
     CROP = 2
@@ -22,11 +22,11 @@ class Operation(IntEnum):
     SPLIT = 4
     PIXELS = 5
     STORAGE = 6
-    AUGMENTATION = 100  # and the numbers after it, one a place in the list of augmentations
+    AUGMENTATION = 100  # and up, one per place in the list of augmentations
 
 
 def random_bits(indices: np.ndarray, *, seed: int, epoch: int, operation: int, num_draws: int = 1) -> np.ndarray:
-    """uint64 array [len(indices), num_draws], every bit of which is fair."""
+    """uint64 array [len(indices), num_draws] of uniform random bits."""
     key = np.zeros(1, dtype=np.uint64)
     for part in (seed, epoch, operation):
         key = _mix(key + _GAMMA + np.uint64(int(part) & 0xFFFFFFFFFFFFFFFF))
@@ -42,7 +42,7 @@ def uniforms(indices: np.ndarray, *, seed: int, epoch: int, operation: int, num_
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    # splitmix64's finalizer; arrays wrap around silently, which is what it wants.
+    # splitmix64's finalizer; it relies on arrays wrapping around silently.
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

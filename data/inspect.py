@@ -1,4 +1,4 @@
-"""Command line: python -m data.inspect FILE.beton - what is in it, whether it is whole, what the model sees of it."""
+"""Command line: python -m data.inspect FILE.beton - shows its contents, checks it, and draws what the model sees."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .decoding.decode import Decoder, make_decoder
 from .prefetch import PrefetchIterator
 from .whole_files import whole_file
 
-_MOST_CLASSES = 20  # that are listed one by one
+_MOST_CLASSES = 20  # listed one by one
 _BAR_CHARACTERS = 40
 _SIZE_BINS_PX = (0, 16, 32, 64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 1024, 1536, 2048, 4096, 65536)
 _VERIFIED_AT_ONCE = 64
@@ -27,7 +27,7 @@ _SMALLEST_CELL_PX = 96
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0, or 2 for a file that is not whole and for mistakes."""
+    """Returns the exit status: 0, 2 for a damaged file or a mistake, 130 for Ctrl-C."""
     args = _parser().parse_args(arguments)
     try:
         beton = Beton(args.file)
@@ -67,10 +67,10 @@ def describe(beton: Beton) -> str:
 
 
 def verify(beton: Beton, *, num_workers: int = 2) -> str:
-    """Compare the images' bytes with the sidecar's checksum and decode every one; returns a line about it.
+    """Decode every image and compare the bytes with the sidecar's checksum; returns a one-line report.
 
     Raises:
-        ValueError: some are damaged, or are other images than the sidecar's.
+        ValueError: images are damaged, or are not the sidecar's.
         ModuleNotFoundError: no decoder is installed.
     """
     decoder = make_decoder()

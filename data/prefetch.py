@@ -1,4 +1,4 @@
-"""Run tasks ahead of whoever needs their results, in order, and stop when told to."""
+"""Runs tasks ahead of the consumer of their results, in order, until closed."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ T = TypeVar("T")
 
 
 class PrefetchIterator(Generic[T]):
-    """Results of `tasks` in their order, `num_workers` of them worked on at a time.
+    """Results of `tasks` in order, with `num_workers` tasks running at a time.
 
-    At most `num_workers + num_ahead` results exist ahead of the consumer. What a task raises is raised by `next()`,
-    after which the iterator is closed. Threads end when the tasks do, on `close()`, and when the iterator is dropped;
-    each finishes the one task that it is busy with.
+    At most `num_workers + num_ahead` results exist ahead of the consumer. `next()` raises what a task raises, and then
+    the iterator is closed. Threads end when the tasks do, on `close()`, and when the iterator is deleted; each
+    finishes its current task.
 
     Args:
-        tasks: functions without arguments. Asked for the next one in the consumer's thread.
-        num_workers: threads; 0 runs each task when its result is asked for.
-        num_ahead: results that may wait for the consumer, beside the one that each worker is busy with.
+        tasks: functions without arguments; iterated in the consumer's thread.
+        num_workers: threads; 0 runs each task when its result is requested.
+        num_ahead: results that may wait for the consumer, besides the one per running worker.
     """
 
     def __init__(self, tasks: Iterable[Callable[[], T]], *, num_workers: int, num_ahead: int = 2) -> None:
@@ -60,7 +60,7 @@ class PrefetchIterator(Generic[T]):
             raise
 
     def close(self) -> None:
-        """Forget what is not begun and wait for the threads to end. Harmless when repeated."""
+        """Cancel tasks that have not started and wait for the threads to end. May be repeated."""
         if self._state == "open":
             self._state = "closed"
         if self._pool is not None:

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written beside their place, and moved there when the last byte is on the disk."""
+"""Files that are complete or absent: written under a temporary name, and renamed once they are on disk."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from uuid import uuid4
 
 try:
     import fcntl
-except ModuleNotFoundError:  # Windows: what a killed process left behind stays
+except ModuleNotFoundError:  # Windows: files of killed processes are not removed
     fcntl = None
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A new file to write; it takes the place of `path` when the block ends, and is gone when the block raises.
+    """A new file to write; it replaces `path` when the block ends, and is removed if the block raises.
 
-    A process that is killed leaves a `<path>.<random>.partial`. The next one to write `path` removes it: as long as a
-    writer lives it holds a lock on its file, which the operating system releases however it ends.
+    A killed process leaves a `<path>.<random>.partial`. The next process to write `path` removes it: a live writer
+    holds a lock on its file, which the operating system releases however the writer ends.
 
     Raises:
-        OSError: the folder is not there or not writable, the disk is full.
+        OSError: the folder is missing or not writable, or the disk is full.
     """
     remove_abandoned(path)
     file = _locked(path)
@@ -34,15 +34,15 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
             if fcntl is None:
-                file.close()  # Windows moves no file that is open
-            # Elsewhere still under the lock: nobody may take it for abandoned in between.
+                file.close()  # Windows cannot move an open file
+            # Elsewhere still under the lock, so that no process removes it as abandoned in between.
             os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
 
 
 def replace_file(path: str | os.PathLike[str], write: Callable[[BinaryIO], Any]) -> None:
-    """Let `write` fill the file that takes the place of `path`; makes the folders that it lies in. See `whole_file`."""
+    """Replace `path` with a new file that `write` fills, creating its folders if needed. See `whole_file`."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as file:
@@ -50,12 +50,12 @@ def replace_file(path: str | os.PathLike[str], write: Callable[[BinaryIO], Any])
 
 
 def partial_files(path: Path) -> list[Path]:
-    """What is being written at this moment to take the place of `path`, or was left behind."""
+    """Files that are being written to replace `path`, or were left behind."""
     return sorted(path.parent.glob(f"{_glob_literal(path.name)}.*.partial"))
 
 
 def remove_abandoned(path: Path) -> list[Path]:
-    """Remove the partial files of `path` that nobody is writing any more; returns them."""
+    """Remove the partial files of `path` that no process is writing; returns them."""
     removed = []
     for partial in partial_files(path) if fcntl else ():
         try:
@@ -63,7 +63,7 @@ def remove_abandoned(path: Path) -> list[Path]:
                 if _lock(file) is True:
                     partial.unlink()
                     removed.append(partial)
-        except OSError:  # moved or removed by its owner in this moment, or another user's
+        except OSError:  # just moved or removed by its owner, or another user's
             continue
     return removed
 
@@ -80,7 +80,7 @@ def _locked(path: Path) -> BinaryIO:
 
 
 def _lock(file: BinaryIO) -> bool | None:
-    # Whether the lock is now ours; None where there are no locks, so that nothing is ever taken for abandoned there.
+    # Whether this process now has the lock; None where locks are unsupported, so that nothing counts as abandoned.
     if fcntl is None:
         return None
     try:

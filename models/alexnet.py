@@ -1,4 +1,4 @@
-"""AlexNet: the paper's, torchvision's, and a small relative for a few hundred classes."""
+"""AlexNet: the paper's, torchvision's, and a small variant for a few hundred classes."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def alexnet(
     pixel_std: float = _IMAGENET_PIXEL_STD,
     weights: str | None = None,
 ) -> nn.Module:
-    """AlexNet as its paper has it (Krizhevsky 2012), at 227 px: 60,965,224 parameters for 1000 classes.
+    """AlexNet as in its paper (Krizhevsky 2012), at 227 px: 60,965,224 parameters for 1000 classes.
 
     Convolutions of 96, 256, 384, 384 and 256 channels, max-pools of 3x3 at stride 2, two hidden layers of 4096, and
     after the first two convolutions' ReLU a response norm over n = 5 neighboring channels,
@@ -104,12 +104,12 @@ def alexnet(
 
     Weights are drawn from N(0, 0.01²); biases are 1 in convolutions 2, 4 and 5 and in the hidden layers, else 0.
 
-    groups: 2 splits the channels of convolutions 2, 4 and 5 in two halves that do not see each other, as the paper's
-        two GPUs did; 1 connects all (62,378,344 parameters). The response norm looks across the halves either way.
+    groups: 2 splits the channels of convolutions 2, 4 and 5 into two independent halves, as on the paper's two GPUs;
+        1 connects all (62,378,344 parameters). The response norm spans both halves either way.
     dropout: of the two hidden layers' outputs, in [0, 1).
-    pixel_std: what images are multiplied by, a positive number. The paper trained on pixels of 0 to 255 less their
-        mean, and its initialization and response norm depend on that scale; loaders here divide by the standard
-        deviation, and this multiplies by ImageNet's again. 1 leaves images as they come.
+    pixel_std: positive factor on the images. The paper trained on pixels of 0 to 255 minus their mean, and its
+        initialization and response norm depend on that scale; loaders here divide by the standard deviation, and
+        this multiplies by ImageNet's again. 1 leaves images unchanged.
     weights: a file; see `models.weights.load_weights`.
     """
     _check_dropout(dropout)
@@ -130,10 +130,10 @@ def alexnet_torchvision(*, num_classes: int, dropout: float = 0.5, weights: str 
 
 
 def alexnetish(*, num_classes: int, dropout: float = 0.2, weights: str | None = None) -> nn.Module:
-    """A small relative of AlexNet for 227 px: five convolutions of 32 to 128 channels, two linear layers.
+    """A small variant of AlexNet for 227 px: five convolutions of 32 to 128 channels, two linear layers.
 
-    799,405 parameters for 525 classes. The response norm looks at 7 channels, with k = 4, beta = 0.75 and PyTorch's
-    reading of alpha = 1e-4, which divides it by 7. Weights are drawn from N(0.001, 0.02²).
+    799,405 parameters for 525 classes. The response norm spans 7 channels, with k = 4, beta = 0.75 and PyTorch's
+    definition of alpha = 1e-4, which divides it by 7. Weights are drawn from N(0.001, 0.02²).
 
     dropout: of the hidden layer's output, in [0, 1).
     weights: a file; see `models.weights.load_weights`.

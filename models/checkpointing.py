@@ -1,7 +1,7 @@
 """Gradient checkpointing of residual blocks: less memory for activations, at about a third more arithmetic.
 
-A block is given a subclass of its own class, in place. Parameters, their names, hooks, optimizers and checkpoints never
-notice: the same weights load before and after.
+Each block's class is replaced in place by a subclass of it. Parameters, their names, hooks, optimizers and checkpoints
+are unaffected: the same weights load before and after.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-# torchvision's residual blocks and those of the networks here; by name, so that importing this imports none of them.
+# torchvision's residual blocks and those of the networks here; by name, to avoid importing them.
 _BLOCKS = {
     "torchvision.models.resnet.BasicBlock",
     "torchvision.models.resnet.Bottleneck",
@@ -34,13 +34,13 @@ _BLOCKS = {
 
 
 def checkpoint_blocks(model: nn.Module) -> nn.Module:
-    """Let every residual block of `model` keep its input alone, and compute the rest again in the backward pass.
+    """Make every residual block of `model` keep only its input, and recompute the rest in the backward pass.
 
-    In place; returns the same model. Outputs, gradients, dropout's draws and batch norm's running statistics are what
-    they are without: the second forward pass draws alike, and moves no statistics. Applying it again changes nothing.
-    Under torch.compile, blocks with batch norm are left out of what is compiled.
+    In place; returns the same model. Outputs, gradients, dropout masks and batch norm's running statistics do not
+    change: the second forward pass repeats the draws and updates no statistics. Applying it again changes nothing.
+    torch.compile does not compile blocks with batch norm.
 
-    Raises ValueError when the model has no block that is known.
+    Raises ValueError when the model has no known block.
 
     Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost".
     """
@@ -70,8 +70,8 @@ class _Checkpointed(nn.Module):
         return self._checkpoint(super().forward, values, use_reentrant=False)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # Classes made at run time cannot be found by name: rebuild this one from the block's former class. Someone
-        # else's subclass of it (a sharding's) is theirs to copy.
+        # Classes created at run time cannot be found by name: rebuild this one from the block's former class. Other
+        # libraries' subclasses of it (for sharding) copy themselves.
         first, *others = type(self).__bases__
         if first is not _Checkpointed:
             return super().__reduce_ex__(protocol)
@@ -91,9 +91,9 @@ def _is_block(module: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def _running_statistics_at_rest(block: nn.Module) -> Iterator[None]:
-    """Batch norms move copies of their running mean and variance, which are dropped.
+    """Batch norms update copies of their running mean and variance, which are dropped.
 
-    Without running statistics a norm would save fewer tensors than it did the first time, which torch refuses.
+    Without running statistics a norm would save fewer tensors than the first time, which torch refuses.
     """
     norms = [module for module in block.modules() if isinstance(module, _BatchNorm)]
     own = [dict(norm._buffers) for norm in norms]
@@ -108,12 +108,12 @@ def _running_statistics_at_rest(block: nn.Module) -> Iterator[None]:
 
 @functools.cache
 def _checkpointed_class(cls: type[nn.Module]) -> type[nn.Module]:
-    # Imported for networks that use it: it loads torch's compiler, seconds that a plan does without.
+    # Imported only for networks that use it: it loads torch's compiler, which takes seconds.
     from torch.utils.checkpoint import checkpoint
 
     functions = {
         "_checkpoint": staticmethod(checkpoint),
-        # Dynamo (torch 2.7) takes no context_fn: such a block runs as it would without torch.compile.
+        # Dynamo (torch 2.7) does not support context_fn, so such a block runs uncompiled.
         "_checkpoint_with_norms": staticmethod(torch.compiler.disable(_checkpoint_with_norms)),
     }
     return type(f"Checkpointed{cls.__name__}", (_Checkpointed, cls), {"__module__": __name__, **functions})

@@ -19,10 +19,10 @@ class ImageClassifier(ComposerModel):
     """Cross entropy or binary cross entropy over a network's logits; top-1 and loss as metrics.
 
     Targets may be class indices [N] or probabilities [N, K] (after MixUp or label smoothing). Accuracy against soft
-    targets counts the heavier class, so training accuracy under MixUp is that of the heavier label.
+    targets uses the most probable class, so under MixUp training accuracy is that of the heavier label.
 
-    num_classes: K, what algorithms read to turn indices into probabilities.
-    loss: "cross_entropy" is -sum_k t_k log softmax(z)_k a sample, "binary_cross_entropy" the sum over classes of
+    num_classes: K; algorithms read it to turn indices into probabilities.
+    loss: "cross_entropy" is -sum_k t_k log softmax(z)_k per sample, "binary_cross_entropy" the sum over classes of
         -t_k log sigmoid(z_k) - (1 - t_k) log(1 - sigmoid(z_k)); both are means over samples.
     """
 
@@ -48,7 +48,7 @@ class ImageClassifier(ComposerModel):
         return self.module(batch[0])
 
     def loss(self, outputs: Tensor, batch: Batch, *, reduction: Literal["mean", "none"] = "mean") -> Tensor:
-        """The loss that the model was made with, of logits [N, K]: a scalar, its mean over samples, or each's, [N]."""
+        """The configured loss of logits [N, K]: its mean over samples, a scalar, or one value per sample, [N]."""
         if reduction == "none":
             return self._losses(outputs, batch[1])
         if self.loss_name == "cross_entropy":
@@ -69,7 +69,7 @@ class ImageClassifier(ComposerModel):
         metric.update(outputs, targets if targets.ndim == 1 else targets.argmax(dim=1))
 
     def _losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Of each sample, [N]: an epoch's batches may differ in size, and the mean is over its samples."""
+        """One per sample, [N]: batches may differ in size, and an epoch's mean is over its samples."""
         if self.loss_name == "cross_entropy":
             return F.cross_entropy(outputs, targets, reduction="none")
         return _binary_cross_entropy(outputs, targets)

@@ -1,4 +1,4 @@
-"""Hugging Face's image classifiers, by id or from a folder; nothing but config.json and .safetensors is ever read.
+"""Hugging Face's image classifiers, by id or from a folder; only config.json and .safetensors are read.
 
 Shapes: N images, K classes.
 """
@@ -23,7 +23,7 @@ _INSTALL = "pip install 'brisk-vision[hf]'"
 class HuggingFaceClassifier(nn.Module):
     """A transformers classifier as a plain network: images [N, 3, S, S] in, logits [N, K] out.
 
-    Its positions are interpolated for images of another size where the architecture knows how to.
+    Its positions are interpolated for images of another size if the architecture supports it.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -38,7 +38,7 @@ class HuggingFaceClassifier(nn.Module):
 def find(name: str) -> Callable[..., nn.Module]:
     """The function that builds the classifier `name`, an id (google/vit-base-patch16-224) or a local folder.
 
-    Raises ValueError when transformers is not installed, or a folder is meant and is not there.
+    Raises ValueError when transformers is not installed, or the folder has no config.json.
     """
     try:
         import transformers  # noqa: F401
@@ -72,12 +72,12 @@ def build_hugging_face(
 ) -> nn.Module:
     """The classifier `name` with a head for `num_classes`.
 
-    weights: "pretrained" reads model.safetensors beside the configuration; None initializes anew. A classifier of
-        another number of classes is replaced, and that is logged.
-    gradient_checkpointing: compute activations again in the backward pass, where the architecture can.
+    weights: "pretrained" reads model.safetensors next to the configuration; None initializes randomly. A classifier
+        with another number of classes is replaced, which is logged.
+    gradient_checkpointing: recompute activations in the backward pass, if the architecture supports it.
 
-    Raises ValueError for an id that is neither in the cache nor to be had, a model that is no image classifier, one
-    without .safetensors, weights that do not fit, and checkpointing where the architecture has none.
+    Raises ValueError for an id that is neither cached nor downloadable, a model that is not an image classifier or has
+    no .safetensors, weights that do not fit, and checkpointing that the architecture does not support.
     """
     from transformers import AutoConfig, AutoModelForImageClassification
 
@@ -90,7 +90,7 @@ def build_hugging_face(
             if not _is_folder(name):
                 find_file(name, _WEIGHTS)
             model = _load(AutoModelForImageClassification, name, folder, settings)
-    except (OSError, ValueError, KeyError, TypeError) as error:  # transformers has no error of its own
+    except (OSError, ValueError, KeyError, TypeError) as error:  # transformers has no error class of its own
         raise ValueError(f"hf.{name} cannot be built: {_first_sentence(error)}") from None
     if gradient_checkpointing:
         if not model.supports_gradient_checkpointing:
@@ -127,11 +127,11 @@ def find_file(name: str, file: str) -> Path:
 
 
 def _load(kind: Any, name: str, folder: Path, settings: dict[str, Any]) -> Any:
-    with _quiet_transformers():  # it says in four lines what is said below in one
+    with _quiet_transformers():  # its four lines become one below
         model, info = kind.from_pretrained(
             folder, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True, **settings
         )
-    # Names, which came with their shapes before transformers 4.51.
+    # Names; with shapes before transformers 4.51.
     misshapen = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]
     fresh = [*info["missing_keys"], *misshapen]
     head = {id(parameter) for parameter in _classifier_parameters(model)}

@@ -22,7 +22,7 @@ _LIBRARIES = {"torchvision.": ".torchvision_models", "timm.": ".timm_models", "h
 
 
 def names() -> list[str]:
-    """Every built-in model's name, sorted; `torchvision.`, `timm.` and `hf.` reach those libraries' besides."""
+    """Every built-in model's name, sorted; the prefixes `torchvision.`, `timm.` and `hf.` add those libraries'."""
     return sorted(_MODELS)
 
 

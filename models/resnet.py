@@ -51,11 +51,11 @@ def resnet_digits(
 ) -> nn.Module:
     """A ResNet-8 with SiLU for images of 8 to 32 px; about 78,000 parameters at width 16.
 
-    With ReLU, a rounding difference that flips the sign of one activation changes the gradient by a jump, and two runs
-    that differ by rounding alone drift apart within ten steps (measured: 3e-2 in the loss at step 20; with SiLU 4e-6).
+    With ReLU, a rounding difference that flips the sign of one activation makes the gradient jump, and two runs that
+    differ only by rounding drift apart within ten steps (measured: 3e-2 in the loss at step 20; with SiLU 4e-6).
     A smooth activation keeps runs on different machines and numbers of ranks comparable.
 
-    width: channels of the first stage (16 or more lets BlurPool see every strided convolution).
+    width: channels of the first stage (16 or more lets BlurPool blur every strided convolution).
     weights, gradient_checkpointing: as for `resnet50`; weights are a file.
     """
     if width < 1 or blocks_per_stage < 1:

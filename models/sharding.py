@@ -1,8 +1,8 @@
 """Which parts of a network are gathered and freed together when its weights are sharded over ranks.
 
-A unit's weights are gathered for its forward and backward pass alone, so the largest unit sets how much memory the
-gathered weights take, and each unit costs one round of communication. Transformer blocks are one unit each; so are
-the stages of a residual network, whose single blocks are too small to be worth a round.
+A unit's weights are gathered only for its forward and backward pass, so the largest unit determines the memory of the
+gathered weights, and each unit costs one round of communication. Each transformer block is a unit; so is each stage
+of a residual network, whose single blocks are too small to be worth a round.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from torch import nn
 
 
 def sharding_units(network: nn.Module) -> list[nn.Module]:
-    """The modules of `network` to shard one by one, in its own order; what is in none of them goes with the root.
+    """The modules of `network` to shard one by one, in order; weights outside of them are sharded with the root.
 
     A unit is a transformer block (a module with an attention among its children) or a residual stage (an nn.Sequential
-    of blocks of one class). A network with neither is cut at its top: children that hold weights, a large container's
-    own children in its place. No unit lies within another. The list is empty when there is nothing to cut.
+    of blocks of one class). A network with neither is split at the top level: into its children with weights, but a
+    large container into its own children. Units never nest. The list is empty when there is nothing to split.
     """
     return list(_blocks_and_stages(network)) or list(_top_level(network))
 
@@ -46,7 +46,7 @@ def _is_residual_stage(module: nn.Module) -> bool:
 
 
 def _top_level(network: nn.Module) -> Iterator[nn.Module]:
-    """AlexNet's `features`, and each layer of its `classifier`: one unit of half the weights would save little."""
+    """For AlexNet, `features` and each layer of `classifier`: a unit of half the weights would save little."""
     whole = _count(network)
     for child in network.children():
         if isinstance(child, nn.Sequential) and _count(child) * 2 > whole:
@@ -56,7 +56,7 @@ def _top_level(network: nn.Module) -> Iterator[nn.Module]:
 
 
 def _can_be_unit(module: nn.Module) -> bool:
-    # FSDP refuses lists and dictionaries: as a rule they are never called, and gathering hangs on the call.
+    # FSDP refuses lists and dictionaries: they are usually never called, and the call triggers gathering.
     return _count(module) > 0 and not isinstance(module, (nn.ModuleList, nn.ModuleDict))
 
 

@@ -1,6 +1,6 @@
-"""What a network is made of: layers, shapes, parameters and multiply-adds, without running it on data.
+"""A network's layers, shapes, parameters and multiply-adds, without running it on data.
 
-A copy of the network runs once on meta tensors, which have shapes and no values: that costs no memory worth naming.
+A copy of the network runs once on meta tensors, which have shapes but no values, so it takes almost no memory.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 @dataclass(frozen=True)
 class Layer:
-    """One row of a summary. `shape` is the output's for one image, None for what the forward pass does not call."""
+    """One row of a summary. `shape` is the output's for one image, None if the forward pass skips the layer."""
 
-    name: str  # dotted path from the root, whose own is empty
+    name: str  # dotted path from the root, empty for the root
     kind: str
     depth: int
     shape: tuple[int, ...] | None
-    parameters: int  # those of its children with its own; shared ones once
+    parameters: int  # including its children's; shared ones count once
     macs: int | None  # None for a bare parameter
 
 
@@ -53,9 +53,9 @@ def summarize(module: nn.Module, *, image_size: int, num_images: int = 1, depth:
 def find_layers(module: nn.Module, *, image_size: int, num_images: int = 1) -> list[Layer]:
     """Every module of `module`, parents first, and each parameter that a module with children holds itself.
 
-    image_size: px. num_images: of the forward pass that is counted, for networks that take no single image.
-    MACs are multiply-adds of one image's forward pass in convolutions and matrix products (attention's included), those
-    of a layer that runs twice counted twice. Raises what the forward pass raises for that size.
+    image_size: px. num_images: batch size of the counted pass, for networks that do not accept a single image.
+    MACs are multiply-adds of one image's forward pass in convolutions and matrix products (including attention); a
+    layer that runs twice counts twice. Raises what the forward pass raises for that size.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     counts = _count_on_meta(module, image_size=image_size, num_images=num_images, shapes=shapes)
@@ -72,15 +72,15 @@ def find_layers(module: nn.Module, *, image_size: int, num_images: int = 1) -> l
 
 
 def count_parameters(module: nn.Module) -> int:
-    """Number of scalars in the parameters of `module`, shared ones once."""
+    """Number of scalars in the parameters of `module`; shared ones count once."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 def count_forward_macs(module: nn.Module, *, image_size: int, num_images: int = 1) -> int:
     """Multiply-adds of one image's forward pass at `image_size` px: those of convolutions and matrix products.
 
-    num_images: of the forward pass that is counted, and divided by; some networks take no single image. Raises what the
-    forward pass raises.
+    num_images: batch size of the counted pass, divided out again; some networks do not accept a single image. Raises
+    what the forward pass raises.
     """
     counts = _count_on_meta(module, image_size=image_size, num_images=num_images, shapes={})
     return sum(counts.get("Global", {}).values()) // 2 // num_images
@@ -102,9 +102,9 @@ def _count_on_meta(
 
 
 def _leave_shape(norm: nn.BatchNorm2d, input: Tensor) -> Tensor:
-    """What batch norm does to a shape: nothing. On meta tensors its own forward takes longer than a convolution's."""
+    """Batch norm keeps the shape; on meta tensors its own forward takes longer than a convolution's."""
     fits = input.ndim == 4 and input.shape[1] == norm.num_features
-    return input if fits else type(norm).forward(norm, input)  # which says what is wrong
+    return input if fits else type(norm).forward(norm, input)  # which raises the error
 
 
 def _note_shape(shapes: dict[str, tuple[int, ...]], name: str, module: nn.Module, inputs: Any, output: Any) -> None:

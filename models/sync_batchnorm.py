@@ -1,6 +1,6 @@
 """Batch norm over the images of every rank, on any backend.
 
-torch's own SyncBatchNorm runs on GPUs only. On CPU ranks this one stands in, so that a run on several ranks computes
+torch's own SyncBatchNorm runs on GPUs only. On CPU ranks this one replaces it, so that a run on several ranks computes
 what a single process computes at the same global batch size.
 """
 
@@ -11,7 +11,7 @@ from torch import Tensor, distributed, nn
 
 
 class CrossRankBatchNorm2d(nn.BatchNorm2d):
-    """nn.BatchNorm2d whose training statistics are those of the images [N, C, H, W] of all ranks together.
+    """nn.BatchNorm2d whose training statistics are over the images [N, C, H, W] of all ranks.
 
     mean = sum x / n, var = sum (x - mean)^2 / n with both sums over ranks (float64), gradients included.
     """
@@ -42,7 +42,7 @@ class CrossRankBatchNorm2d(nn.BatchNorm2d):
 
 
 def synchronize_batchnorm(model: nn.Module, *, device_type: str) -> nn.Module:
-    """Make every 2-d batch norm of `model` a synchronized one, keeping parameters, buffers and their names."""
+    """Synchronize every 2-d batch norm of `model`, keeping parameters, buffers and their names."""
     if device_type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for module in model.modules():
@@ -62,11 +62,11 @@ def _moments_over_ranks(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return total, mean, var
 
 
-# An operation of its own, so that torch.compile sees one graph: where it breaks at a collective, an activation in place
-# behind the batch norm changes what the convolution in the next graph has saved, and backward fails (torch 2.7.0).
+# A custom operator, so that torch.compile sees one graph: if it breaks at a collective, an in-place activation after
+# the batch norm changes what the convolution in the next graph has saved, and backward fails (torch 2.7.0).
 @torch.library.custom_op("brisk::sum_over_ranks", mutates_args=())
 def _sum_over_ranks(values: Tensor) -> Tensor:
-    """Sum over ranks; so is the gradient, on its way back."""
+    """Sum over ranks; the gradient is summed as well."""
     summed = values.clone(memory_format=torch.contiguous_format)
     distributed.all_reduce(summed)
     return summed

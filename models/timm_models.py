@@ -12,12 +12,12 @@ from .weights import load_weights
 
 
 def find(name: str) -> Callable[..., nn.Module]:
-    """The function that builds timm's classifier `name`. Raises ValueError when there is none, or no timm."""
+    """The function that builds timm's classifier `name`. Raises ValueError if it or timm is missing."""
     try:
         import timm  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError:
         raise ValueError(f"timm.{name} needs timm: pip install timm") from None
-    architecture = name.partition(".")[0]  # what follows names weights: vit_base_patch16_224.augreg_in21k
+    architecture = name.partition(".")[0]  # the suffix names weights: vit_base_patch16_224.augreg_in21k
     known = timm.list_models()
     if architecture not in known:
         near = difflib.get_close_matches(architecture, known, n=1)
@@ -58,13 +58,13 @@ def build_timm(
 ) -> nn.Module:
     """timm's classifier `name` with a head for `num_classes`.
 
-    image_size: px, for architectures that are made for one (timm's img_size); None leaves the architecture's own.
+    image_size: px, for architectures with a fixed size (timm's img_size); None keeps the architecture's own.
     drop_rate: dropout before the classifier, in [0, 1).
-    drop_path_rate: stochastic depth, in [0, 1); None leaves the architecture's own.
-    weights: "pretrained" takes timm's, from its cache or the hub; else a file, see `models.weights.load_weights`.
-    gradient_checkpointing: timm's own, which batch norm does not go with: it would count every batch twice.
+    drop_path_rate: stochastic depth, in [0, 1); None keeps the architecture's own.
+    weights: "pretrained" loads timm's, from its cache or the hub; else a file, see `models.weights.load_weights`.
+    gradient_checkpointing: timm's own; not with batch norm, which would count every batch twice.
 
-    Raises ValueError for what timm refuses, weights that are not there or do not fit, and checkpointing of a network
+    Raises ValueError for what timm refuses, weights that are missing or do not fit, and checkpointing of a network
     with batch norm.
     """
     import timm  # pyright: ignore[reportMissingImports]

@@ -10,7 +10,7 @@ from torch import nn
 
 from .weights import finish
 
-# Training outputs of these are tuples with auxiliary logits, unless asked not to be.
+# In training these return tuples with auxiliary logits unless disabled.
 _WITHOUT_AUXILIARY = {"googlenet": {"aux_logits": False, "init_weights": True}}
 _WITHOUT_AUXILIARY["inception_v3"] = _WITHOUT_AUXILIARY["googlenet"]
 
@@ -54,13 +54,13 @@ def build_torchvision(
 ) -> nn.Module:
     """torchvision's classifier `name` with a head for `num_classes`.
 
-    dropout: of every nn.Dropout, in [0, 1); None leaves torchvision's.
-    weights: torchvision's name for them, or a file (see `models.weights.load_weights`); None for new ones.
-    gradient_checkpointing: compute each residual block's activations again in the backward pass.
+    dropout: of every nn.Dropout, in [0, 1); None keeps torchvision's.
+    weights: torchvision's name for them, or a file (see `models.weights.load_weights`); None for random ones.
+    gradient_checkpointing: recompute each residual block's activations in the backward pass.
     settings: for torchvision's constructor.
 
-    Raises ValueError for a dropout out of range or of a network that has none, for weights that are not there or do
-    not fit, and for checkpointing a network without blocks.
+    Raises ValueError for a dropout out of range or of a network that has none, for weights that are missing or do not
+    fit, and for checkpointing a network without blocks.
     """
     import torchvision.models
 

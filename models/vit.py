@@ -1,9 +1,9 @@
 """Vision Transformers (Dosovitskiy 2021, arXiv 2010.11929) that take images of any size.
 
-Blocks and parameter names are torchvision's, so its weights load as they are, and what knows its blocks (stochastic
-depth, gradient checkpointing) knows these.
+Blocks and parameter names are torchvision's, so its weights load unchanged, and code for its blocks (stochastic depth,
+gradient checkpointing) works here.
 
-Shapes: N images, S px a side, P px a patch, T = 1 + (S / P)² tokens, D features.
+Shapes: N images, S px per side, P px per patch, T = 1 + (S / P)² tokens, D features.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .weights import StateDict, copy_weights, interpolate_positions, read_weight
 class VisionTransformer(nn.Module):
     """Input [N, 3, H, W] with sides that are multiples of the patch, output logits [N, num_classes].
 
-    Position embeddings belong to a grid of image_size / patch_size patches a side; images of another size get them
+    Position embeddings are for a grid of image_size / patch_size patches per side; for other sizes they are
     interpolated (see `models.weights.interpolate_positions`), with gradients.
     """
 
@@ -91,12 +91,12 @@ def vit_b16(
 ) -> nn.Module:
     """ViT-B/16: 12 layers, 12 heads, 768 features, patches of 16 px; 86,567,656 parameters at 224 px and 1000 classes.
 
-    image_size: px, a multiple of 16: what the position embeddings are kept for. Images of other sizes work too, with
-        the embeddings interpolated in every step; keep the size trained at most.
-    dropout, attention_dropout: of the embeddings and both branches' outputs, and of attention's shares; in [0, 1).
+    image_size: px, a multiple of 16: the size that the position embeddings are for. Images of other sizes work too,
+        with the embeddings interpolated in every step; set the size that most steps use.
+    dropout, attention_dropout: of the embeddings and both branches' outputs, and of attention weights; in [0, 1).
     weights: torchvision's name (IMAGENET1K_V1, IMAGENET1K_SWAG_E2E_V1 ...), a file, or Hugging Face's folder or id of a
-        ViT of this shape (google/vit-base-patch16-224-in21k); a classifier of other classes is left out.
-    gradient_checkpointing: compute each block's activations again in the backward pass.
+        ViT of this shape (google/vit-base-patch16-224-in21k); a classifier for other classes is left out.
+    gradient_checkpointing: recompute each block's activations in the backward pass.
     """
     model = _build(
         num_classes=num_classes,
@@ -140,10 +140,10 @@ def vit_digits(
 
 
 def translate_names(state: StateDict) -> StateDict:
-    """Names of Hugging Face's and timm's ViT made torchvision's; others are left as they are.
+    """Rename Hugging Face's and timm's ViT parameters to torchvision's names; others keep theirs.
 
-    Query, key and value become the one matrix that torch's attention has; Hugging Face's pooler, which no classifier
-    here has, is left out.
+    Query, key and value are joined into the single matrix of torch's attention; Hugging Face's pooler, which no
+    classifier here has, is left out.
     """
     names = _HUGGING_FACE_NAMES if any(".attention.attention.query." in name for name in state) else None
     if any(".attn.qkv." in name for name in state):
@@ -163,7 +163,7 @@ def translate_names(state: StateDict) -> StateDict:
     return translated
 
 
-_FILES = (".pt", ".pth", ".bin", ".safetensors")  # suffixes that tell a file that is missing from an id of the hub
+_FILES = (".pt", ".pth", ".bin", ".safetensors")  # suffixes that distinguish a missing file from an id of the hub
 # Pattern -> replacement, applied in turn.
 _HUGGING_FACE_NAMES = (
     (r"^vit\.", ""),
@@ -228,7 +228,7 @@ def _is_hugging_face(weights: str) -> bool:
 
 
 def _use_norms_epsilon(model: nn.Module, config: Path, *, source: str) -> None:
-    """Layer norms divide by sqrt(variance + eps), with the eps that the weights were trained with."""
+    """Set the layer norms' eps, in sqrt(variance + eps), to the one the weights were trained with."""
     settings = json.loads(config.read_text())
     activation = settings.get("hidden_act", "gelu")
     if activation != "gelu":
@@ -242,7 +242,7 @@ def _use_norms_epsilon(model: nn.Module, config: Path, *, source: str) -> None:
 
 
 def _initialize(model: VisionTransformer) -> None:
-    """As torchvision: N(0, 1 / fan-in) cut at two deviations for patches, and zeros for the classifier."""
+    """As torchvision: N(0, 1 / fan-in) cut at -2 and 2 for patches, and zeros for the classifier."""
     fan_in = model.conv_proj.weight[0].numel()
     head = model.heads.get_submodule("head")
     assert isinstance(head, nn.Linear)

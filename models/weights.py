@@ -1,6 +1,6 @@
-"""Weights of others: from a file, from torchvision by name, from a Hugging Face folder; matched by parameter name.
+"""Pretrained weights: from a file, from torchvision by name, from a Hugging Face folder; matched by parameter name.
 
-Pickles are read with torch's restricted unpickler, which makes tensors, arrays and plain values and runs no code.
+Pickles are read with torch's restricted unpickler, which creates tensors, arrays and plain values and runs no code.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ log = logging.getLogger(__name__)
 StateDict = dict[str, Tensor]
 
 POSITIONS = "encoder.pos_embedding"  # torchvision's name of a ViT's position embeddings, [1, 1 + g², D]
-# Keys under which training scripts keep the weights; Composer's checkpoints, and so this project's, have state.model.
+# Keys under which training scripts store weights; Composer's checkpoints, and so this project's, use state.model.
 _WRAPPERS = ("state", "state_dict", "model", "model_state_dict")
 # What Composer's checkpoints hold besides tensors and plain containers: random states, versions, times. None runs code.
 _COMPOSERS = [np.ndarray, np.dtype, np.empty(0).__reduce__()[0], type(np.dtype(np.uint32)), TorchVersion, timedelta]
-_PREFIXES = ("module.", "_orig_mod.")  # of parameters behind DistributedDataParallel and torch.compile
+_PREFIXES = ("module.", "_orig_mod.")  # of parameters under DistributedDataParallel and torch.compile
 # Heads that torchvision's GoogLeNet and Inception have in training only.
 _AUXILIARY = re.compile(r"(aux1|aux2|AuxLogits)\.")
 
 
 def load_weights(model: nn.Module, weights: str, *, architecture: str | None = None) -> nn.Module:
-    """Fill `model` with `weights`, in place; returns the same model.
+    """Load `weights` into `model`, in place; returns the same model.
 
     weights: a file (.safetensors, or what torch.save wrote: .pt, .pth, .bin, a run's best.pt), or one of torchvision's
         names for the weights of `architecture` (IMAGENET1K_V2), downloaded at first use.
-    architecture: torchvision's name of the network; None where torchvision has none like it.
+    architecture: torchvision's name of the network; None if torchvision does not have it.
 
-    Names are torchvision's; those of antialiased-cnns are understood too, whose filters are fixed and are left out, so
-    that its weights load into a network with or without BlurPool. A classifier of another number of classes, or none,
-    leaves the model's own as it is initialized; position embeddings of another grid are interpolated. Both are logged.
+    Names are torchvision's or those of antialiased-cnns, whose fixed filters are left out, so that its weights load
+    into a network with or without BlurPool. If the weights have no classifier, or one for another number of classes,
+    the model keeps its initialized one; position embeddings of another grid are interpolated. Both are logged.
 
-    Raises ValueError, naming the source, for what is not there, is not a file of weights, or fits another network.
+    Raises ValueError, naming the source, for weights that are missing, unreadable, or of another network.
     """
     state = read_weights(weights, architecture=architecture)
     return copy_weights(model, _translate_antialiased(state, model), source=weights)
@@ -57,7 +57,7 @@ def load_weights(model: nn.Module, weights: str, *, architecture: str | None = N
 def finish(
     model: nn.Module, weights: str | None, *, architecture: str | None = None, gradient_checkpointing: bool = False
 ) -> nn.Module:
-    """What every builder does last: weights, unless None (see `load_weights`), and gradient checkpointing if asked."""
+    """The last step of every builder: weights, unless None (see `load_weights`), and gradient checkpointing if set."""
     if weights is not None:
         load_weights(model, weights, architecture=architecture)
     return checkpoint_blocks(model) if gradient_checkpointing else model
@@ -88,7 +88,7 @@ def copy_weights(model: nn.Module, state: Mapping[str, Tensor], *, source: str) 
     head = classifier_names(model)
     new_head = [name for name in head if name not in state or state[name].shape != own[name].shape]
     state = {name: value for name, value in state.items() if name not in new_head}
-    # Files from before torch 0.4.1 do not count batches; nothing but a norm without momentum reads the count.
+    # Files from before torch 0.4.1 do not count batches; only a norm without momentum reads the count.
     missing = [n for n in own if n not in state and n not in new_head and not n.endswith("num_batches_tracked")]
     extra = [name for name in state if name not in own]
     misshapen = [name for name in state if name in own and state[name].shape != own[name].shape]
@@ -112,7 +112,7 @@ def classifier_names(model: nn.Module) -> list[str]:
 def interpolate_positions(positions: Tensor, grid: tuple[int, int]) -> Tensor:
     """Position embeddings [1, 1 + g², D] of a square grid, resampled to `grid` rows and columns: [1, 1 + r c, D].
 
-    Bicubic, pixels as areas (align_corners=False), as DeiT and Hugging Face's ViT do; the class token's stays.
+    Bicubic with align_corners=False, as in DeiT and Hugging Face's ViT; the class token's is kept.
     """
     token, patches = positions[:, :1], positions[:, 1:]
     side = math.isqrt(patches.shape[1])
@@ -138,7 +138,7 @@ def _download(name: str, architecture: str | None) -> Any:
     weights = get_model_weights(architecture)[name]
     try:
         return weights.get_state_dict(progress=False, check_hash=True, weights_only=True, map_location="cpu")
-    except (OSError, RuntimeError) as error:  # no network, no space; a file that is cut short or not what it should be
+    except (OSError, RuntimeError) as error:  # no network, no space; a truncated or wrong file
         cache = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
         reason = " ".join(str(error).split())
         raise ValueError(
@@ -162,7 +162,7 @@ def _read_file(path: Path) -> Any:
             f"{path} holds more than tensors, which only an unpickler that runs a stranger's code could read; save the "
             "state dict alone: torch.save(model.state_dict(), path)"
         ) from None
-    except Exception as error:  # torch and safetensors raise many kinds for files that are cut short or something else
+    except Exception as error:  # torch and safetensors raise many kinds of errors for truncated or foreign files
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
             f"{path} cannot be read as weights ({type(error).__name__}: {reason}); "
@@ -187,7 +187,7 @@ def _unwrap(loaded: Any, source: str) -> StateDict:
 
 
 def _translate_antialiased(state: StateDict, model: nn.Module) -> StateDict:
-    """antialiased-cnns keeps torchvision's layers in order, with its fixed filters between: match them by position."""
+    """antialiased-cnns keeps torchvision's layers in order, with fixed filters in between: match them by position."""
     if not any(name.endswith(".filt") for name in state):
         return state
     theirs = {name: value for name, value in state.items() if not name.endswith((".filt", "num_batches_tracked"))}

@@ -1,9 +1,9 @@
 """What every algorithm shares: the events, the Contract, and the base class.
 
-Composer takes seconds to import, and a plain loop needs none of it. So this package knows Composer by the shape of what
-it hands over: an algorithm is anything with `match` and `apply`, an event anything that has a name. Composer itself is
-imported when the first algorithm object is made, to be told that they are algorithms; without Composer that says what
-to install, and the functional forms work as they are.
+Composer takes seconds to import, and a plain loop does not need it. This package therefore relies only on the shape of
+Composer's objects: an algorithm is anything with `match` and `apply`, an event anything with a name. Composer itself is
+imported when the first algorithm object is created, to register the class as an algorithm; if Composer is missing, the
+error says what to install, and the functional forms work anyway.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ else:
         PREDICT_START = "predict_start"
         PREDICT_END = "predict_end"
 
-        __hash__ = Enum.__hash__  # of the name, as Composer's
+        __hash__ = Enum.__hash__  # of the name, like Composer's
 
         def __eq__(self, other: object) -> bool:
-            # Composer's own asks here, on the right-hand side, once it does not know the type.
+            # Composer's own falls back to this, as the right-hand side, for a type that it does not know.
             return isinstance(other, Enum) and (self.name, self.value) == (other.name, other.value)
 
 
@@ -64,7 +64,7 @@ __all__ = ["Algorithm", "Contract", "Event", "Logger", "Resource", "SpeedUp", "S
 
 
 class Resource(str, Enum):
-    """What an algorithm may touch. The set is closed: ordering reasons about these and never about other algorithms."""
+    """What an algorithm may touch. The set is closed: ordering depends on these and never on other algorithms."""
 
     MODEL = "the model's modules"
     MEMORY_FORMAT = "the model's memory format"
@@ -103,27 +103,26 @@ class Contract:
 class SpeedUp(Algorithm):
     """Base of this package's algorithms: a Composer algorithm with a Contract and a fixed list of events.
 
-    A subclass declares `contract` and `events` and implements `apply`; the settings it was made with are its
-    constructor's keyword arguments, which is what a recipe may set.
+    A subclass declares `contract` and `events` and implements `apply`; its settings are its constructor's keyword
+    arguments, which a recipe may set.
     """
 
     contract: ClassVar[Contract]
     events: ClassVar[tuple[Event, ...]]
-    suspended: bool = False  # set by an algorithm that rules over a phase of the run; nothing happens meanwhile
+    suspended: bool = False  # set by an algorithm that controls a phase of the run; nothing happens meanwhile
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        # Composer looks the algorithms of a checkpoint up among its own by qualified name. Under "BlurPool" it would
-        # find its own class on resuming, and try to build that from this one's settings.
-        if "." not in cls.__qualname__:  # a class within a function cannot be mistaken
+        # On resuming, Composer looks up a checkpoint's algorithms among its own by qualified name. Under "BlurPool" it
+        # would find its own class, and try to build that from this one's settings.
+        if "." not in cls.__qualname__:  # a class within a function cannot be confused
             cls.__qualname__ = f"Brisk{cls.__name__}"
-            setattr(sys.modules[cls.__module__], cls.__qualname__, cls)  # named so, instances pickle
+            setattr(sys.modules[cls.__module__], cls.__qualname__, cls)  # so that instances pickle
 
     def match(self, event: Event, state: State) -> bool:
         """Whether to act at `event`: it is one of `events`, and this algorithm is not `suspended`.
 
-        Raises ValueError at INIT when another one of this class is among the Trainer's algorithms: two would
-        smooth or mix twice.
+        Raises ValueError at INIT when the Trainer has another algorithm of this class: two would smooth or mix twice.
         """
         if event == Event.INIT:
             refuse_twice(self, state)
@@ -134,7 +133,7 @@ class SpeedUp(Algorithm):
         @classmethod
         def for_planning(cls, **settings: Any) -> SpeedUp: ...
 
-    else:  # what Composer asks of every algorithm, with Composer's answers
+    else:  # what Composer expects of every algorithm, with its defaults
         find_unused_parameters = backwards_create_graph = False
 
         def __new__(cls, *args: Any, **kwargs: Any) -> SpeedUp:
@@ -142,14 +141,14 @@ class SpeedUp(Algorithm):
                 from composer.core import Algorithm
             except ModuleNotFoundError as error:
                 if error.name != "composer":
-                    raise  # Composer is there and something that it needs is not: hiding that helps nobody
+                    raise  # Composer is installed but lacks a dependency: do not hide that
                 raise ModuleNotFoundError(
                     f"{cls.__name__} hooks into MosaicML Composer's Trainer, and Composer is not installed: "
                     "pip install 'brisk-vision[train]', or use the functional form in your own loop "
                     "(see docs/algorithms)",
                     name="composer",
                 ) from None
-            Algorithm.register(SpeedUp)  # for those who ask isinstance
+            Algorithm.register(SpeedUp)  # for isinstance checks
             return super().__new__(cls)
 
         @classmethod
@@ -165,11 +164,11 @@ class SpeedUp(Algorithm):
 
         @staticmethod
         def required_on_load() -> bool:
-            """Whether a checkpoint that was written with this algorithm cannot be loaded without it."""
+            """Whether a checkpoint written with this algorithm cannot be loaded without it."""
             return False
 
         def state_dict(self) -> dict[str, Any]:
-            """What a checkpoint holds of this algorithm."""
+            """What a checkpoint stores for it."""
             return {"repr": repr(self)}
 
         def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -179,9 +178,9 @@ class SpeedUp(Algorithm):
 def act_last(algorithm: Algorithm, state: State) -> None:
     """Move `algorithm` to the end of the Trainer's list, wherever it was listed.
 
-    Composer then reaches it last at every event but `AFTER_*`, and first at those, whose order it reverses.
+    Composer then calls it last at every event but `AFTER_*`, and first at those, whose order it reverses.
     """
-    if algorithm in state.algorithms:  # and not within another one
+    if algorithm in state.algorithms:  # and not nested in another one
         state.algorithms.remove(algorithm)
         state.algorithms.append(algorithm)
 
@@ -199,12 +198,12 @@ def global_rank() -> int:
 
 
 def world_size() -> int:
-    """How many processes train together."""
+    """Number of processes that train together."""
     return _distributed("get_world_size", default=1)
 
 
 def precision_context(state: State) -> AbstractContextManager[Any]:
-    """The autocast that the Trainer runs forward passes and losses in."""
+    """The autocast context of the Trainer's forward passes and losses."""
     from composer.core.precision import get_precision_context
 
     return get_precision_context(state.precision, state.precision_config)

@@ -1,4 +1,4 @@
-"""What the algorithms that act on a batch share: taking it apart, and turning class indices into probabilities.
+"""What the algorithms that act on a batch share: splitting it, and turning class indices into probabilities.
 
 Shapes: N samples, K classes.
 """
@@ -33,7 +33,7 @@ def count_samples(batch: Any) -> int:
 
 
 def count_classes(model: nn.Module, *, num_classes: int | None = None) -> int | None:
-    """`num_classes` if given, else the model's own `num_classes`, looked for below wrappers such as DDP; else None."""
+    """`num_classes` if given, else the model's own `num_classes`, looked up through wrappers such as DDP; else None."""
     module: Any = model
     while num_classes is None and isinstance(module, nn.Module):
         num_classes = getattr(module, "num_classes", None)
@@ -53,8 +53,8 @@ def soften(targets: Tensor, *, num_classes: int | None = None, ignore_index: int
     Indices become torch.get_default_dtype(), floating-point probabilities keep their dtype. A row whose index is
     `ignore_index` is all zero. num_classes: K; needed for indices, checked against probabilities.
 
-    Raises ValueError for another shape, a missing or contradicted K, and (on CPU, where looking costs nothing) an index
-    outside [0, K); on an accelerator PyTorch's own device-side assertion reports the last.
+    Raises ValueError for another shape, a missing or contradicted K, and (on CPU, where checking costs nothing) an
+    index outside [0, K); on an accelerator PyTorch's device-side assertion reports the last.
     """
     if targets.ndim == 2:
         if num_classes is not None and targets.shape[1] != num_classes:

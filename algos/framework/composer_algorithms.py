@@ -1,9 +1,9 @@
 """Composer's own algorithms under recipe names such as `composer.ema`, with a Contract for ordering.
 
-They are Composer's classes. Where one of them fails with what a recipe trains, the instance is mended:
+They are Composer's classes. If one of them fails with what a recipe trains, the instance is patched:
 
     those that change layers    an optimizer of several parameter groups is kept consistent
-    ghost_batchnorm             evaluation takes batches smaller than a ghost batch
+    ghost_batchnorm             evaluation accepts batches smaller than a ghost batch
     layer_freezing              frozen parameters stay in the optimizer, so checkpoints can be saved; a resumed run
                                 freezes before its first step
 """
@@ -28,16 +28,16 @@ PREFIX = "composer."
 
 
 def names() -> list[str]:
-    """The recipe name of every algorithm of Composer's, sorted. Imports nothing of Composer: there are no new ones."""
+    """The recipe names of Composer's algorithms, sorted. Does not import Composer, so newer ones are missing."""
     return sorted(PREFIX + name for name in _KNOWN)
 
 
 def find(name: str) -> Callable[..., Any]:
     """A function that makes the algorithm `name` (`composer.ema`) from its constructor's keyword arguments.
 
-    It has the constructor's signature. What it returns is an instance of Composer's class, mended as above, with two
+    It has the constructor's signature. It returns an instance of Composer's class, patched as above, with two
     attributes that this package's algorithms have too: `contract`, and `events`, those at which it may act. It raises
-    ValueError for arguments that the constructor does not have, lacks or refuses.
+    ValueError for arguments that are unknown, missing or refused.
 
     Raises ValueError with the nearest match for an unknown name.
     """
@@ -52,7 +52,7 @@ def find(name: str) -> Callable[..., Any]:
         _check_arguments(name, cls, settings)
         try:
             algorithm: Any = cls(**settings)
-        except (ValueError, TypeError, AttributeError, AssertionError, ImportError) as error:  # how it refuses
+        except (ValueError, TypeError, AttributeError, AssertionError, ImportError) as error:  # how Composer refuses
             raise ValueError(f"{name} refuses {settings}: {error or type(error).__name__}") from error
         algorithm.contract, algorithm.events = _KNOWN.get(name.removeprefix(PREFIX), _UNKNOWN)
         _mend(algorithm, name.removeprefix(PREFIX))
@@ -65,7 +65,7 @@ def find(name: str) -> Callable[..., Any]:
 
 @dataclass(frozen=True)
 class Described:
-    """What `arrange` and a plan ask of an algorithm that has not been made."""
+    """What `arrange` and a plan need to know of an algorithm that is not made."""
 
     contract: Contract
     events: tuple[Event, ...]
@@ -94,7 +94,7 @@ def _classes() -> dict[str, type[Algorithm]]:
     found: dict[str, type[Algorithm]] = {}
     for public in vars(algorithms).values():
         if inspect.isclass(public) and issubclass(public, Algorithm):
-            # Each has a package of its own, whose name is the one in snake_case: composer.algorithms.gyro_dropout.
+            # Each has its own package, with its name in snake_case: composer.algorithms.gyro_dropout.
             found[PREFIX + public.__module__.split(".")[2]] = public
     return found
 
@@ -111,15 +111,15 @@ def _check_arguments(name: str, cls: type[Algorithm], settings: dict[str, Any]) 
         raise ValueError(f"{name} needs {' and '.join(missing)}, which have no default; give them")
 
 
-# --- mends (Composer 0.32.1) -----------------------------------------------------------------------------------------
+# --- patches (Composer 0.32.1) ---------------------------------------------------------------------------------------
 
 
 def _mend(algorithm: Any, name: str) -> None:
-    # Attributes of the instance, which Composer's engine asks before the class's; partials of functions here pickle.
+    # Attributes of the instance, which Composer's engine finds before the class's; partials of functions here pickle.
     if name == "layer_freezing":
         algorithm.match = partial(_is_among_events, algorithm)
         algorithm.apply = partial(_freeze, algorithm)
-        algorithm.state_dict = dict  # nothing, and without Composer's warning of what is mended here
+        algorithm.state_dict = dict  # nothing, and without Composer's warning of what is patched here
         algorithm.load_state_dict = dict
     elif name == "ghost_batchnorm":
         algorithm.apply = partial(_add_ghost_batchnorm, algorithm)
@@ -128,11 +128,11 @@ def _mend(algorithm: Any, name: str) -> None:
 
 
 def _apply_with_one_group(algorithm: Any, event: Event, state: Any, logger: Any = None) -> None:
-    """Composer's `apply`, with each optimizer's parameter groups as one meanwhile.
+    """Composer's `apply`, with each optimizer's parameter groups merged for its duration.
 
-    Its module surgery refuses layers whose parameters are in different groups, or that gain parameters, where there is
-    more than one group. A new parameter goes to the group that holds most parameters of as many dimensions: a bias or a
-    norm's weight to the one without weight decay, where there is one.
+    With more than one group, its module surgery refuses layers whose parameters are in different groups, or that gain
+    parameters. A new parameter goes to the group with most parameters of the same ndim: a bias or a norm's weight to
+    the one without weight decay, if there is one.
     """
     before = [(optimizer, list(optimizer.param_groups)) for optimizer in state.optimizers or ()]
     for optimizer, groups in before:
@@ -146,7 +146,7 @@ def _apply_with_one_group(algorithm: Any, event: Event, state: Any, logger: Any 
 
 
 def _share_out(parameters: list[Any], groups: list[dict[str, Any]]) -> None:
-    """Put `parameters` into the groups that they were in, new ones into the group of most that are like them."""
+    """Put `parameters` back into their groups, and new ones into the group with most parameters like them."""
     place = {id(one): index for index, group in enumerate(groups) for one in group["params"]}
     alike = [Counter(min(one.ndim, 2) for one in group["params"]) for group in groups]
     for group in groups:
@@ -165,7 +165,7 @@ def _add_ghost_batchnorm(algorithm: Any, event: Event, state: Any, logger: Any =
 
 def _take_small_batches(module: Any, inputs: Any, *, ghost_batch_size: int) -> None:
     # In evaluation the chunks share the running statistics: one chunk gives the same as many. Images on the meta device
-    # are a trial of the shapes in training, in which a batch of less than a ghost batch is a mistake.
+    # test the shapes of training, in which a batch smaller than a ghost batch is a mistake.
     (images,) = inputs
     in_training = module.training or images.is_meta
     module.ghost_batch_size = ghost_batch_size if in_training else max(len(images), 1)
@@ -176,8 +176,8 @@ def _is_among_events(algorithm: Any, event: Event, state: Any) -> bool:
 
 
 def _freeze(algorithm: Any, event: Event, state: Any, logger: Any) -> None:
-    # Without an optimizer to take parameters out of. A parameter without a gradient is not stepped, decay and momentum
-    # included.
+    # Without an optimizer to remove parameters from. A parameter without a gradient is not stepped, not even by decay
+    # and momentum.
     asked = SimpleNamespace(model=state.model, optimizers=(), get_elapsed_duration=state.get_elapsed_duration)
     type(algorithm).apply(algorithm, event, asked, logger)
     for parameter in state.model.parameters():
@@ -194,7 +194,7 @@ _MIXES = (
 )
 _LOW_PRECISION = (Contract(writes=[_R.MODEL]), (Event.INIT, Event.BEFORE_LOAD, Event.AFTER_LOAD))
 
-# What each does, so that `arrange` can order it and refuse what cannot be together.
+# What each does, so that `arrange` can order it and refuse conflicts.
 _KNOWN: dict[str, tuple[Contract, tuple[Event, ...]]] = {
     "alibi": (Contract(writes=[_R.MODEL]), (Event.INIT, Event.AFTER_DATALOADER)),
     "augmix": (Contract(writes=[_R.IMAGES]), (Event.FIT_START,)),
@@ -248,5 +248,5 @@ _KNOWN: dict[str, tuple[Contract, tuple[Event, ...]]] = {
     ),
     "weight_standardization": _CHANGES_MODEL,
 }
-# Of a Composer that has one more: it may touch anything, so that whoever waits for anything waits for it.
+# For those of a newer Composer: they may touch anything, so whatever waits for a resource waits for them.
 _UNKNOWN = (Contract(writes=list(Resource)), ())

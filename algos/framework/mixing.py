@@ -18,11 +18,11 @@ from .randomness import generator_at
 def has_turn(algorithm: SpeedUp, state: State) -> bool:
     """Whether `algorithm` is the one that mixes this batch.
 
-    Alone it mixes every batch. Of two, the one with a `switch_probability` p has a batch with probability p and the
-    other has the rest. The draw is a function of the run's seed and the number of batches done, so both of them and all
-    ranks come to the same answer, whatever order they are listed in, and a resumed run repeats it.
+    Alone it mixes every batch. Of two, the one with a `switch_probability` p takes a batch with probability p and the
+    other takes the rest. The draw is a function of the run's seed and the number of batches done, so both algorithms
+    and all ranks agree, whatever their order in the list, and a resumed run repeats it.
 
-    Raises ValueError when several mix samples and do not share the batches out between them.
+    Raises ValueError when several algorithms mix samples and do not share the batches.
     """
     mixers = [other for other in state.algorithms if _mixes(other)]
     if len(mixers) < 2:
@@ -34,7 +34,7 @@ def has_turn(algorithm: SpeedUp, state: State) -> bool:
             "this project's MixUp and CutMix take turns, and nothing else does: leave the other out"
         )
     step = state.timestamp.batch.value
-    generator = generator_at(state.rank_zero_seed, rank=0, step=step, stream="mixing")  # rank 0: alike on every rank
+    generator = generator_at(state.rank_zero_seed, rank=0, step=step, stream="mixing")  # rank 0: the same on every rank
     share: float = getattr(sharing[0], "switch_probability")  # noqa: B009 (it is not every algorithm's)
     switched = float(torch.rand((), generator=generator, dtype=torch.float64)) < share
     return (algorithm is sharing[0]) == switched
@@ -42,7 +42,7 @@ def has_turn(algorithm: SpeedUp, state: State) -> bool:
 
 def draw_beta(alpha: float, *, generator: torch.Generator, num_samples: int | None = None) -> float | Tensor:
     """One number ~ Beta(alpha, alpha), or a float32 tensor [N] of them."""
-    # torch draws no Beta from a given generator; NumPy does, and stays finite down to the smallest alpha.
+    # torch cannot draw Beta from a given generator; NumPy can, and stays finite down to the smallest alpha.
     beta = np.random.default_rng(int(torch.randint(2**63 - 1, (), generator=generator)))
     if num_samples is None:
         return float(beta.beta(alpha, alpha))
@@ -73,7 +73,7 @@ def check_seed(seed: int | None) -> None:
 
 
 def check_permutation(permutation: Tensor, *, num_samples: int) -> None:
-    """ValueError unless `permutation` holds 0..N-1, each once (its values are looked at on CPU only)."""
+    """ValueError unless `permutation` holds 0..N-1, each once (its values are checked on CPU only)."""
     if permutation.shape != (num_samples,):
         raise ValueError(
             f"received a permutation of shape {list(permutation.shape)} for {num_samples} images; it must be "
@@ -97,5 +97,5 @@ def check_counts(images: Tensor, probabilities: Tensor) -> None:
 
 
 def _mixes(algorithm: object) -> bool:
-    contract = getattr(algorithm, "contract", None)  # Composer's own algorithms may stand beside ours without one
+    contract = getattr(algorithm, "contract", None)  # Composer's own algorithms may lack one
     return contract is not None and Resource.MIXING in contract.writes

@@ -1,4 +1,4 @@
-"""One order for a set of algorithms, decided by their Contracts and never by the order in which they were listed."""
+"""One order for a set of algorithms, determined by their Contracts, not by the order in which they were listed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def arrange(contracts: Mapping[str, Contract]) -> list[str]:
     An algorithm acts after every other one that writes a resource in its `after`. Ties are broken by name, so the same
     set always gives the same order. An algorithm that both writes and waits for a resource waits for the other writers.
 
-    Raises ValueError when two own one resource, or when the Contracts ask for a circle.
+    Raises ValueError when two own one resource, or when the Contracts form a cycle.
     """
     _refuse_two_owners(contracts)
     sorter = TopologicalSorter(

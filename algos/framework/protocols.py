@@ -1,4 +1,4 @@
-"""What the algorithms ask of objects that they do not own. Structural: nothing needs to import this to satisfy it."""
+"""Interfaces that the algorithms expect of other objects. Structural: implementations need not import this."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import Any, Protocol, runtime_checkable
 class ResizableLoader(Protocol):
     """A data loader that can change image size and batch size between passes over the data.
 
-    Setters take effect at the next `iter()`; a pass that is under way keeps its sizes. `len()` answers for the next
-    pass. Every rank must be given the same values.
+    Setters take effect at the next `iter()`; a running pass keeps its sizes. `len()` is that of the next pass. Every
+    rank must be given the same values.
     """
 
     image_size: int  # px, side of the square images of the next pass
-    batch_size: int  # images a device of the next pass (Composer reads this name)
+    batch_size: int  # images per device in the next pass (Composer reads this name)
 
     def set_image_size(self, image_size: int) -> None:
-        """Side in px of the images of the next pass."""
+        """Set the next pass's image size, in px."""
         ...
 
     def set_batch_size(self, per_device_batch_size: int) -> None:
-        """Images a device in a batch of the next pass."""
+        """Set the next pass's batch size per device."""
         ...
 
     def __len__(self) -> int: ...
@@ -32,17 +32,17 @@ class ResizableLoader(Protocol):
 
 @runtime_checkable
 class CropSwitchingLoader(Protocol):
-    """A training loader that can serve its images as evaluation does: FixRes trains its last phase this way."""
+    """A training loader that can serve its images as in evaluation: FixRes trains its last phase this way."""
 
     def set_test_crop(self, enabled: bool) -> None:
-        """From the next pass on, crop as evaluation does and augment nothing (True), or as in training (False)."""
+        """From the next pass on, crop as in evaluation without augmentation (True), or as in training (False)."""
         ...
 
 
 @runtime_checkable
 class LearningRateModifier(Protocol):
-    """An algorithm with a say in the learning rate. `LearningRate` asks every such algorithm in the order they act."""
+    """An algorithm that changes the learning rate. `LearningRate` calls every such algorithm in the order they act."""
 
     def modify_learning_rate(self, learning_rate: float, epoch: float, total_epochs: float) -> float:
-        """The learning rate at `epoch` (a fraction within an epoch), given what the schedule and the others made it."""
+        """The learning rate at `epoch` (may be fractional), given the rate of the schedule and earlier algorithms."""
         ...

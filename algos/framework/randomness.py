@@ -1,4 +1,4 @@
-"""Random numbers as a pure function of where the run stands, so that a resumed run draws what it would have drawn."""
+"""Random numbers as a pure function of the run's position, so that a resumed run draws the same numbers."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ def generator_at(seed: int, *, rank: int, step: int, stream: str) -> torch.Gener
     """A CPU generator for `stream` (an algorithm's name) at `step` (batches done) on `rank`.
 
     The same four values always give the same generator; changing any one of them gives an unrelated one. Nothing has to
-    be saved in a checkpoint, and the global generators are neither read nor moved.
+    be saved in a checkpoint, and the global generators are neither read nor advanced.
 
     Raises ValueError for a negative seed, rank or step.
     """
     for name, value in (("seed", seed), ("rank", rank), ("step", step)):
         if value < 0:
             raise ValueError(f"{name} {value} is negative; it must be 0 or more")
-    # Fixed numbers of 32-bit words: (1, 23) and (12, 3) must not read alike.
+    # Fixed numbers of 32-bit words: (1, 23) and (12, 3) must differ.
     entropy = [*_two_words(seed), rank, *_two_words(step), zlib.crc32(stream.encode())]
     (state,) = np.random.SeedSequence(entropy).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state))
 
 
 class MicrobatchDraws:
-    """What a model's random layers draw for the microbatch at hand; they share one such object as `microbatch_draws`.
+    """What a model's random layers draw for the current microbatch; they share one such object as `microbatch_draws`.
 
-    of_rows: a tensor with a line a layer and a column a sample, or None where layers are to draw for themselves. It is
-        replaced for each microbatch and never written to, so that whoever repeats a forward pass can keep it and put
-        it back.
+    of_rows: a tensor with a row per layer and a column per sample, or None if layers draw for themselves. It is
+        replaced for each microbatch and never written to, so that code that repeats a forward pass can keep and
+        restore it.
     """
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class MicrobatchDraws:
 
 
 def microbatch_draws(model: nn.Module) -> list[MicrobatchDraws]:
-    """Those of `model`, each once."""
+    """The draws of `model`, each once."""
     found = [vars(module).get("microbatch_draws") for module in model.modules()]
     return list({id(draws): draws for draws in found if draws is not None}.values())
 

@@ -1,4 +1,4 @@
-"""What DistributedDataParallel averages over ranks, when an algorithm changes what is trained in mid-run."""
+"""What DistributedDataParallel averages over ranks when an algorithm changes what is trained during a run."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch.distributed
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-# With what DistributedDataParallel builds its reducer anew when it is unpickled. They are not public.
+# The methods with which DistributedDataParallel rebuilds its reducer when unpickled. They are not public.
 _BUILDERS = ("_build_params_for_reducer", "_build_debug_param_to_name_mapping", "_ddp_init_helper")
 
 
 def can_change_what_is_trained() -> bool:
-    """Whether this torch lets `average_what_is_trained` do its work."""
-    reducer = getattr(torch.distributed, "Reducer", None)  # absent where torch is built without distributed
+    """Whether this torch supports `average_what_is_trained`."""
+    reducer = getattr(torch.distributed, "Reducer", None)  # absent if torch is built without distributed
     return hasattr(reducer, "_remove_autograd_hooks") and all(
         hasattr(DistributedDataParallel, name) for name in _BUILDERS
     )
@@ -23,12 +23,12 @@ def can_change_what_is_trained() -> bool:
 
 @contextmanager
 def average_what_is_trained(model: nn.Module) -> Iterator[None]:
-    """Around a change of `requires_grad`: have the ranks of `model` average the gradients of what is trained after it.
+    """Wraps a change of `requires_grad`: the ranks of `model` then average the gradients of what is trained after it.
 
-    DistributedDataParallel waits for a gradient of every parameter that was trained when it was built, and with
-    find_unused_parameters it walks the graph in every step of the run to see which will have none. Built anew at the
-    change it does neither. To be entered on all ranks alike, between two steps. Nothing happens for other models, for
-    one that looks for unused parameters anyway, or where nothing changes.
+    DistributedDataParallel waits for a gradient of every parameter that was trained when it was built; with
+    find_unused_parameters it walks the graph in every step to find those without one. Rebuilding its reducer at the
+    change avoids both. Enter this on all ranks, between two steps. It does nothing for other models, for one with
+    find_unused_parameters, or if nothing changes.
     """
     before = _trained(model)
     yield

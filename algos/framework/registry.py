@@ -56,8 +56,8 @@ def composer_names() -> list[str]:
 
 
 def maker(name: str) -> Callable[..., Any]:
-    """What makes the algorithm behind a recipe's `name` from its settings: a class of `find`, or for `composer.<name>`
-    a function that makes Composer's own. Either has the settings as its signature.
+    """The callable that makes the algorithm of a recipe's `name`: the class that `find` returns, or for
+    `composer.<name>` a function that makes Composer's own. Its signature is the settings.
 
     Raises ValueError with the nearest match when there is none.
     """
@@ -67,8 +67,8 @@ def maker(name: str) -> Callable[..., Any]:
 
 
 def planner(name: str) -> Callable[..., Any]:
-    """As `maker`, of objects that are asked and do not train (`SpeedUp.for_planning`): Composer is not imported, but
-    for its own algorithms.
+    """As `maker`, for planning without training (`SpeedUp.for_planning`): imports Composer only for Composer's own
+    algorithms.
     """
     from . import composer_algorithms
 
@@ -76,7 +76,7 @@ def planner(name: str) -> Callable[..., Any]:
 
 
 def find(name: str) -> type[SpeedUp]:
-    """The class behind a recipe's `name`; imports that algorithm's module alone.
+    """The class of a recipe's `name`; imports only that algorithm's module.
 
     Raises ValueError with the nearest match when there is none.
     """

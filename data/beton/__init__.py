@@ -1,1 +1,1 @@
-"""The .beton file: its format, and how it is written."""
+"""The .beton file: its format and its writer."""

@@ -1,8 +1,8 @@
-"""FFCV's .beton file: its layout, and reading it with numpy alone.
+"""FFCV's .beton file: its layout, and a reader that needs only numpy.
 
-Header, one descriptor a field, one metadata row an image, pages of 8 MiB with the images' bytes, and a table of
-allocations at the end. Beside it lies `<file>.json`, the sidecar, with what the format has no place for.
-`data.beton.write` writes both; FFCV reads these files, and this reads FFCV's.
+A file has a header, one descriptor per field, one metadata row per image, 8 MiB pages of image bytes, and an
+allocation table at the end. `<file>.json`, the sidecar, stores what the format has no field for.
+`data.beton.write` writes both; FFCV reads these files, and this module reads FFCV's.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-# Little-endian and packed as FFCV 1.0 has them (its types.py, fields/basics.py and fields/rgb_image.py).
+# Little-endian and packed as in FFCV 1.0 (its types.py, fields/basics.py and fields/rgb_image.py).
 HEADER = np.dtype(
     [
         ("version", "<u2"),
@@ -38,7 +38,7 @@ PAGE_BYTES = 8 << 20
 MAX_SIDE_PX = 65_535
 MODES = {"jpg": 0, "raw": 1}
 SIDECAR_VERSION = 1
-_CONVERT = f"{__name__.partition('.beton.')[0]}.convert"  # what people call to make one
+_CONVERT = f"{__name__.partition('.beton.')[0]}.convert"  # the command that writes one
 _IMAGENET_MEAN = (123.675, 116.28, 103.53)
 _IMAGENET_STD = (58.395, 57.12, 57.375)
 
@@ -46,19 +46,19 @@ _IMAGENET_STD = (58.395, 57.12, 57.375)
 class Beton:
     """A .beton file with one image field and one integer field, opened for reading.
 
-    Opening checks the whole frame: a file that is cut short, foreign or not the one its sidecar describes is refused
-    here, because read as it is it would give black images with plausible labels.
+    Opening checks the whole frame. A file that is truncated, foreign or not the one its sidecar describes is refused,
+    because it would give black images with plausible labels.
 
     Attributes:
         labels, heights, widths: int64 [N]; heights and widths in px.
         class_names: from the sidecar, else the labels' numbers.
         mean, std: per channel on the 0..255 scale; from the sidecar, else ImageNet's.
-        sidecar: all that the sidecar says; empty where there is none.
-        described: whether there is a sidecar. Files that FFCV itself wrote have none.
+        sidecar: the sidecar's contents; empty if there is none.
+        described: whether there is a sidecar. Files written by FFCV have none.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a whole .beton file, or not the one that the sidecar describes.
+        ValueError: not a valid .beton file, or not the one that the sidecar describes.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -74,7 +74,7 @@ class Beton:
         self._modes = frame.images["mode"].copy()
         self._starts = frame.images["data_ptr"].astype(np.int64)
         self._sizes = frame.sizes
-        # A plain view: slicing np.memmap itself costs microseconds, and there is one slice an image.
+        # A plain view: slicing np.memmap itself costs microseconds, once per image.
         self._bytes = np.memmap(self.path, dtype=np.uint8, mode="r").view(np.ndarray)
         sidecar = _checked_sidecar(self.path, frame)
         self.described = sidecar is not None
@@ -88,11 +88,11 @@ class Beton:
         return len(self.labels)
 
     def addresses(self, indices: np.ndarray) -> np.ndarray:
-        """uint64 [B]: where the stored bytes of images lie in memory, for as long as this object lives."""
+        """uint64 [B]: memory addresses of the images' stored bytes, valid while this object exists."""
         return (self._bytes.ctypes.data + self._starts[indices]).astype(np.uint64)
 
     def num_bytes(self, indices: np.ndarray) -> np.ndarray:
-        """int64 [B]: how many bytes are stored of each image."""
+        """int64 [B]: number of stored bytes of each image."""
         return self._sizes[indices]
 
     def image_bytes(self, index: int) -> np.ndarray:
@@ -106,17 +106,17 @@ class Beton:
 
 
 def sidecar_path(path: str | Path) -> Path:
-    """Where the description of a .beton file lies."""
+    """Path of a .beton file's sidecar."""
     return Path(f"{path}.json")
 
 
 def report_path(path: str | Path) -> Path:
-    """Where the images that a .beton file's conversion left out are listed, if there are any."""
+    """Path of the list of images that the conversion left out; exists only if there are any."""
     return Path(f"{path}.report.txt")
 
 
 class Frame(NamedTuple):
-    """All of a file but the images' bytes."""
+    """A file without the images' bytes."""
 
     images: np.ndarray  # metadata of the image field [N]
     labels: np.ndarray  # int64 [N]
@@ -126,7 +126,7 @@ class Frame(NamedTuple):
 
 
 def read_frame(path: Path) -> Frame:
-    """Read and check header, descriptors, metadata and allocations. Raises ValueError where they are not whole."""
+    """Read and check header, descriptors, metadata and allocations. Raises ValueError if one is invalid."""
     num_bytes = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(HEADER.itemsize)
@@ -169,7 +169,7 @@ def _metadata_row(path: Path, fields: np.ndarray) -> tuple[np.dtype, str, str]:
 
 
 def _image_sizes(path: Path, images: np.ndarray, table: np.ndarray, pages_start: int, table_start: int) -> np.ndarray:
-    # FFCV's table is in the order in which its workers finished, so images are found by their address.
+    # FFCV's table is in the order in which its workers finished, so look images up by address.
     table = table[np.argsort(table["ptr"], kind="stable")]
     found = np.searchsorted(table["ptr"], images["data_ptr"]).clip(max=len(table) - 1)
     sizes = table["size"][found].astype(np.int64)
@@ -212,7 +212,7 @@ def _is_color(values: Any, *, least: float) -> bool:
 
 
 def _broken(path: Path, what: str) -> ValueError:
-    out = path if path.suffix == ".beton" else "OUT.beton"  # nobody is told to write over a file of another kind
+    out = path if path.suffix == ".beton" else "OUT.beton"  # never suggest overwriting another kind of file
     return ValueError(
         f"{path} cannot be used: {what}. Give the path of a .beton file; one that was damaged is made anew with: "
         f"python -m {_CONVERT} SOURCE {out}"

@@ -1,8 +1,7 @@
 """Any source -> a .beton file, its sidecar, and a report of what could not be stored.
 
-Images are read, resized and encoded in threads, whose work releases the interpreter's lock, and written in one place in
-the order of the data: a conversion ends with the file or with an error, and the bytes do not depend on the number of
-threads.
+Threads read, resize and encode the images, which releases the GIL; a single thread writes them in the order of the
+data. A conversion ends with the file or with an error, and the bytes do not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -71,28 +70,27 @@ def write_beton(
     progress: bool = True,
     about: dict[str, Any] | None = None,
 ) -> Path:
-    """Write `source` to a .beton file and its sidecar; either both are there whole, or nothing is.
+    """Write `source` to a .beton file and its sidecar: both completely, or neither.
 
-    A JPEG file that is upright, has three channels and needs no resizing is stored byte for byte, once it has been
-    decoded whole. All others are decoded (see `data.sources.image_file`), made smaller where that is asked for, and
-    encoded.
+    A JPEG file that is upright, has three channels and needs no resizing is stored byte for byte, after a test that it
+    decodes completely. All others are decoded (see `data.sources.image_file`), downscaled if requested, and encoded.
 
     Args:
-        num_workers: threads that read, resize and encode; 0 does it in this one, None takes one a core.
+        num_workers: threads that read, resize and encode; 0 uses the calling thread, None one per core.
         write_mode: "raw" keeps pixels (largest, fastest to read), "jpg" compresses them, "proportion" compresses a
-            share of the images, chosen by a hash of their number.
+            share of the images, chosen by a hash of their index.
         jpeg_share: that share, 0..1.
-        max_side_px: images with a longer side are made smaller, keeping their shape. None keeps every size.
-        jpeg_quality: 1..100, of the images that are encoded.
-        strict: refuse an image that cannot be used. Otherwise it is left out and listed, with the reason, in
+        max_side_px: images with a longer side are downscaled, keeping the aspect ratio. None keeps every size.
+        jpeg_quality: 1..100, for the images that are encoded.
+        strict: raise for an unusable image. Otherwise it is left out and listed, with the reason, in
             `report_path(path)`.
         progress: show a progress bar on stderr.
-        about: put into the sidecar under "source", e.g. the settings that the source was made with.
+        about: added to the sidecar under "source", e.g. the source's settings.
 
     Raises:
-        ValueError: bad settings; an empty source; an image that cannot be used, where `strict`; no image that can, in
-            the source or in a class.
-        OSError: `path` cannot be written, the disk is full.
+        ValueError: bad settings; an empty source; an unusable image, if `strict`; no usable image in the source or in
+            a class.
+        OSError: `path` cannot be written, or the disk is full.
     """
     path = Path(path)
     num_workers = _num_cores() if num_workers is None else num_workers
@@ -138,7 +136,7 @@ def write_beton(
             "checksum": frame.checksum,
             "images_checksum": written.images_checksum,
         }
-        # The others before the file itself: whoever waits for the file may then count on all.
+        # Write these before the file itself, so that a process that waits for the file finds all three.
         _write_report(report_path(path), written.left_out)
         with whole_file(sidecar_path(path)) as beside:
             beside.write(json.dumps(sidecar, indent=1).encode())
@@ -146,7 +144,7 @@ def write_beton(
 
 
 def default_write_settings(source: str) -> dict[str, Any]:
-    """How `source` is stored unless it is said: photographs as JPEGs of up to 500 px, small images as pixels."""
+    """How `source` is stored by default: photographs as JPEGs of up to 500 px, small images as pixels."""
     if source == "folder":
         return {"write_mode": "jpg", "max_side_px": 500, "jpeg_quality": 90}
     return {"write_mode": "raw", "max_side_px": None}
@@ -159,7 +157,7 @@ class _Encoded(NamedTuple):
     width: int
     label: int
     converted: list[str]
-    sums: np.ndarray | None  # see channel_sums; of the images that are sampled
+    sums: np.ndarray | None  # see channel_sums; None unless the image is sampled
 
 
 class _LeftOut(NamedTuple):
@@ -247,7 +245,7 @@ def _encode_file(path: Path, store: Any, as_jpeg: bool, max_side_px: int | None,
     kept = as_jpeg and fitted_size(image.size, max_side_px) == image.size and len(data) <= PAGE_BYTES
     kept = kept and is_plain_jpeg(image, data) and _decodes_whole(image, data)
     if not kept:
-        # Statistics are of images as they are, not as they are stored.
+        # Statistics are of the original images, not the stored ones.
         pixels = rgb_pixels(image, max_side_px=None if sample else max_side_px)
         return store(pixels, needed, channel_sums(pixels) if sample else None)
     sums = channel_sums(rgb_pixels(image)) if sample else None
@@ -255,7 +253,7 @@ def _encode_file(path: Path, store: Any, as_jpeg: bool, max_side_px: int | None,
 
 
 def _decodes_whole(image: Image, data: bytes) -> bool:
-    # By what the loader will decode it with, where that is installed: it may be stricter than Pillow.
+    # With the loader's decoder if it is installed: it may be stricter than Pillow.
     decoder = _decoder()
     if decoder is None:
         try:
@@ -264,7 +262,7 @@ def _decodes_whole(image: Image, data: bytes) -> bool:
             return False
         return True
     width, height = image.size
-    out = np.empty((1, 32, 32, 3), dtype=np.uint8)  # small, so that little is done beside reading the file's data
+    out = np.empty((1, 32, 32, 3), dtype=np.uint8)  # small, so that little is done besides reading the file's data
     whole = np.array([[0, 0, height, width, 0]], dtype=np.int32)
     try:
         decoder.decode(_OneJpeg(data, height, width), np.zeros(1, dtype=int), whole, out, exact=False)
@@ -279,7 +277,7 @@ def _decoder() -> Decoder | None:
 
 
 class _OneJpeg:
-    # A single image in memory, as decoders ask for it.
+    # A single image in memory, as StoredImages.
     path = Path("image")
 
     def __init__(self, data: bytes, height: int, width: int) -> None:
@@ -347,7 +345,7 @@ def _write_file(file: BinaryIO, encoded: Iterable[_Encoded | _LeftOut], source: 
                 )
             written.left_out.append(item)
             continue
-        # No image lies across two pages: FFCV reads page by page.
+        # No image spans two pages: FFCV reads page by page.
         if position + len(item.stored) > _next_page(position):
             position = _next_page(position)
         file.seek(position)
@@ -387,17 +385,17 @@ def _refuse_empty_classes(source: Source, labels: np.ndarray, left_out: list[_Le
 
 def _write_report(path: Path, left_out: list[_LeftOut]) -> None:
     if not left_out:
-        path.unlink(missing_ok=True)  # an earlier conversion's
+        path.unlink(missing_ok=True)  # from an earlier conversion
         return
     with whole_file(path) as file:
-        # Names of files may hold anything, a line break too.
+        # File names may contain anything, even line breaks.
         for item in left_out:
             what = item.what.replace("\n", "\\n").replace("\t", "\\t")
             file.write(f"{what}\t{' '.join(item.reason.split())}\n".encode(errors="backslashreplace"))
 
 
 def _num_cores() -> int:
-    # Those that this process may use, which on a shared machine may be fewer than there are.
+    # Those that this process may use; a shared machine may have more.
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -415,6 +413,6 @@ def _with_progress(encoded: PrefetchIterator[_Encoded | _LeftOut], num_samples: 
         return encoded
     try:
         from tqdm import tqdm
-    except ModuleNotFoundError:  # it comes with the extras; a bare installation does without the bar
+    except ModuleNotFoundError:  # tqdm comes with the extras; without it there is no bar
         return encoded
     return tqdm(encoded, total=num_samples, unit="images", desc="converting", leave=False, disable=None)

@@ -1,1 +1,1 @@
-"""Stored bytes to crops: where a crop lies, and the decoders that cut it out."""
+"""Stored bytes to crops: crop positions, and the decoders that cut them out."""

@@ -1,4 +1,4 @@
-"""Where to cut: crop rows (top, left, height, width, flip) of a batch, as pure functions of the image indices."""
+"""Crop rows (top, left, height, width, flip) of a batch, as pure functions of the image indices."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _ATTEMPTS = 10  # torchvision's number; after that it falls back to a center cro
 class CropSettings:
     """How a loader crops, in training and in evaluation.
 
-    scale: least and largest share of the image's area in a training crop, within (0, 1].
-    aspect: least and largest width / height of a training crop.
-    crop_ratio: side of a training crop over the image's shorter side, within (0, 1]: a square of that size anywhere, in
-        place of scale and aspect. 0.875 is "resize to 256, crop 224 at random". None crops by scale and aspect.
+    scale: range of a training crop's share of the image's area, within (0, 1].
+    aspect: range of a training crop's width / height.
+    crop_ratio: side of a training crop over the image's shorter side, within (0, 1]: a randomly placed square, in place
+        of scale and aspect. 0.875 is "resize to 256, crop 224 at random". None crops by scale and aspect.
     flip_probability: of a left-right flip in training, 0..1.
     eval_crop_ratio: side of the evaluation crop over the image's shorter side, within (0, 1]. 0.875 is the usual
         "resize to 256, take the central 224".
@@ -47,7 +47,7 @@ class CropSettings:
     def rows(
         self, indices: np.ndarray, heights: np.ndarray, widths: np.ndarray, *, seed: int, epoch: int, augment: bool
     ) -> np.ndarray:
-        """Crop rows [B, 5] of a batch: random ones where `augment`, else the evaluation crop."""
+        """Crop rows [B, 5] of a batch: random ones if `augment`, else the evaluation crop."""
         if not augment:
             return center_crops(heights, widths, crop_ratio=self.eval_crop_ratio)
         drawn: dict[str, Any] = {"seed": seed, "epoch": epoch, "flip_probability": self.flip_probability}
@@ -67,7 +67,7 @@ def random_resized_crops(
     aspect: tuple[float, float] = (3 / 4, 4 / 3),
     flip_probability: float = 0.5,
 ) -> np.ndarray:
-    """Crops distributed as those of torchvision's RandomResizedCrop and RandomHorizontalFlip.
+    """Crops distributed as in torchvision's RandomResizedCrop and RandomHorizontalFlip.
 
     An image's crop depends on the seed, the epoch and its own index, never on the rest of the batch.
 
@@ -109,10 +109,10 @@ def random_square_crops(
     crop_ratio: float,
     flip_probability: float = 0.5,
 ) -> np.ndarray:
-    """Squares anywhere in the image, whose side is `crop_ratio` of its shorter side.
+    """Randomly placed squares whose side is `crop_ratio` of the image's shorter side.
 
-    Resized to S px they are distributed as those of torchvision's Resize(S / crop_ratio) and RandomCrop(S), to the
-    rounding of a pixel. Arguments and result are those of `random_resized_crops`.
+    Resized to S px they are distributed as in torchvision's Resize(S / crop_ratio) and RandomCrop(S), up to pixel
+    rounding. Arguments and result are those of `random_resized_crops`.
     """
     squares = center_crops(heights, widths, crop_ratio=crop_ratio)
     room = np.stack([heights, widths], axis=1) - squares[:, 2:4]
@@ -123,9 +123,9 @@ def random_square_crops(
 
 
 def center_crops(heights: np.ndarray, widths: np.ndarray, *, crop_ratio: float) -> np.ndarray:
-    """The square in the middle whose side is `crop_ratio` of the image's shorter side.
+    """The central square whose side is `crop_ratio` of the image's shorter side.
 
-    Resizing it to S px is what "resize the shorter side to S / crop_ratio, then take the central S px" does.
+    Resizing it to S px equals "resize the shorter side to S / crop_ratio, then take the central S px".
 
     Returns:
         int32 [B, 5]: top, left, height, width in px, and 0 for no flip.
@@ -141,7 +141,7 @@ def _flips(indices: np.ndarray, *, seed: int, epoch: int, probability: float) ->
 
 
 def _fallback_crops(heights: np.ndarray, widths: np.ndarray, aspect: tuple[float, float]) -> np.ndarray:
-    # The largest centered crop whose aspect is allowed: for images so long that no attempt fitted.
+    # The largest centered crop of an allowed aspect, for images so elongated that no attempt fits.
     ratio = widths / heights
     crop_width = np.where(ratio > aspect[1], np.maximum(1, np.round(heights * aspect[1])), widths)
     crop_height = np.where(ratio < aspect[0], np.maximum(1, np.round(widths / aspect[0])), heights)

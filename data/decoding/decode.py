@@ -1,4 +1,4 @@
-"""Which decoder makes pixels of stored images."""
+"""Selects a decoder for stored images."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .stored import StoredImages
 
 
 class Decoder(Protocol):
-    """Makes the crops of a batch. Releases the interpreter's lock, so threads suffice to use all cores."""
+    """Decodes the crops of a batch. Releases the GIL, so threads suffice to use all cores."""
 
     name: str
 
@@ -29,7 +29,7 @@ class Decoder(Protocol):
                 averages blocks of pixels nearly as the resizing would.
 
         Raises:
-            ValueError: stored bytes are not a whole image of the size that the file says.
+            ValueError: stored bytes are not a complete image of the size given in the file.
         """
         ...
 
@@ -38,17 +38,17 @@ DECODERS = {"native": NativeDecoder, "libffcv": LibffcvDecoder}
 
 
 def present_decoders() -> list[str]:
-    """The names of those that are installed, the best first. Loads nothing."""
+    """The names of the installed decoders, best first. Loads nothing."""
     found = {"native": find_native(), "libffcv": find_libffcv()}
     return [name for name, path in found.items() if path is not None]
 
 
 def make_decoder(name: str = "auto") -> Decoder:
-    """The decoder of this name; "auto" is the best one that is installed.
+    """The decoder of this name; "auto" is the best one installed.
 
     Raises:
         ValueError: no such name.
-        ModuleNotFoundError: it is not installed, or none is; says what to do.
+        ModuleNotFoundError: it is not installed, or none is; the message says what to do.
     """
     if name != "auto" and name not in DECODERS:
         raise ValueError(f"decoder {name!r}: give auto or one of {', '.join(DECODERS)}")

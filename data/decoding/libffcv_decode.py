@@ -1,6 +1,6 @@
-"""Stored bytes -> square crops of a batch, by FFCV's C library: what stands in where ours was not built.
+"""Stored bytes -> square crops of a batch, by FFCV's C library: the fallback where ours was not built.
 
-The library is loaded by itself: importing the `ffcv` package would also import numba and compile for seconds.
+The library is loaded directly: importing the `ffcv` package would also import numba and compile for seconds.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import numpy as np
 
 from .stored import StoredImages, damaged_image
 
-_INTER_AREA = 3  # OpenCV's number; libffcv 1.0 always uses it and ignores the argument, later ones read it
+_INTER_AREA = 3  # OpenCV's number; libffcv 1.0 always uses it and ignores the argument, later versions read it
 _JPEG_DENOMINATORS = (8, 4, 2)  # the reductions for which libjpeg-turbo has vectorized transforms
 
 _scratch = threading.local()
 
 
 def find_libffcv() -> Path | None:
-    """Where FFCV's compiled library lies, or None where FFCV is not installed. Imports nothing."""
+    """Path of FFCV's compiled library, or None if FFCV is not installed. Imports nothing."""
     spec = find_spec("ffcv")
     for folder in (spec.submodule_search_locations or ()) if spec else ():
         for found in sorted(Path(folder).glob("_libffcv*.so")):
@@ -32,10 +32,10 @@ def find_libffcv() -> Path | None:
 
 
 class LibffcvDecoder:
-    """Decodes with FFCV's library: the whole JPEG at a reduced size where that suffices, then the crop.
+    """Decodes with FFCV's library: the whole JPEG, at a reduced size if that suffices, then the crop.
 
     Raises:
-        ModuleNotFoundError: FFCV is not installed, or does not load; says what to do.
+        ModuleNotFoundError: FFCV is not installed or does not load; the message says what to do.
     """
 
     name = "libffcv"
@@ -47,7 +47,7 @@ class LibffcvDecoder:
     def decode(
         self, images: StoredImages, indices: np.ndarray, crops: np.ndarray, out: np.ndarray, *, exact: bool
     ) -> None:
-        """See `data.decoding.decode.Decoder`. A reduced JPEG's crop moves by up to half a pixel of the result."""
+        """See `data.decoding.decode.Decoder`. A reduced JPEG's crop is off by up to half a pixel of the result."""
         for destination, index, crop in zip(out, indices.tolist(), crops.tolist(), strict=True):
             _decode_image(images, index, crop, destination, exact=exact)
 
@@ -75,7 +75,7 @@ def _decode_image(images: StoredImages, index: int, crop: list[int], destination
             *(destination.ctypes.data, size, size, _INTER_AREA),
         )
     else:
-        # libffcv's area interpolation repeats pixels when it enlarges; bilinear is what torchvision does.
+        # libffcv's area interpolation repeats pixels when it enlarges; torchvision interpolates bilinearly.
         cut = pixels[top : top + crop_height, left : left + crop_width]
         cv2 = _opencv()
         cv2.resize(cut, (size, size), dst=destination, interpolation=cv2.INTER_LINEAR)
@@ -104,7 +104,7 @@ def _decode_jpeg(stored: np.ndarray, height: int, width: int, denominator: int) 
 
 
 def _scratch_pixels(height: int, width: int) -> np.ndarray:
-    # One buffer a thread, as large as its largest image so far.
+    # One buffer per thread, as large as its largest image so far.
     needed = height * width * 3
     buffer = getattr(_scratch, "buffer", None)
     if buffer is None or buffer.size < needed:

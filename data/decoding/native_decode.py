@@ -1,4 +1,4 @@
-"""Stored bytes -> square crops of a batch, by the C++ of data/native: only what the crop covers is decoded."""
+"""Stored bytes -> square crops of a batch, by data/decoding/native: decodes only what the crop covers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _REQUEST = np.dtype(
 
 
 def find_native() -> Path | None:
-    """Where the compiled library lies, or None where it could not be built. Imports nothing."""
+    """Path of the compiled library, or None if it was not built. Imports nothing."""
     spec = find_spec(_EXTENSION)
     return Path(spec.origin) if spec and spec.origin else None
 
@@ -38,10 +38,10 @@ class NativeDecoder:
     """Decodes with this package's own library.
 
     Args:
-        plain: True does without vector instructions; the pixels are the same.
+        plain: True uses no vector instructions; the pixels are the same.
 
     Raises:
-        ModuleNotFoundError: it was not built, or does not load; says what to do.
+        ModuleNotFoundError: it was not built or does not load; the message says what to do.
     """
 
     name = "native"
@@ -53,7 +53,7 @@ class NativeDecoder:
     def decode(
         self, images: StoredImages, indices: np.ndarray, crops: np.ndarray, out: np.ndarray, *, exact: bool
     ) -> None:
-        """See `data.decoding.decode.Decoder`. The crop's place is exact to a fraction of a pixel, reduced or not."""
+        """See `data.decoding.decode.Decoder`. The crop's position is exact to a fraction of a pixel, reduced or not."""
         if out.dtype != np.uint8 or not out.flags.c_contiguous or out.shape[1:] != (out.shape[1], out.shape[1], 3):
             raise ValueError(f"crops go to contiguous uint8 [B, S, S, 3], not {out.dtype} {list(out.shape)}")
         requests = np.zeros(len(indices), dtype=_REQUEST)

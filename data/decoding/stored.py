@@ -1,4 +1,4 @@
-"""What a decoder asks of the file, or of the memory, that its images are stored in."""
+"""The interface of stored images, in a file or in memory, that decoders use."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import numpy as np
 
 
 class StoredImages(Protocol):
-    """Images as they are stored, each a JPEG or height x width x 3 bytes of RGB.
+    """Stored images, each a JPEG or height x width x 3 bytes of RGB.
 
-    path: of the file that they are in, for messages. heights, widths: in px [N].
+    path: of their file, for messages. heights, widths: in px [N].
     """
 
     path: Path
@@ -19,11 +19,11 @@ class StoredImages(Protocol):
     widths: np.ndarray
 
     def addresses(self, indices: np.ndarray) -> np.ndarray:
-        """Where in memory each image's bytes begin: uint64 [B]."""
+        """Memory address of each image's bytes: uint64 [B]."""
         ...
 
     def num_bytes(self, indices: np.ndarray) -> np.ndarray:
-        """How many there are of each: int64 [B]."""
+        """Number of bytes of each: int64 [B]."""
         ...
 
     def image_bytes(self, index: int) -> np.ndarray:
@@ -31,12 +31,12 @@ class StoredImages(Protocol):
         ...
 
     def is_jpeg(self, index: int | np.ndarray) -> np.ndarray:
-        """Whether they are a JPEG: bool of the shape of `index`."""
+        """Whether each is a JPEG: bool of the shape of `index`."""
         ...
 
 
 def damaged_image(path: Path, index: int, reason: str) -> ValueError:
-    """The error for an image that is not what the file's frame says, found when it is decoded."""
+    """The error for an image whose bytes do not decode to what the file's frame says."""
     return ValueError(
         f"image {index} of {path} cannot be decoded: {reason}. The file is damaged; convert the images again"
     )

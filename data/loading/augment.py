@@ -1,8 +1,8 @@
-"""Augmentations of uint8 images in the loader, after the crop and the flip: the same pixels for any workers and ranks.
+"""Augmentations of uint8 images in the loader, after crop and flip; pixels do not depend on the workers or ranks.
 
-What is drawn for an image is a hash of (seed, epoch, image index, place in the list). Parameters are distributed as
-those of torchvision's transforms of the same names; Pillow does the work, which at 224 px takes 0.05 to 0.7 ms an
-operation and 2 ms for a change of hue, and releases the interpreter's lock.
+An image's draws are a hash of (seed, epoch, image index, place in the list). Parameters are distributed as in
+torchvision's transforms of the same names. Pillow does the work, which at 224 px takes 0.05 to 0.7 ms per operation
+(2 ms for a hue change) and releases the GIL.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ Interpolation = Literal["nearest", "bilinear"]
 Color = tuple[int, int, int]  # red, green, blue, 0..255
 
 _BLACK: Color = (0, 0, 0)
-_MEAN: Color = (124, 116, 104)  # ImageNet's, which normalization makes about zero
-_ATTEMPTS = 10  # torchvision's number of tries at an area that fits
-_BINS = 31  # of magnitudes
+_MEAN: Color = (124, 116, 104)  # ImageNet's, about zero after normalization
+_ATTEMPTS = 10  # torchvision's number of tries for an area that fits
+_BINS = 31  # number of magnitudes
 
 
 class Augmentation(Protocol):
-    """One entry of the list. `apply` is given `num_draws` numbers, uniform in [0, 1), and uses no other chance."""
+    """One entry of the list. `apply` takes `num_draws` numbers, uniform in [0, 1), its only randomness."""
 
     probability: float
     num_draws: ClassVar[int]
@@ -40,7 +40,7 @@ class Augmentation(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Translate:
-    """Moves the image by whole pixels, up to `max_shift` of its side in each direction (0..1); `fill` moves in."""
+    """Shifts the image by whole pixels, up to `max_shift` (0..1) of its side each way; `fill` fills the gap."""
 
     max_shift: float = 0.1
     fill: Color = _BLACK
@@ -57,7 +57,7 @@ class Translate:
 
 @dataclass(frozen=True, kw_only=True)
 class Rotation:
-    """Turns about the middle by an angle uniform in [-degrees, degrees], 0..180; `fill` comes in at the corners."""
+    """Rotates about the center by an angle uniform in [-degrees, degrees], 0..180; `fill` colors the corners."""
 
     degrees: float
     interpolation: Interpolation = "bilinear"
@@ -75,10 +75,10 @@ class Rotation:
 
 @dataclass(frozen=True, kw_only=True)
 class ColorJitter:
-    """Brightness, contrast, saturation and hue, in an order that is drawn too.
+    """Changes brightness, contrast, saturation and hue in random order.
 
     brightness, contrast, saturation: b, at least 0; the factor is uniform in [max(0, 1 - b), 1 + b].
-    hue: h, 0..0.5; hue turns by a share of the circle that is uniform in [-h, h].
+    hue: h, 0..0.5; hue shifts by a share of the circle uniform in [-h, h].
     """
 
     brightness: float = 0.0
@@ -107,7 +107,7 @@ class ColorJitter:
 
 @dataclass(frozen=True, kw_only=True)
 class Cutout:
-    """Fills a square around a pixel drawn anywhere, the part of it that is inside (DeVries and Taylor 2017).
+    """Fills a square around a random pixel, clipped at the border (DeVries and Taylor 2017).
 
     size: side of the square over the image's side, above 0 and up to 1.
     """
@@ -129,9 +129,9 @@ class Cutout:
 
 @dataclass(frozen=True, kw_only=True)
 class RandomErasing:
-    """Fills a rectangle that lies inside the image (Zhong et al. 2017).
+    """Fills a rectangle inside the image (Zhong et al. 2017).
 
-    scale: least and largest share of the area. aspect_ratio: least and largest height / width, its logarithm uniform.
+    scale: range of its share of the area. aspect_ratio: range of its height / width, drawn log-uniformly.
     """
 
     scale: tuple[float, float] = (0.02, 0.33)
@@ -246,11 +246,11 @@ OPERATIONS = (
     "identity", "shear_x", "shear_y", "translate_x", "translate_y", "rotate", "brightness", "color", "contrast",
     "sharpness", "posterize", "solarize", "autocontrast", "equalize",
 )  # fmt: skip
-_SIGNED = frozenset(OPERATIONS[1:10])  # those that go either way
+_SIGNED = frozenset(OPERATIONS[1:10])  # those with a random sign
 
 
 def build_augmentations(entries: Sequence[Mapping[str, Any]]) -> tuple[Augmentation, ...]:
-    """From `[{"name": "color_jitter", "brightness": 0.4}, ...]` to what applies them, in this order.
+    """Build the augmentations of `[{"name": "color_jitter", "brightness": 0.4}, ...]`, in order.
 
     Raises:
         ValueError: an unknown name or setting, with the nearest match; a value that is not allowed.
@@ -265,7 +265,7 @@ def augment_batch(
 
     Args:
         images: uint8 [B, H, W, 3].
-        indices: of the images in the data [B], on which alone the draws depend, beside the seed and the epoch.
+        indices: of the images in the data [B]; the draws depend only on these, the seed and the epoch.
     """
     from PIL import Image as pillow
 
@@ -290,8 +290,8 @@ def augment_batch(
 
 
 def apply_operation(image: Image, name: str, level: float, interpolation: Interpolation, fill: Color) -> Image:
-    """One of OPERATIONS. `level`: the shear's tangent, px of a translation, degrees, the factor less 1, bits, or the
-    threshold over 255; without meaning for the others."""
+    """Apply one of OPERATIONS. `level`: tangent of the shear, px of the translation, degrees, factor - 1, bits, or
+    threshold / 255; the others ignore it."""
     from PIL import ImageOps
 
     if name == "shear_x":
@@ -392,7 +392,7 @@ def _nearest(given: Any, known: Any) -> str:
 
 
 def _check(augmentation: Any, **ranges: tuple[float, float]) -> None:
-    # Every setting of an augmentation: numbers and pairs within their ranges, colors, interpolation, probability.
+    # Checks every setting: numbers and pairs within their ranges, colors, interpolation, probability.
     for name, (least, most) in ({"probability": (0, 1)} | ranges).items():
         value = getattr(augmentation, name)
         pair = isinstance(value, (list, tuple))

@@ -15,26 +15,26 @@ from ..decoding.decode import Decoder, make_decoder
 from ..prefetch import PrefetchIterator
 from .loader import Batch, Loader, Pass, empty_images
 
-_LEAST_IMAGES_IN_A_PART = 8  # fewer cost more to hand out than they gain
+_LEAST_IMAGES_IN_A_PART = 8  # fewer cost more to schedule than they gain
 
 
 class FFCVLoader(Loader):
-    """Reads a .beton file; all of `num_workers` threads decode parts of the same batch.
+    """Reads a .beton file; all `num_workers` threads decode parts of the same batch.
 
-    So the first batch is there soon and memory does not grow with the threads: about two batches wait to be asked for.
-    The threads of a pass end with it, and an error in one of them is raised where the batch is asked for.
+    The first batch is therefore ready early, and memory does not grow with the threads: about two batches are buffered.
+    The threads of a pass end with it; `next()` raises an error that occurs in one of them.
 
     Args:
         path: the .beton file.
         decoder: "native", "libffcv", or "auto" for the best one installed (see `data.decoding.decode`).
-        settings: those of `Loader`, but for `num_samples` and `class_names`, which the file knows.
+        settings: as for `Loader`, except `num_samples` and `class_names`, which the file sets.
 
     Attributes:
-        decoder_name: which decoder it came to.
+        decoder_name: the decoder in use.
         described: whether the file has a sidecar; without it, class names are numbers, mean and std ImageNet's.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, or it is not whole (see `Beton`).
+        FileNotFoundError, ValueError: no such file, or it is damaged (see `Beton`).
         ModuleNotFoundError: the decoder is not installed.
     """
 
@@ -47,10 +47,10 @@ class FFCVLoader(Loader):
         self.described = self._beton.described
 
     def _decode(self, batches: list[np.ndarray], this_pass: Pass) -> Generator[Batch, None, None]:
-        num_ahead = 2 * self._num_parts(self.batch_size)  # two batches that wait
+        num_ahead = 2 * self._num_parts(self.batch_size)  # two buffered batches
         iterator = PrefetchIterator(self._tasks(batches, this_pass), num_workers=self.num_workers, num_ahead=num_ahead)
         try:
-            # Parts come in their order, so a batch is whole when its last part is done.
+            # Parts arrive in order, so a batch is complete when its last part is done.
             yield from (batch for batch in iterator if batch is not None)
         finally:
             iterator.close()

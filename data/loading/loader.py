@@ -18,7 +18,7 @@ from .to_device import Batch, to_device
 
 @dataclass(frozen=True)
 class Pass:
-    """Everything but its index that decides about an image's pixels in one pass over the data."""
+    """Everything except its index that determines an image's pixels in one pass over the data."""
 
     epoch: int
     seed: int
@@ -32,7 +32,7 @@ class Pass:
         return self.crops.rows(indices, heights, widths, seed=self.seed, epoch=self.epoch, augment=self.augment)
 
     def augment_images(self, indices: np.ndarray, images: np.ndarray) -> None:
-        """Augment uint8 [B, S, S, 3] in place; nothing where the pass does not augment, which needs no Pillow then."""
+        """Augment uint8 [B, S, S, 3] in place; without augmentation this does nothing and needs no Pillow."""
         if self.augment and self.augmentations:
             augment_batch(images, indices, self.augmentations, seed=self.seed, epoch=self.epoch)
 
@@ -40,33 +40,33 @@ class Pass:
 class Loader(ABC):
     """Batches of one rank, as (images, labels): uint8 [B, 3, S, S] in channels-last memory, and int64 [B].
 
-    Order and pixels follow from the seed, the epoch and the images alone: not from the number of workers, of ranks,
-    or from what was asked for before. Every batch has memory of its own.
+    Order and pixels depend only on the seed, the epoch and the images, not on the number of workers or ranks or on
+    earlier batches. Every batch has its own memory.
 
-    Sizes and position are set for the next `iter()`; a pass that is under way keeps its own. Beginning a pass closes
-    the one before. Once its first batch is asked for, a pass counts as taken: the one after it is the next epoch.
+    Sizes and position apply from the next `iter()`; a running pass keeps its own. Starting a pass closes the previous
+    one. A pass counts as done once its first batch is requested: the next pass is the next epoch.
 
     Args:
-        num_samples: images of all ranks.
-        per_device_batch_size: images in a batch of one rank.
+        num_samples: images over all ranks.
+        per_device_batch_size: images per batch on one rank.
         image_size: S, in px.
         train: True shuffles, crops at random and flips; False keeps the order and crops the center.
-        num_workers: threads or processes that decode; 0 decodes where the batch is asked for.
-        drop_last: in training, leave out the last batch where it is not full. Evaluation never leaves anything out.
+        num_workers: threads or processes that decode; 0 decodes in the calling thread.
+        drop_last: drop the last training batch if it is not full. Evaluation never drops anything.
         crop_scale: range of a training crop's share of the image's area.
         crop_aspect: range of a training crop's width / height.
-        crop_ratio: side of a training crop over the image's shorter side, for squares of one size; None for crop_scale.
+        crop_ratio: side of a square training crop over the image's shorter side; None uses crop_scale.
         flip_probability: of a left-right flip in training.
         eval_crop_ratio: side of the evaluation crop over the image's shorter side.
-        augmentations: what else is done in training, in this order, each a name in
+        augmentations: further training augmentations, in order, each a name in
             `data.loading.augment.AUGMENTATIONS` and its settings: `[{"name": "color_jitter", "brightness": 0.4}]`.
-        device: where batches are handed out. On CUDA they are copied ahead of the step, on a stream of their own.
+        device: of the batches. On CUDA they are copied ahead of the step, on a separate stream.
 
     Attributes:
         batch_size, image_size: of the next pass.
         num_samples, class_names: of the data.
         mean, std: per channel on the 0..255 scale.
-        position: (epoch, batch) that the next pass begins with.
+        position: (epoch, batch) at which the next pass starts.
     """
 
     mean: tuple[float, float, float]
@@ -119,7 +119,7 @@ class Loader(ABC):
         self.set_batch_size(per_device_batch_size)
 
     def set_image_size(self, image_size: int) -> None:
-        """Side in px of the images of the next pass.
+        """Set the next pass's image size, in px.
 
         Raises:
             ValueError: not a whole number of at least 1.
@@ -127,7 +127,7 @@ class Loader(ABC):
         self.image_size = _whole(image_size, "image size", "px")
 
     def set_batch_size(self, per_device_batch_size: int) -> None:
-        """Images a device in a batch of the next pass.
+        """Set the next pass's batch size per device.
 
         Raises:
             ValueError: not a whole number of at least 1, or the data do not fill a single batch.
@@ -137,17 +137,17 @@ class Loader(ABC):
         self.batch_size = size
 
     def set_test_crop(self, enabled: bool) -> None:
-        """From the next pass on, crop as evaluation does and augment nothing (True), or as in training (False).
+        """From the next pass on, crop as in evaluation without augmentation (True), or as in training (False).
 
-        The order is that of training either way. An evaluation loader has nothing but the test crop.
+        The order stays that of training. An evaluation loader always uses the test crop.
         """
         self._test_crop = enabled or not self.train
 
     def set_position(self, epoch: int, batch: int = 0) -> None:
-        """Begin the next pass in `epoch` at its batch number `batch`; the batches before it are not decoded.
+        """Start the next pass at batch number `batch` of `epoch`; the batches before it are not decoded.
 
         Raises:
-            ValueError: a negative number. A batch beyond the end of the epoch is found when the pass begins, because
+            ValueError: a negative number. A batch beyond the end of the epoch raises when the pass starts, because
                 the batch size may change until then.
         """
         if epoch < 0 or batch < 0:
@@ -155,7 +155,7 @@ class Loader(ABC):
         self.position = (epoch, batch)
 
     def __len__(self) -> int:
-        """Batches of a whole pass at the current batch size, the same on every rank."""
+        """Batches in a full pass at the current batch size, the same on every rank."""
         return len(self._index_batches(epoch=0, per_device_batch_size=self.batch_size))
 
     def __iter__(self) -> Iterator[Batch]:
@@ -173,8 +173,8 @@ class Loader(ABC):
         return self._serve(batches[first:], this_pass)
 
     def _serve(self, batches: list[np.ndarray], this_pass: Pass) -> Generator[Batch, None, None]:
-        # Runs from the first next() on. A pass that is left early counts too: otherwise a loop that takes some batches
-        # of every epoch would see the same images for ever.
+        # Runs from the first next() on. A pass that stops early counts too: otherwise a loop that takes a few batches
+        # per epoch would see the same images forever.
         self.position = (this_pass.epoch + 1, 0)
         decoding = self._decoding = self._decode(batches, this_pass)
         try:
@@ -205,19 +205,19 @@ class Loader(ABC):
 
     @abstractmethod
     def _decode(self, batches: list[np.ndarray], this_pass: Pass) -> Generator[Batch, None, None]:
-        """The batches of one pass, given the image indices of each. Closing it ends what works for it."""
+        """The batches of one pass, given the image indices of each. Closing it stops the decoding."""
 
 
 def empty_images(num_images: int, image_size: int, *, pinned: bool = False) -> tuple[torch.Tensor, np.ndarray]:
-    """Fresh memory for a batch, twice: as the tensor [B, 3, S, S] to hand out and as the array [B, S, S, 3] to fill.
+    """New memory for a batch, viewed as the tensor [B, 3, S, S] to return and as the array [B, S, S, 3] to fill.
 
-    pinned: in memory that a GPU reads by itself; torch keeps it for the next batch once the copy is done.
+    pinned: use page-locked memory, which a GPU reads directly; torch reuses it once the copy is done.
     """
     shape = (num_images, image_size, image_size, 3)
     if pinned:
         images = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
     else:
-        images = torch.from_numpy(np.empty(shape, dtype=np.uint8))  # numpy asks for huge pages, torch does not
+        images = torch.from_numpy(np.empty(shape, dtype=np.uint8))  # numpy requests huge pages, torch does not
     return images.permute(0, 3, 1, 2), images.numpy()
 
 

@@ -1,4 +1,4 @@
-"""uint8 images to what a model takes, on the device that they are on: a quarter of the bytes cross over to it."""
+"""Normalizes uint8 images on their device, so that transfers take a quarter of the bytes of float32."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ def normalize(
 
     Args:
         images: uint8 [B, 3, H, W].
-        mean, std: one number a channel, on the 0..255 scale.
+        mean, std: one number per channel, on the 0..255 scale.
         dtype: of the result; the arithmetic is done in float32.
 
     Raises:
-        TypeError: the images are not uint8; normalizing twice would go unnoticed.
+        TypeError: the images are not uint8, for example already normalized.
     """
     if images.dtype != torch.uint8:
         raise TypeError(f"images of {images.dtype} on their way into normalize; it takes uint8, 0..255: normalize once")

@@ -1,4 +1,4 @@
-"""Which images are in which batch of which rank. Pure functions: a resumed run needs nothing but the epoch."""
+"""Assigns images to batches and ranks. Pure functions: a resumed run needs only the epoch."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def train_batches(
 ) -> list[np.ndarray]:
     """This rank's batches of one epoch, as arrays of image indices.
 
-    Global batch b is a contiguous slice of `epoch_order`, and every rank takes a contiguous part of it: all ranks
-    together train on what one process would with the same global batch size. Every rank gets as many batches.
+    Global batch b is a contiguous slice of `epoch_order`, and every rank takes a contiguous part of it: together the
+    ranks train on the same batches as one process with that global batch size. All ranks get equally many batches.
 
     Args:
-        drop_last: leave out the last global batch where it is not full. Otherwise it is split over the ranks as evenly
-            as it goes, and left out only where it has fewer images than there are ranks.
+        drop_last: drop the last global batch if it is not full. Otherwise it is split over the ranks as evenly as
+            possible, and dropped only if it has fewer images than there are ranks.
 
     Raises:
         ValueError: the data do not fill a single batch.
@@ -53,11 +53,11 @@ def train_batches(
 
 
 def eval_batches(num_samples: int, *, per_device_batch_size: int, rank: int, world_size: int) -> list[np.ndarray]:
-    """This rank's batches of an evaluation, as arrays of image indices, in the order of the data.
+    """This rank's evaluation batches, as arrays of image indices, in the order of the data.
 
-    All ranks together see every image exactly once, in the same number of batches, none of which is empty or larger
-    than `per_device_batch_size`. So sizes differ a little: nothing is padded and nobody waits for a batch that does
-    not come.
+    Together the ranks see every image exactly once, each in the same number of batches, none of them empty or larger
+    than `per_device_batch_size`. Batch sizes differ slightly: nothing is padded, and no rank waits for a batch that
+    never comes.
 
     Raises:
         ValueError: fewer images than ranks, or batches of one that do not divide evenly over the ranks.
@@ -69,7 +69,7 @@ def eval_batches(num_samples: int, *, per_device_batch_size: int, rank: int, wor
             "evaluate on fewer devices"
         )
     num_batches = -(-num_samples // (per_device_batch_size * world_size))
-    if num_batches * world_size > num_samples:  # only batches of one can come to this
+    if num_batches * world_size > num_samples:  # only possible with batches of one
         raise ValueError(
             f"{num_samples} images do not divide into batches of {per_device_batch_size} over {world_size} ranks with "
             "as many batches on every rank; evaluate with a batch size of at least 2"

@@ -1,4 +1,4 @@
-"""Batches on their way to the GPU: copied on a stream of their own while the step before them is computed."""
+"""Copies batches to the GPU on a separate stream while the previous step is computed."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 
 
 def to_device(batches: Iterable[Batch], device: torch.device) -> Generator[Batch, None, None]:
-    """The same batches on `device`, each copied while whoever asked for the one before works on it.
+    """The same batches on `device`, each copied while the consumer works on the previous one.
 
-    On CUDA the copies run on a side stream, so that they neither wait for the step nor hold it up; the memory format
-    stays. The images should be in pinned memory (see `empty_images`), or the copy waits for the host.
+    On CUDA the copies run on a side stream, so they neither wait for the step nor delay it; the memory format is kept.
+    The images should be in pinned memory (see `empty_images`), or the copy waits for the host.
     """
     if device.type != "cuda":
         yield from (_copied(batch, device) for batch in batches)
         return
-    stream: Any = torch.cuda.Stream(device)  # torch's stubs know neither streams nor events without CUDA
+    stream: Any = torch.cuda.Stream(device)  # torch's stubs lack streams and events without CUDA
     ahead: tuple[Batch, Any] | None = None
     for batch in batches:
         copied: Any = torch.cuda.Event()
@@ -39,7 +39,7 @@ def _copied(batch: Batch, device: torch.device) -> Batch:
 
 
 def _arrived(batch: Batch, copied: Any) -> Batch:
-    # The step waits for this copy alone, and the memory is not given to the side stream again while the step uses it.
+    # The step waits for this copy only, and the side stream cannot reuse the memory while the step uses it.
     step = torch.cuda.current_stream(batch[0].device)
     copied.wait(step)
     for part in batch:

@@ -20,12 +20,12 @@ _Item = tuple[int, Pass]
 class TorchLoader(Loader):
     """Decodes a Source in `num_workers` processes, in the order and with the crops of `FFCVLoader`.
 
-    Workers stay alive between passes: the image size and the epoch reach them with every index. torch's global
-    generator is not touched.
+    Workers stay alive between passes, so every index carries the image size and the epoch. torch's global generator
+    is not used.
 
     Args:
         source: the images.
-        settings: those of `Loader`, but for `num_samples` and `class_names`, which the source knows.
+        settings: as for `Loader`, except `num_samples` and `class_names`, which the source sets.
     """
 
     def __init__(self, source: Source, **settings: Any) -> None:
@@ -48,12 +48,12 @@ class TorchLoader(Loader):
 
     @property
     def mean(self) -> tuple[float, float, float]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Per channel, on the 0..255 scale; looks at up to 2,000 images when first asked for."""
+        """Per channel, on the 0..255 scale; computed from up to 2,000 images on first use."""
         return self._statistics[0]
 
     @property
     def std(self) -> tuple[float, float, float]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Per channel, on the 0..255 scale; looks at up to 2,000 images when first asked for."""
+        """Per channel, on the 0..255 scale; computed from up to 2,000 images on first use."""
         return self._statistics[1]
 
     def _decode(self, batches: list[np.ndarray], this_pass: Pass) -> Generator[Batch, None, None]:
@@ -62,7 +62,7 @@ class TorchLoader(Loader):
 
 
 class _PassSampler:
-    """What the DataLoader asks for the batches of the pass that begins."""
+    """Batch sampler that yields the batches of the current pass."""
 
     def __init__(self) -> None:
         self.batches: list[list[_Item]] = []

@@ -1,4 +1,4 @@
-"""Where images come from: folders, the digits, CIFAR, made-up ones; and what is made of image files."""
+"""Image sources: folders, the digits, CIFAR and synthetic images; and the decoding of image files."""
 
 from .sources import (
     SOURCES,

@@ -1,7 +1,7 @@
 """CIFAR-10 and CIFAR-100 from their published files, which hold Python pickles.
 
-Files are compared with the published MD5 before anything is read from them, and the unpickler then makes nothing but
-numbers, text, lists, dictionaries and numpy arrays.
+Files are checked against the published MD5 before they are read, and the unpickler creates only numbers, text, lists,
+dictionaries and numpy arrays.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ import numpy as np
 
 from ..whole_files import whole_file
 
-_TIMEOUT_SECONDS = 30  # without a byte
+_TIMEOUT_SECONDS = 30  # without receiving data
 
 
 @dataclass(frozen=True)
 class _Files:
-    """MD5s by file name, as torchvision has them too."""
+    """MD5s by file name, the same as torchvision's."""
 
     title: str
     url: str
@@ -79,7 +79,7 @@ def read_cifar(name: str, root: Path, *, train: bool, download: bool) -> tuple[n
     """Images uint8 [N, 32, 32, 3], labels int64 [N] and class names of `cifar10` or `cifar100`.
 
     Raises:
-        FileNotFoundError: the files are not in `root`, and are not to be or cannot be downloaded.
+        FileNotFoundError: the files are not in `root`, and `download` is False or fails.
         ValueError: they are not the published ones.
     """
     files = _CIFAR[name]
@@ -95,24 +95,24 @@ def read_cifar(name: str, root: Path, *, train: bool, download: bool) -> tuple[n
 
 
 def load_pickle(data: bytes) -> Any:
-    """What a pickle holds, if that is numbers, text, lists, dictionaries and numpy arrays of numbers.
+    """The content of a pickle of numbers, text, lists, dictionaries and numpy arrays of numbers.
 
     Raises:
-        ValueError: anything else, before it is made.
+        ValueError: anything else, which is not created.
     """
     try:
         return _Unpickler(io.BytesIO(data), encoding="bytes").load()
-    except Exception as error:  # a damaged pickle raises whatever its bytes happen to say
+    except Exception as error:  # a damaged pickle can raise anything
         raise ValueError(f"the pickle cannot be read: {error}") from error
 
 
-_ARRAY = object()  # stands for numpy's class, which a pickle must name, and could otherwise call
+_ARRAY = object()  # stands for numpy's class, which a pickle must name but must not call
 
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module_name: str, global_name: str, /) -> Any:
         name = f"{module_name}.{global_name}"
-        # How numpy's arrays pickle themselves, in its old and its new module.
+        # How numpy pickles arrays, in its old and its new module.
         if name in ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct"):
             return _empty_array
         if name == "numpy.ndarray":
@@ -123,7 +123,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _empty_array(kind: Any, shape: Any, dtype: Any) -> np.ndarray:
-    # numpy's own would take any shape and type here; its arrays write (0,) and b"b", and say the real ones afterwards.
+    # numpy's own accepts any shape and type here; its arrays pass (0,) and b"b", and set the real ones afterwards.
     if kind is not _ARRAY or shape != (0,):
         raise ValueError(f"an array of shape {shape} is not how numpy writes one")
     return np.ndarray((0,), np.int8)
@@ -152,7 +152,7 @@ def _unpack(files: _Files, archive: Path, folder: Path) -> None:
     _check_md5(archive, archive.read_bytes(), files.archive_md5)
     folder.mkdir(parents=True, exist_ok=True)
     with tarfile.open(archive) as tar:
-        # One member at a time and by name: nothing that the archive says decides where a file goes.
+        # One member at a time and by name, so that the archive cannot choose where a file is written.
         for name in {**files.train, **files.test, **files.meta}:
             member = tar.extractfile(f"{files.folder}/{name}")
             assert member is not None, "the archive is the published one"

@@ -1,7 +1,7 @@
 """Image files of any kind -> RGB pixels, or the reason why not.
 
-Grey, palette, 16-bit and CMYK become 8-bit RGB; transparent pixels are laid over white, as a page shows them; EXIF
-orientation is applied. Everything is told by the file's contents, never by its name.
+Gray, palette, 16-bit and CMYK become 8-bit RGB; transparent pixels are composited over white, as on a page; EXIF
+orientation is applied. Only the file's contents matter, never its name.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ import numpy as np
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# Pillow reads more, and for some (EPS) it starts other programs.
+# Pillow reads more formats, but starts other programs for some (EPS).
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 _ORIENTATION = 0x0112  # EXIF's tag; 1 is upright
-_PLAIN_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended sequential, progressive; the others are not read everywhere
+_PLAIN_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended sequential, progressive; some decoders read no others
 _16_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N")
 
 
 class UnusableImage(ValueError):
-    """An image that cannot become pixels, or cannot be stored; the text is the reason, without the file's name."""
+    """An image that cannot be decoded or stored; the message is the reason, without the file's name."""
 
 
 def open_image(data: bytes) -> Image:
     """Read the header of an image file.
 
     Raises:
-        UnusableImage: no image, of a kind that is not read, or one whose pixels would take more memory than Pillow
-            deems safe (`PIL.Image.MAX_IMAGE_PIXELS`).
+        UnusableImage: not an image, an unsupported format, or more pixels than Pillow deems safe
+            (`PIL.Image.MAX_IMAGE_PIXELS`).
     """
     from PIL import Image as pillow
 
@@ -41,7 +41,7 @@ def open_image(data: bytes) -> Image:
         width, height = image.size
     except pillow.UnidentifiedImageError:
         raise UnusableImage(f"it is not an image file of these kinds: {', '.join(_FORMATS)}") from None
-    except Exception as error:  # Pillow's readers let all kinds escape for files that are damaged
+    except Exception as error:  # Pillow's readers raise all kinds of errors for damaged files
         raise UnusableImage(_reason(error)) from error
     if width * height > (pillow.MAX_IMAGE_PIXELS or width * height):
         raise UnusableImage(f"{height}x{width} px are more than {pillow.MAX_IMAGE_PIXELS} pixels")
@@ -51,17 +51,17 @@ def open_image(data: bytes) -> Image:
 def rgb_pixels(image: Image, *, max_side_px: int | None = None) -> np.ndarray:
     """Decode to uint8 [height, width, 3], upright, its longer side at most `max_side_px`.
 
-    Smaller images are averages of whole ones: decoding a JPEG at 1/2 of its size would be faster, and differs from the
-    average by up to 6 levels of 255 in the mean on photographs with fine detail, for as long as the file is used.
+    Downscaling averages the full-size image. Decoding a JPEG at 1/2 of its size would be faster, but on photographs
+    with fine detail differs from the average by up to 6 of 255 levels in the mean, which the stored file keeps.
 
     Raises:
-        UnusableImage: the file is cut short or damaged, or its values have no known range.
+        UnusableImage: the file is truncated or damaged, or the range of its values is unknown.
     """
     from PIL import ImageOps
 
     size = fitted_size(image.size, max_side_px)
     try:
-        # Turning moves whole pixels, so it can wait until there are fewer.
+        # Turning moves whole pixels, so it is cheaper after shrinking.
         upright = ImageOps.exif_transpose(shrink(_rgb(image), size))
         return np.array(upright)
     except UnusableImage:
@@ -71,7 +71,7 @@ def rgb_pixels(image: Image, *, max_side_px: int | None = None) -> np.ndarray:
 
 
 def conversions(image: Image) -> list[str]:
-    """What has to be done to make RGB of it, beside decoding; empty for an upright RGB image of 8 bits."""
+    """The conversions to RGB that it needs besides decoding; empty for an upright RGB image of 8 bits."""
     found = []
     if _has_alpha(image):
         found.append("alpha laid over white")
@@ -89,9 +89,9 @@ def conversions(image: Image) -> list[str]:
 
 
 def is_plain_jpeg(image: Image, data: bytes) -> bool:
-    """Whether the file itself can stand for the image: upright, three channels of 8 bits, baseline or progressive.
+    """Whether the file can be stored as it is: upright, three channels of 8 bits, sequential or progressive.
 
-    Looks at the header alone; whether the rest decodes is another question.
+    Reads only the header; the rest may still fail to decode.
     """
     if image.format != "JPEG" or image.mode != "RGB" or _orientation(image) != 1:
         return False
@@ -103,7 +103,7 @@ def is_plain_jpeg(image: Image, data: bytes) -> bool:
 
 
 def fitted_size(size: tuple[int, int], max_side_px: int | None) -> tuple[int, int]:
-    """`size`, made smaller in proportion until neither side is longer than `max_side_px`."""
+    """`size`, scaled down in proportion until neither side exceeds `max_side_px`."""
     longest = max(size)
     if max_side_px is None or longest <= max_side_px:
         return size
@@ -124,7 +124,7 @@ def _rgb(image: Image) -> Image:
     if image.mode in _16_BIT_MODES or (image.mode == "I" and image.format in ("PNG", "PPM")):
         values = np.asarray(image).astype(np.float32)
         turned = pillow.fromarray(np.round(values / 257).clip(0, 255).astype(np.uint8)).convert("RGB")
-        turned.info = image.info  # EXIF is in it
+        turned.info = image.info  # includes EXIF
         return turned
     if image.mode in ("I", "F"):
         raise UnusableImage(f"its pixels are of 32 bits (mode {image.mode}), whose range is not known")
@@ -144,12 +144,12 @@ def _has_alpha(image: Image) -> bool:
 def _orientation(image: Image) -> int:
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # damaged EXIF says nothing, and the picture may still be whole
+    except Exception:  # the image may be intact even if its EXIF is damaged
         return 1
 
 
 def _jpeg_frame(data: bytes) -> tuple[int, int, int, int, int] | None:
-    # (kind, bits, height, width, channels) of the first frame header, by walking the segments in front of it.
+    # (kind, bits, height, width, channels) of the first frame header, by walking the segments before it.
     position = 2
     while position + 10 <= len(data) and data[position] == 0xFF:
         kind = data[position + 1]

@@ -1,4 +1,4 @@
-"""Where labeled images come from, before any file format: `len`, `image(i)`, `label(i)`, class names."""
+"""Sources of labeled images, independent of file formats: `len`, `image(i)`, `label(i)`, class names."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ _SPLIT_FOLDERS = {
     "eval": ("val", "valid", "validation", "eval", "test"),
     "test": ("test",),
 }
-# Made by macOS when it packs, by Synology, Windows and ext4: they hold no images of a class.
+# Created by macOS archives, Synology, Windows and ext4: they are not classes.
 _NO_CLASSES = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 _STATISTICS_IMAGES = 2000
 _STATISTICS_SIDE_PX = 64
 
 
 class Source(Protocol):
-    """Labeled images that can be asked for one at a time, from several threads and processes at once."""
+    """Labeled images that several threads and processes can read at once, one image at a time."""
 
     name: str
     class_names: tuple[str, ...]
@@ -54,15 +54,15 @@ class Source(Protocol):
 
 @runtime_checkable
 class FileSource(Source, Protocol):
-    """A source whose images lie in files of their own, so that they can be stored without being encoded again."""
+    """A source with one file per image, so that images can be stored without being encoded again."""
 
     def path(self, index: int) -> Path:
-        """Where the image lies."""
+        """The image's file."""
         ...
 
 
 class ArraySource:
-    """Images and labels that are in memory: uint8 [N, height, width, 3] and int [N]."""
+    """Images and labels in memory: uint8 [N, height, width, 3] and int [N]."""
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, *, class_names: tuple[str, ...], name: str) -> None:
         self.name = name
@@ -81,7 +81,7 @@ class ArraySource:
 
 
 class SyntheticSource:
-    """Images made from their index: a pattern of waves that tells the class, under noise. Costs no disk."""
+    """Images generated from their index: a wave pattern per class, with noise. Uses no disk."""
 
     def __init__(self, num_samples: int, *, num_classes: int, image_size: int, seed: int, epoch: int) -> None:
         self.name = "synthetic"
@@ -112,10 +112,10 @@ class SyntheticSource:
 
 
 class FolderSource:
-    """Image files, one folder a class; classes and files in alphabetical order. `image_file` makes RGB of them.
+    """Image files, one folder per class; classes and files in alphabetical order. `image_file` decodes them.
 
     Attributes:
-        passed_over: files in the class folders whose names do not end as images' do.
+        passed_over: number of files in the class folders without an image suffix.
     """
 
     def __init__(
@@ -146,14 +146,14 @@ class FolderSource:
 def digits(
     *, split: str = "train", eval_fraction: float = 0.2, test_fraction: float = 0.0, split_seed: int = 0
 ) -> ArraySource:
-    """1,797 handwritten digits of 8x8 px that come with scikit-learn, grey repeated to RGB.
+    """scikit-learn's 1,797 handwritten digits of 8x8 px, gray repeated to RGB.
 
     Every class is split in the same proportion, and no two splits share an image.
 
     Args:
         split: "train", "eval" or "test".
-        eval_fraction, test_fraction: shares of every class that are kept for these splits, between 0 and 1.
-        split_seed: another number, another division.
+        eval_fraction, test_fraction: shares of every class that are held out for these splits, between 0 and 1.
+        split_seed: changes the division.
 
     Raises:
         ModuleNotFoundError: scikit-learn is not installed.
@@ -178,15 +178,15 @@ def cifar10(
     """CIFAR-10 (Krizhevsky 2009): 60,000 images of 32x32 px in 10 classes, from the files that torchvision also uses.
 
     Args:
-        path: the folder that has, or gets, `cifar-10-batches-py/`; an archive `cifar-10-python.tar.gz` there is
-            unpacked.
+        path: the folder of `cifar-10-batches-py/`; if that is missing, it is unpacked from
+            `cifar-10-python.tar.gz` there.
         split: "train" is the published 50,000 images, "eval" and "test" both the other 10,000.
-        eval_fraction: share of every class of the 50,000 that "eval" is instead, and that "train" then lacks.
-        split_seed: another number, another division of the 50,000.
-        download: fetch the archive where it is missing (163 MiB); otherwise that is an error.
+        eval_fraction: share of every class of the 50,000 to move from "train" to "eval", replacing the 10,000.
+        split_seed: changes the division of the 50,000.
+        download: fetch the archive if it is missing (163 MiB); otherwise that is an error.
 
     Raises:
-        FileNotFoundError: the files are not there and cannot be downloaded.
+        FileNotFoundError: the files are missing, and `download` is False or fails.
         ValueError: they are not the published ones.
     """
     return _cifar("cifar10", path, split, eval_fraction, split_seed, download)
@@ -200,7 +200,7 @@ def cifar100(
     split_seed: int = 0,
     download: bool = True,
 ) -> ArraySource:
-    """CIFAR-100 (Krizhevsky 2009): 60,000 images of 32x32 px in 100 classes; settings and errors as `cifar10`'s.
+    """CIFAR-100 (Krizhevsky 2009): 60,000 images of 32x32 px in 100 classes; settings and errors as in `cifar10`.
 
     Its files are `cifar-100-python/`, its archive is `cifar-100-python.tar.gz` (161 MiB).
     """
@@ -210,9 +210,9 @@ def cifar100(
 def synthetic(
     *, split: str = "train", num_samples: int = 512, num_classes: int = 10, image_size: int = 32, seed: int = 0
 ) -> SyntheticSource:
-    """Images of `image_size` px made from their index, for tests and for timing without a disk.
+    """Images of `image_size` px generated from their index, for tests and for timing without a disk.
 
-    Every split has `num_samples` images of the same classes, and no image in common with another.
+    Every split has `num_samples` images of the same classes; no two splits share an image.
     """
     _check_split(split)
     for name, value in (("num_samples", num_samples), ("num_classes", num_classes), ("image_size", image_size)):
@@ -231,23 +231,23 @@ def folder(
     test_fraction: float = 0.0,
     split_seed: int = 0,
 ) -> FolderSource:
-    """Images in files, one folder a class: `path/<class>/<anything>.jpg`, at any depth below the class.
+    """Image files, one folder per class: `path/<class>/<anything>.jpg`, at any depth below the class.
 
     Args:
-        split: None reads `path` itself; "train" reads `path/train`; "eval" reads the first there is of `path/val`,
+        split: None reads `path` itself; "train" reads `path/train`; "eval" reads the first that exists of `path/val`,
             `valid`, `validation`, `eval` and `test`; "test" reads `path/test`.
-        eval_fraction: divide one set of images instead: this share of every class of `path/train`, or of `path`
-            where there is no such folder, is "eval", and "train" lacks it.
-        test_fraction: the same for "test"; 0 leaves `path/test` to it.
-        split_seed: another number, another division. It goes by the files' names, so a file that is added moves at
-            most one other.
+        eval_fraction: divide one set of images instead: "eval" gets this share of every class of `path/train` (`path`
+            if there is no such folder), and "train" the rest.
+        test_fraction: the same for "test"; 0 reads `path/test`.
+        split_seed: changes the division, which depends on the file names, so that adding a file moves at most one
+            other.
 
-    The classes are those to train on. A split to evaluate on may lack some of them, a rare one say; one that has
-    others is refused. Folders that operating systems and editors make are no classes. A warning tells of both.
+    The classes are those of the training split. An evaluation split may lack some, for example rare ones; one that
+    has others is refused. Folders that operating systems and editors create are not classes. Both cause a warning.
 
     Raises:
-        FileNotFoundError: no such folder, no classes in it, or no images in a class to train on.
-        ValueError: classes to evaluate on that are not among those to train on, or a class too small to be divided.
+        FileNotFoundError: no such folder, no classes in it, or no images in a training class.
+        ValueError: evaluation classes that are not training classes, or a class too small to be divided.
     """
     path = Path(path)
     root = _split_folder(path, split, eval_fraction, test_fraction)
@@ -273,7 +273,7 @@ SOURCES: dict[str, Callable[..., Source]] = {
 
 
 def build_source(name: str, **settings: Any) -> Source:
-    """The source that `name` stands for in `SOURCES`, made with `settings`.
+    """The source `name` of `SOURCES`, made with `settings`.
 
     Raises:
         ValueError: unknown name (with the nearest match) or settings that the source does not have.
@@ -292,10 +292,10 @@ def build_source(name: str, **settings: Any) -> Source:
 
 
 def source_stamp(name: str, **settings: Any) -> str:
-    """Changes when the source's images have changed, as far as can be seen without listing them.
+    """A string that changes when the source's images change, as far as is visible without listing them.
 
-    For a folder: the times at which the class folders last gained or lost a file. Empty for the others, whose settings
-    say everything.
+    For a folder: the times at which the class folders last gained or lost a file. Empty for sources that their
+    settings determine.
     """
     if name != "folder" or "path" not in settings:
         return ""
@@ -307,16 +307,16 @@ def source_stamp(name: str, **settings: Any) -> str:
 
 
 def channel_statistics(source: Source) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    """Mean and standard deviation of each channel on the 0..255 scale, every image counting the same.
+    """Mean and standard deviation of each channel on the 0..255 scale, weighting all images equally.
 
-    Looks at 2,000 evenly spaced images at most, and at a grid of about 64 px a side in each: exact for small data,
-    and a matter of seconds for large.
+    Uses at most 2,000 evenly spaced images and a grid of about 64x64 px in each: exact for small data, and a matter
+    of seconds for large.
     """
     return mean_and_std([channel_sums(source.image(int(index))) for index in statistics_picks(len(source))])
 
 
 def statistics_picks(num_samples: int) -> np.ndarray:
-    """int64: the images that statistics look at."""
+    """int64: the images that the statistics use."""
     return np.unique(np.linspace(0, num_samples - 1, min(num_samples, _STATISTICS_IMAGES)).round().astype(int))
 
 
@@ -360,7 +360,7 @@ class _Shares:
         self._seed = seed
 
     def members(self, keys: np.ndarray, labels: np.ndarray, split: str) -> np.ndarray:
-        """bool [N]: which images, known by `keys`, are in the split."""
+        """bool [N]: which images, identified by `keys`, are in the split."""
         _check_split(split)
         start, end = self._bounds[split]
         if start == end:
@@ -393,9 +393,9 @@ def _cifar(
 
 @cache
 def _sklearns_digits() -> tuple[np.ndarray, np.ndarray]:
-    """float64 [1797, 8, 8] from 0 to 16, and labels [1797], out of scikit-learn's own file.
+    """float64 [1797, 8, 8] from 0 to 16, and labels [1797], from scikit-learn's own file.
 
-    Importing scikit-learn, which takes seconds, is left to a release that keeps the file elsewhere.
+    Imports scikit-learn, which takes seconds, only if a release keeps the file elsewhere.
     """
     spec = find_spec("sklearn")
     for home in (spec.submodule_search_locations or ()) if spec else ():
@@ -455,9 +455,9 @@ def _say_once(text: str) -> None:
 
 
 def _classes_to_train_on(root: Path, classes: list[str], path: Path, split: str) -> list[str]:
-    """The classes of the split to train on, `classes` if that is this one or there is none to look at.
+    """The classes of the training split, `classes` if that is this split or there is no other.
 
-    Raises ValueError where a split to evaluate on has a class that is not among them.
+    Raises ValueError if an evaluation split has a class that is not among them.
     """
     other = _split_folder(path, "eval" if split == "train" else "train", None, 0.0)
     others = [folder.name for folder in _class_folders(other)] if other.is_dir() and other != root else []
@@ -501,7 +501,7 @@ def _list_images(root: Path, classes: list[str], *, may_lack: bool) -> FolderSou
 def _visible_files(folder: Path) -> list[Path]:
     found = []
     for place, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not _is_no_class(name)]  # editors keep copies of images in theirs
+        folders[:] = [name for name in folders if not _is_no_class(name)]  # editors keep copies of images there
         found += [Path(place, name) for name in names if not name.startswith(".")]
     return found
 

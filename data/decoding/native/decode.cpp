@@ -1,9 +1,9 @@
-// Stored images -> square crops of a batch: the part of a JPEG that a crop covers is decoded, at the smallest DCT scale
-// that is still at least as large as the result, and resized row by row while it is in the cache.
+// Stored images -> square crops of a batch: decodes the part of a JPEG that a crop covers, at the smallest DCT scale
+// that is at least as large as the result, and resizes it row by row while it is in the cache.
 //
 // Everything after libjpeg is integer arithmetic, so vectorized and plain code give the same bits on every machine.
-// Nothing here trusts the bytes: sizes are checked against what the caller knows, libjpeg's errors return to decode(),
-// and reading stops where the memory given ends.
+// The bytes are not trusted: sizes are checked against the caller's, libjpeg's errors return to decode(), and reading
+// stops at the end of the given memory.
 
 #include <algorithm>
 #include <cmath>
@@ -29,7 +29,7 @@ namespace {
 constexpr int kChannels = 3;
 constexpr int kVerticalBits = 7;     // 255 << 7 still fits a signed 16-bit number, which multiply-add instructions take
 constexpr int kHorizontalBits = 14;  // and so do the weights of the second pass
-constexpr int kFineBits = 14;        // of the first pass where an output row covers many rows
+constexpr int kFineBits = 14;        // of the first pass if an output row covers many rows
 constexpr int kFewTaps = 4;
 constexpr int kPadding = 32;         // bytes that a vector load may read beyond a row
 constexpr int64_t kMostPixels = int64_t{1} << 28;
@@ -61,9 +61,9 @@ struct Filter {
     int last(int i) const { return first[i] + stride - 1; }
 };
 
-// Output i of `side` covers [start + i * length / side, start + (i + 1) * length / side) of the input where that is at
+// Output i of `side` covers [start + i * length / side, start + (i + 1) * length / side) of the input if that is at
 // least one input pixel (area); else it interpolates between the two nearest centers within [start, start + length).
-// Rounding errors are carried along a row of weights, so that they always sum to one.
+// Each weight absorbs the previous rounding error, so that the weights of an output always sum to one.
 void make_filter(Filter& filter, double start, double length, int side, int bits) {
     const double ratio = length / side;
     const bool shrinks = ratio >= 1.0;
@@ -155,7 +155,7 @@ inline __attribute__((always_inline)) void add_rows(const uint8_t* const* rows, 
     }
 }
 
-template <int Stride>  // 0: as the filter says; a number lets the compiler lay the taps out
+template <int Stride>  // 0: the filter's stride; a constant lets the compiler unroll the taps
 inline void weigh_pixels(const int16_t* sums, const Filter& filter, int begin, int side, uint8_t* out) {
     constexpr int kShift = kVerticalBits + kHorizontalBits;
     const int stride = Stride ? Stride : filter.stride;
@@ -194,8 +194,8 @@ __attribute__((target("avx2"))) void vertical_avx2(const uint8_t* const* rows, c
     add_rows(rows, weights, taps, count, sums);
 }
 
-// Two taps of a pixel lie next to each other as R G B R G B; the shuffle pairs the channels, and one multiply-add
-// instruction weighs and adds a pair. Two pixels a turn, one in each half of a register.
+// Two taps of a pixel are adjacent as R G B R G B; the shuffle pairs the channels, and one multiply-add instruction
+// weights and adds a pair. Each iteration computes two pixels, one in each half of a register.
 __attribute__((target("avx2"))) void horizontal_avx2(const int16_t* sums, const Filter& filter, int side,
                                                      uint8_t* out) {
     constexpr int kShift = kVerticalBits + kHorizontalBits;
@@ -203,7 +203,7 @@ __attribute__((target("avx2"))) void horizontal_avx2(const int16_t* sums, const 
     const __m256i half = _mm256_set1_epi32(1 << (kShift - 1));
     const int stride = filter.stride;
     int i = 0;
-    for (; i + 3 < side; i += 2) {  // stores 2 bytes beyond its two pixels, which the next turn or the rest overwrites
+    for (; i + 3 < side; i += 2) {  // stores 2 bytes beyond its two pixels, overwritten by the next ones or the rest
         const int16_t* left = sums + static_cast<ptrdiff_t>(filter.first[i]) * kChannels;
         const int16_t* right = sums + static_cast<ptrdiff_t>(filter.first[i + 1]) * kChannels;
         const int16_t* weights = &filter.weights[static_cast<size_t>(i) * stride];
@@ -242,12 +242,12 @@ Passes choose_passes(bool plain) {
     return {};
 }
 
-// Rows in, resized rows out, as soon as the last one that they need is there.
+// Writes each resized row as soon as the last input row that it needs is available.
 class Resizer {
    public:
     explicit Resizer(Passes passes) : passes_(passes) {}
 
-    // The crop begins at (y, x) of the rows that will be added, and may begin and end within a pixel.
+    // The crop starts at (y, x) of the input rows, and may start and end within a pixel.
     void begin(double y, double crop_height, double x, double crop_width, int columns, int side, bool flip, uint8_t* out) {
         const bool few = crop_height / side <= kFewTaps - 1;
         make_filter(down_, y, crop_height, side, few ? kVerticalBits : kFineBits);
@@ -261,7 +261,7 @@ class Resizer {
         out_ = out;
     }
 
-    // Rows [0, available) lie at `pixels`, `pitch` bytes apart.
+    // Rows [0, available) are at `pixels`, `pitch` bytes apart.
     void resize_ready(const uint8_t* pixels, size_t pitch, int available, bool all) {
         while (next_ < side_) {
             const int first = down_.first[next_];
@@ -269,7 +269,7 @@ class Resizer {
             int needed = down_.stride;
             while (weights[needed - 1] == 0) --needed;
             if (first + needed > available && !all) return;
-            // Taps without weight may lie beyond the last row: any row will do for them.
+            // Taps of zero weight may be beyond the last row: any row will do for them.
             for (int t = 0; t < down_.stride; ++t) rows_[t] = pixels + pitch * std::min(first + t, available - 1);
             passes_.vertical(rows_.data(), weights, down_.stride, count_, sums_.data());
             passes_.horizontal(sums_.data(), across_, side_, out_ + static_cast<size_t>(next_) * side_ * kChannels);
@@ -293,7 +293,7 @@ class Resizer {
 
 // --- JPEG ------------------------------------------------------------------------------------------------------------
 
-// What libjpeg calls back: errors leave by longjmp, as its interface wants.
+// libjpeg's callbacks: errors leave by longjmp, as its interface requires.
 struct Handler {
     jpeg_error_mgr base;
     jmp_buf leave;
@@ -301,8 +301,8 @@ struct Handler {
 
 [[noreturn]] void leave(j_common_ptr info) { std::longjmp(reinterpret_cast<Handler*>(info->err)->leave, 1); }
 
-// Warnings that mean lost picture are errors: libjpeg would go on with grey. The others (stray bytes, odd markers) are
-// common in the wild and harmless.
+// Warnings about lost image data are errors: libjpeg would continue with gray. The others (stray bytes, odd markers)
+// are common and harmless.
 void on_message(j_common_ptr info, int level) {
     if (level >= 0) return;
     const int code = info->err->msg_code;
@@ -336,7 +336,7 @@ class Decoder {
         if (created_) jpeg_destroy_decompress(&info_);
     }
 
-    // The crop of one image, side x side px, at `out`; false, and why, where that is not to be had.
+    // Write the crop of one image, side x side px, to `out`; if that fails, return false and the reason.
     bool decode(const Request& request, int side, bool exact, uint8_t* out, Failure& failure) {
         if (!plausible(request, side, failure)) return false;
         if (!request.is_jpeg) {
@@ -370,7 +370,7 @@ class Decoder {
         return true;
     }
 
-    // Nothing with a destructor may live in this function: errors jump out of it.
+    // No local variable here may have a destructor: errors jump out of this function.
     bool decode_jpeg(const Request& r, int side, bool exact, uint8_t* out, Failure& failure) {
         if (setjmp(handler_.leave)) {
             info_.err->format_message(reinterpret_cast<j_common_ptr>(&info_), failure.text);
@@ -394,8 +394,8 @@ class Decoder {
         info_.scale_denom = static_cast<unsigned>(scale);
         jpeg_start_decompress(&info_);
 
-        // The crop in scaled coordinates need not begin at a pixel's edge; the resizer takes it as it is. The margin
-        // gives the interpolation of colors its neighbours.
+        // In scaled coordinates the crop may start within a pixel, which the resizer handles. The margin provides the
+        // neighbors that the interpolation of colors needs.
         const double top = double(r.top) / scale, left = double(r.left) / scale;
         const double height = double(r.crop_height) / scale, width = double(r.crop_width) / scale;
         JDIMENSION first_column = static_cast<JDIMENSION>(std::max(0, static_cast<int>(std::floor(left)) - kMargin));
@@ -409,7 +409,7 @@ class Decoder {
             jpeg_abort_decompress(&info_);
             return fail(failure, "it ends before the crop");
         }
-        // Above were only small things, so this is where memory is asked for: what the crop needs and no more.
+        // The only large allocation: no more than the crop needs.
         const size_t pitch = static_cast<size_t>(columns) * kChannels;
         prepare(pitch * rows, top - first_row, height, left - first_column, width, static_cast<int>(columns), side, r.flip, out);
         for (int done = 0; done < rows;) {
@@ -419,7 +419,7 @@ class Decoder {
             done += static_cast<int>(jpeg_read_scanlines(&info_, lines, static_cast<JDIMENSION>(wanted)));
             resizer_.resize_ready(pixels_.data(), pitch, done, done == rows);
         }
-        jpeg_abort_decompress(&info_);  // what lies below the crop is not looked at
+        jpeg_abort_decompress(&info_);  // rows below the crop are not decoded
         return true;
     }
 
@@ -452,8 +452,8 @@ class Decoder {
 
 extern "C" {
 
-// Decode `count` images into `out`, uint8 [count, side, side, 3]. Returns -1, or the number of the first image that is
-// not as it should be, with the reason in `message` (of `message_size` bytes).
+// Decode `count` images into `out`, uint8 [count, side, side, 3]. Returns -1, or the index of the first image that
+// cannot be decoded, with the reason in `message` (of `message_size` bytes).
 int64_t brisk_decode_batch(const Request* requests, int64_t count, int32_t side, int32_t exact, int32_t plain,
                            uint8_t* out, char* message, int64_t message_size) {
     int64_t i = 0;
@@ -472,7 +472,7 @@ int64_t brisk_decode_batch(const Request* requests, int64_t count, int32_t side,
     return i < count ? i : -1;
 }
 
-// Raised with every change of the functions above: a library that was built before is then not used.
+// Increase with every change of the functions above, so that libraries built before are not used.
 int32_t brisk_decode_version() { return 1; }
 
 }  // extern "C"
