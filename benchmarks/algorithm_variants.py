@@ -1,7 +1,7 @@
-"""What benchmarks/algorithms.py compares: a training step without an algorithm, and with it as each library offers it.
+"""The variants that benchmarks/algorithms.py compares: a step without an algorithm, and with each library's version.
 
 A variant is a function that makes a step, given the `Bench`; a step trains the model once on the bench's batch.
-Libraries are imported inside the functions, so that one which is missing takes its own variants away and nothing else.
+Libraries are imported inside the functions, so that a missing one only removes its own variants.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Bench:
         self.labels = torch.randint(NUM_CLASSES, (self.batch_size,), generator=generator).to(self.device)
 
     def new_model(self) -> nn.Module:
-        """torchvision's model, as it comes."""
+        """torchvision's model, unchanged."""
         torch.manual_seed(0)
         return getattr(torchvision.models, self.model_name)(num_classes=NUM_CLASSES)
 
@@ -55,11 +55,11 @@ class Bench:
 
     @functools.cached_property
     def plain_model(self) -> Any:
-        """One for all variants that leave the model alone, so that they differ in nothing but the algorithm."""
+        """Shared by all variants that leave the model unchanged, so that they differ only in the algorithm."""
         return self.ready(self.new_model())
 
     def pass_once(self, model: nn.Module, images: Tensor, targets: Tensor, loss: Loss = F.cross_entropy) -> Tensor:
-        """Forward and backward; gradients add up in the parameters."""
+        """Forward and backward; gradients accumulate in the parameters."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             outputs = model(images)
             value = loss(outputs, targets)
@@ -91,7 +91,7 @@ class Bench:
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer of every variant; a rate so small that the weights hardly move while they are timed."""
+    """The optimizer of every variant; its rate is so small that the weights hardly change while they are timed."""
     return torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9)
 
 
@@ -136,7 +136,7 @@ def authors_blurpool(bench: Bench) -> Step:
 def _channels_last(bench: Bench, apply: Callable[[nn.Module], Any]) -> Step:
     model = bench.new_model().to(bench.device)
     apply(model)
-    # Batches come as loaders make them: NCHW, which the first convolution turns round.
+    # Batches are NCHW, as loaders make them; the first convolution converts them.
     return bench.step(torch.compile(model) if bench.compiled else model, images=bench.images.contiguous())  # pyright: ignore
 
 
@@ -344,7 +344,7 @@ def _bare(model: Any) -> nn.Module:
 
 @dataclass(frozen=True)
 class Variant:
-    """One row: an algorithm as `who` offers it. bottleneck_only: it knows no residual blocks but ResNet-50's."""
+    """One row: `who`'s version of an algorithm. bottleneck_only: it supports only ResNet-50's residual blocks."""
 
     algorithm: str
     who: str
@@ -385,5 +385,5 @@ VARIANTS = [
     Variant("sam", "composer", "SAMOptimizer", composer_sam),
     Variant("sam", "pytorch_optimizer", "SAM", pytorch_optimizer_sam),
 ]
-PEERS = ("composer", "antialiased_cnns", "pytorch_optimizer")  # beside torch and torchvision, which are always there
-BASELINES = {"channels_last": contiguous_baseline}  # of the others: `baseline`
+PEERS = ("composer", "antialiased_cnns", "pytorch_optimizer")  # besides torch and torchvision, always installed
+BASELINES = {"channels_last": contiguous_baseline}  # the others use `baseline`

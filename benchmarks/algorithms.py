@@ -1,21 +1,21 @@
-"""What an algorithm costs: a training step with it over one without, ours beside other libraries', in one run.
+"""The cost of each algorithm: a training step with it over one without, ours and other libraries', in one run.
 
     python -m benchmarks.algorithms                                    # from the checkout; needs torch and torchvision
     python -m benchmarks.algorithms --device cuda --image-size 224 --batch-size 256 --compile
     python -m benchmarks.algorithms --only blurpool sam --rounds 60
 
-Every round measures the groups (an algorithm's variants and a baseline of their own) in a new random order, and the
-members of a group in a new random order. A ratio divides two measurements of the same round and group, so that what
-slows the machine down for a while slows both. Reported are medians over rounds with their quartiles; a goal is met or
-missed when the median's 95 % confidence interval lies on one side of it, and open when it does not.
+Every round measures the groups (an algorithm's variants and their own baseline) in a new random order, and the members
+of a group in a new random order. A ratio divides two measurements of the same round and group, so that a temporary
+slowdown of the machine affects both. The report gives medians over rounds with quartiles; a goal is met or missed if
+the median's 95 % confidence interval lies on one side of it, and otherwise open.
 
-The cost of a step is CPU-seconds of this process on a CPU (other processes cannot add to it, though they can slow
-memory down), and the device's own time between two events on a GPU, where steps run in bfloat16 autocast and, unless
-said otherwise, channels-last. The baseline of channels_last is in NCHW either way. GMAC are the multiply-adds of
-convolutions and matrices in a step, forward and backward, counted and free of noise.
+On a CPU, the cost of a step is CPU-seconds of this process (other processes cannot add to it, though they can slow
+memory down). On a GPU, it is the device's own time between two events; steps run in bfloat16 autocast and, by default,
+channels-last. The baseline of channels_last is in NCHW either way. GMAC are the multiply-adds of convolutions and
+matrix products in a step, forward and backward; they are counted, so they have no noise.
 
-RandAugment is not here, since others work on PIL images in a loader's workers, before the step; nor is FixRes, which
-makes a step cheaper and has no peer. A library that is not installed is named and left out.
+RandAugment is not measured, since others apply it to PIL images in a loader's workers, before the step; nor is FixRes,
+which makes a step cheaper and has no peer. A library that is not installed is reported and left out.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ from benchmarks.measuring import columns, hardware, progress, spread, verdict, v
 
 GOAL_OVER_PEER = 1.02  # our step over that of the cheapest peer
 GOAL_BLURPOOL = 0.5  # our BlurPool's overhead over that of Composer's
-FORMATS = {"cpu": "contiguous_format", "cuda": "channels_last"}  # unless another is asked for
+FORMATS = {"cpu": "contiguous_format", "cuda": "channels_last"}  # the defaults
 LIBRARIES = ("torch", "torchvision", "mosaicml", "antialiased_cnns", "pytorch_optimizer")
 
 
 @dataclass
 class Row:
-    """A variant's measurements, one a round; the baseline's are those of its own group in the same round."""
+    """A variant's measurements, one per round; the baseline's are those of its own group in the same round."""
 
     variant: Variant
     step: Step
@@ -59,12 +59,12 @@ class Row:
     baseline_ms: list[float] = field(default_factory=list)
 
     def ratios(self) -> list[float]:
-        """To the baseline, round by round."""
+        """Ratios to the baseline, round by round."""
         return [cost / base for cost, base in zip(self.cost_ms, self.baseline_ms, strict=True)]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print the table, and write the JSON file that was asked for."""
+    """Measure, print the table, and write the requested JSON file."""
     options = parse(arguments)
     device = torch.device(options.device)
     if device.type == "cpu":
@@ -96,14 +96,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc reuse the memory of freed tensors, as CUDA's allocator, jemalloc and tcmalloc do.
+    """Make glibc reuse the memory of freed tensors, as CUDA's allocator, jemalloc and tcmalloc do.
 
-    It hands blocks of megabytes back to the kernel otherwise, and each step pays for new pages: costs then say more
-    about what was freed when than about the work.
+    Otherwise it returns blocks of megabytes to the kernel, and each step pays for new pages: costs then depend more on
+    the order of frees than on the work.
     """
     with contextlib.suppress(OSError, AttributeError):  # another C library
         c_library = ctypes.CDLL(None)
-        c_library.mallopt(-4, 0)  # M_MMAP_MAX: no block has pages of its own
+        c_library.mallopt(-4, 0)  # M_MMAP_MAX: allocate no block by mmap
         c_library.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
 
 
@@ -149,7 +149,7 @@ def absent_peers() -> dict[str, str]:
 
 
 def chosen_variants(model: str, only: Iterable[str] | None, absent: Iterable[str]) -> list[Variant]:
-    """Those that were asked for, that can be imported and that know the model."""
+    """The requested variants that can be imported and that support the model."""
     has_bottlenecks = model in ("resnet50", "resnet101", "resnet152")
     return [
         variant
@@ -172,7 +172,7 @@ class Group:
 
 
 def build_groups(bench: Bench, variants: Iterable[Variant]) -> list[Group]:
-    """Make every step, count its work and run it until it is warm."""
+    """Make every step, count its multiply-adds and warm it up."""
     groups: dict[str, Group] = {}
     for variant in variants:
         progress(f"preparing {variant.algorithm} ({variant.who})")
@@ -186,7 +186,7 @@ def build_groups(bench: Bench, variants: Iterable[Variant]) -> list[Group]:
 
 
 def warm_up(step: Step, bench: Bench) -> float | None:
-    """Run `step` some times; returns its multiply-adds in units of 10⁹, unless it is compiled."""
+    """Run `step` a few times; returns its multiply-adds in units of 10⁹, None if it is compiled."""
     counter = FlopCounterMode(display=False)
     with contextlib.nullcontext() if bench.compiled else counter:
         step()
@@ -196,7 +196,7 @@ def warm_up(step: Step, bench: Bench) -> float | None:
 
 
 def measure(groups: list[Group], bench: Bench, *, rounds: int, steps: int) -> None:
-    """Fill in every row's measurements, one a round."""
+    """Fill in every row's measurements, one per round."""
     order = random.Random(0)
     begin = time.monotonic()
     for index in range(rounds):
@@ -254,7 +254,7 @@ def described(row: Row) -> dict[str, Any]:
 
 
 def comparisons(rows: list[Row]) -> list[dict[str, Any]]:
-    """Each of our variants over the cheapest peer of its algorithm, round by round."""
+    """Each of our variants relative to the cheapest peer of its algorithm, round by round."""
     found = []
     for ours in rows:
         peers = [row for row in rows if row.variant.algorithm == ours.variant.algorithm and row.variant.who != OURS]
@@ -276,7 +276,7 @@ def comparisons(rows: list[Row]) -> list[dict[str, Any]]:
 
 
 def goals(rows: list[Row]) -> list[dict[str, Any]]:
-    """BlurPool's overhead beside that of Composer's; none without Composer."""
+    """Our BlurPool's overhead against Composer's; empty without Composer."""
     blurpools = [row for row in rows if row.variant.algorithm == "blurpool"]
     composers = next((row for row in blurpools if row.variant.who == "composer"), None)
     if composers is None:
@@ -298,7 +298,7 @@ def goals(rows: list[Row]) -> list[dict[str, Any]]:
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report for people."""
+    """The report as text."""
     unit = "ms" if report["settings"]["device"] == "cuda" else "CPU-ms"
     head = ["algorithm", "who", "how", "GMAC", f"{unit}/step", "over baseline", "quartiles", "over cheapest peer"]
     beside = {(one["algorithm"], one["how"]): one for one in report["comparisons"]}

@@ -1,4 +1,4 @@
-"""The parent's side of a contender: a process that is asked for passes over the data, watched, and ended."""
+"""The parent's side of a contender process: requests passes over the data, watches it, and ends it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from typing import Any
 
 import psutil
 
-_WATCH_SECONDS = 0.2  # between two looks at the memory
-_LEAVE_SECONDS = 10.0  # to end in after the last request
+_WATCH_SECONDS = 0.2  # between two readings of its memory
+_LEAVE_SECONDS = 10.0  # for it to end after the last request
 
 
 class ContenderError(Exception):
@@ -25,7 +25,7 @@ class ContenderError(Exception):
 
 
 class ContenderProcess:
-    """Runs `command`, which answers a line of JSON to every line of JSON, in a process group of its own.
+    """Runs `command`, which answers every line of JSON with a line of JSON, in its own process group.
 
     Args:
         timeout_seconds: the longest that an answer may take.
@@ -49,7 +49,7 @@ class ContenderProcess:
         )
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Its answer, with "memory_mib" added: the most that it and its children had meanwhile, or None.
+        """Its answer, plus "memory_mib": the peak memory of it and its children meanwhile, or None.
 
         Raises:
             ContenderError: it ended, or did not answer in time.
@@ -75,7 +75,7 @@ class ContenderProcess:
         return {**json.loads(line), "memory_mib": most}
 
     def close(self) -> None:
-        """Let it end, and kill what is left of its process group after some seconds."""
+        """Let it end; after some seconds, kill what is left of its process group."""
         with contextlib.suppress(OSError):
             if self._process.stdin is not None:
                 self._process.stdin.close()
@@ -101,10 +101,10 @@ class ContenderProcess:
 
 
 def memory_mib(pid: int) -> float | None:
-    """MiB of a process and its children that no other file holds: anonymous and shared memory, each page counted once.
+    """MiB of a process and its children that no file backs: anonymous and shared memory, each page counted once.
 
-    What is mapped from files (libraries, the images) is left out, since the system may drop it and every reader of the
-    same file shares it. None where the system does not tell (only Linux does).
+    Pages mapped from files (libraries, the images) are left out, since the system may drop them and every reader of a
+    file shares them. None if the system does not report it (only Linux does).
     """
     total_kib = 0
     try:

@@ -1,13 +1,13 @@
-"""What each algorithm alone does to top-1 and to CPU-seconds, over the same recipe with none, epoch for epoch.
+"""The effect of each algorithm alone on top-1 and CPU-seconds, against the same recipe and epochs without any.
 
     python -m benchmarks.effects --json figures.json --chart chart.png      # about 25 minutes of one core
     python -m benchmarks.effects --read figures.json --chart chart.png      # measure nothing
-    python -m benchmarks.effects --quick --only mixup sam                   # that it runs, no more
+    python -m benchmarks.effects --quick --only mixup sam                   # checks that it runs
 
-Data, network and schedule are those of `scenes` in benchmarks/time_to_accuracy.py. A seed trains all in turn, so
-differences are taken seed by seed. Settings are the medium recipe's where it has the algorithm, else the doc page's
-usual ones. None was tuned here: this shows that an algorithm does something, and what, on a task that fits in minutes;
-it does not rank them for ImageNet, where trainings are long enough to need them.
+Data, network and schedule are those of `scenes` in benchmarks/time_to_accuracy.py. Each seed trains all algorithms in
+turn, so differences are taken seed by seed. Settings are the medium recipe's if it has the algorithm, else the usual
+ones of its page. None was tuned here: this shows whether an algorithm has an effect, and which, on a task of minutes.
+It does not rank them for ImageNet, where training is long enough to need them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from benchmarks.time_to_accuracy import QUICK, RECIPE, SCENES, make_scenes, run
 from training.recipe import Recipe, load_recipe
 
 NONE = "none"
-# Of those that the medium recipe lacks, and of those whose settings there are for other sizes or lengths.
+# For algorithms that the medium recipe lacks, and those whose settings there are for other sizes or lengths.
 SETTINGS = {
     "cutmix": "{alpha: 1.0}",
     "ema": "{half_life_steps: 28}",  # two epochs
@@ -43,7 +43,7 @@ SETTINGS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train all of it, or read what was measured before; print the table, and write the files that were asked for."""
+    """Train everything, or read earlier measurements; print the table, and write the requested files."""
     options = parse(arguments)
     report = merge([json.loads(path.read_text()) for path in options.read]) if options.read else measure(options)
     print(table(report))
@@ -74,7 +74,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Everything that was asked for, as it goes into the JSON file."""
+    """Everything requested, as written to the JSON file."""
     torch.set_num_threads(1)
     cache = Path(options.cache)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in (NONE, *options.only)}
@@ -107,14 +107,14 @@ def recipe_of(name: str, overrides: Sequence[str]) -> Recipe:
 
 def others_off(name: str) -> list[str]:
     """Overrides that leave the medium recipe with algorithm `name` alone, or with none."""
-    # One key an algorithm: turning the whole section off would take the settings along that one of them keeps.
+    # One key per algorithm: turning the whole section off would also drop the settings of the one that stays.
     with_settings = set(load_recipe(RECIPE).algorithms)
     off = [f"algorithms.{other}=null" for other in sorted(with_settings - {name})]
     return off + ([f"algorithms.{name}={SETTINGS[name]}"] if name in SETTINGS else [])
 
 
 def merge(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Reports of different seeds as one."""
+    """Merge reports of different seeds into one."""
     runs = {name: [one for report in reports for one in report["runs"][name]] for name in reports[0]["runs"]}
     return {**reports[0], "runs": runs}
 
@@ -132,7 +132,7 @@ def effect(runs: dict[str, list[dict[str, Any]]], name: str) -> dict[str, float]
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report for people."""
+    """The report as text."""
     runs = report["runs"]
     lines = [["algorithm", "top-1 of each seed", "over none, points", "CPU-seconds"]]
     for name, done in runs.items():
@@ -149,7 +149,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """A row an algorithm: the difference of each seed as a dot, their mean as a bar."""
+    """One row per algorithm: the difference of each seed as a dot, their mean as a bar."""
     matplotlib = importlib.import_module("matplotlib")
     matplotlib.use("Agg")
     pyplot = importlib.import_module("matplotlib.pyplot")

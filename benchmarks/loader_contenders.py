@@ -1,10 +1,10 @@
-"""The loaders that benchmarks/loaders.py measures, and the process that each of them lives in.
+"""The loaders that benchmarks/loaders.py measures, and the process that runs each of them.
 
     python -m benchmarks.loader_contenders ours JOB     # JOB: the fields of `Job` as JSON
 
-Reads requests {"image_size": px, "epoch": number}, one a line, and answers each with a line: what a pass over the data
-at that size took. All of them crop at random (scale 0.35 to 1), flip, and give uint8 batches; what is not said is as
-each library has it by default. What is imported is what the one contender needs.
+Reads requests {"image_size": px, "epoch": number}, one per line, and answers each with a line: the cost of a pass over
+the data at that size. All contenders crop at random (scale 0.35 to 1), flip, and return uint8 batches; other settings
+are each library's defaults. Only what the one contender needs is imported.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from pathlib import Path
 from typing import Any
 
 CROP_SCALE = (0.35, 1.0)
-SETTLE_SECONDS = 0.05  # what a loader still works after its last batch, on the next pass or on closing, counts too
+SETTLE_SECONDS = 0.05  # work after the last batch, for the next pass or for closing, counts too
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is the same for every contender. Images that do not fill a batch are left out by all."""
+    """Settings that all contenders share. All of them drop an incomplete last batch."""
 
     photos: str  # folder with one folder a class
     beton: str  # the same images, as a .beton file
@@ -66,7 +66,7 @@ def ours(job: Job, *, decoder: str = "native") -> Epoch:
 
 
 def ffcv(job: Job) -> Epoch:
-    """FFCV's Loader with its own decoder; a new size needs no compiling, since memory is allocated anew every pass."""
+    """FFCV's Loader with its own decoder; a new size compiles nothing, since memory is allocated anew every pass."""
     from ffcv.fields.basics import IntDecoder
     from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
@@ -127,7 +127,7 @@ def torchvision_v2(job: Job) -> Epoch:
 
 
 def dali(job: Job) -> Epoch:
-    """DALI on the CPU: decoding of the crop alone, resizing with its default filter."""
+    """DALI on the CPU: decodes only the crop, and resizes with its default filter."""
     fn, plugin = (importlib.import_module(f"nvidia.dali.{name}") for name in ("fn", "plugin.pytorch"))
     pipeline_def = importlib.import_module("nvidia.dali").pipeline_def
 
@@ -138,7 +138,7 @@ def dali(job: Job) -> Epoch:
         images = fn.resize(images, size=[image_size, image_size])
         return fn.flip(images, horizontal=fn.random.coin_flip()), labels
 
-    iterators: dict[int, Any] = {}  # DALI's size is fixed where the pipeline is built
+    iterators: dict[int, Any] = {}  # DALI's size is fixed when the pipeline is built
 
     def epoch(image_size: int, number: int) -> Iterator[Any]:
         if image_size not in iterators:
@@ -154,7 +154,7 @@ def dali(job: Job) -> Epoch:
 
 
 def limit(job: Job, *, entropy_only: bool) -> Epoch:
-    """What libjpeg-turbo takes for the same bytes and the same crops in `num_workers` threads; gives no pixels."""
+    """libjpeg-turbo alone on the same bytes and the same crops, in `num_workers` threads; returns no pixels."""
     import numpy as np
 
     from data.beton.format import Beton
@@ -216,7 +216,7 @@ def serve(epoch: Epoch, requests: Iterator[str], answers: Any) -> None:
             "cpu_seconds": cpu_seconds() - cpu,
             "wall_seconds": end - begin,
             "first_batch_at": first_batch_at,
-            # From the last batch of the pass before to the first one of this, without the wait for the request.
+            # From the last batch of the previous pass to the first of this one, without the wait for the request.
             "turnaround_seconds": closing_seconds + first_batch_at - begin,
         }
         closing_seconds = end - last_batch_at
@@ -224,7 +224,7 @@ def serve(epoch: Epoch, requests: Iterator[str], answers: Any) -> None:
 
 
 def cpu_seconds() -> float:
-    """User and system seconds of this process, of its children that have ended and of those that live."""
+    """User and system CPU-seconds of this process and of its children, ended or alive."""
     import psutil
 
     total = 0.0
@@ -241,7 +241,7 @@ def cpu_seconds() -> float:
 
 
 def checked_length(batch: Any, image_size: int) -> int:
-    """Images in a batch, having looked that it is what all contenders are to give. The limits give the number alone."""
+    """Images in a batch, after checking its dtype and shape. The limits return only the number."""
     if isinstance(batch, int):
         return batch
     shape = tuple(batch.shape)
@@ -274,7 +274,7 @@ def _compile_limits() -> Any:
 
 def main() -> None:
     """Serve the contender that the command line names."""
-    # Whatever a library prints goes to stderr, and answers alone to stdout.
+    # Libraries' output goes to stderr, and only answers go to stdout.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     name, job = sys.argv[1], Job(**json.loads(sys.argv[2]))

@@ -1,4 +1,4 @@
-"""What a loader costs: CPU-seconds per 1,000 training images, ours beside other libraries', in one run.
+"""The cost of each loader: CPU-seconds per 1,000 training images, ours and other libraries', in one run.
 
     python -m benchmarks.loaders                                       # from the checkout; needs the extra "bench"
     python -m benchmarks.loaders --quick --only ours torchvision
@@ -6,17 +6,17 @@
     python -m benchmarks.loaders --read loaders.json --chart loaders.png
 
 The images are JPEGs of 90 to 130 kB and about 500x400 px, cut from the photos that scikit-learn and scikit-image ship
-(benchmarks/photos.py). FFCV's own writer makes the .beton file of them, at quality 90, that FFCV's loader and this
-package's both read; the others read the JPEGs. All crop at random (scale 0.35 to 1), flip, and give uint8 batches.
+(benchmarks/photos.py). FFCV's own writer makes a .beton file of them at quality 90, which FFCV's loader and this
+package's both read; the others read the JPEGs. All crop at random (scale 0.35 to 1), flip, and return uint8 batches.
 
-Every contender lives in a process of its own for the whole run. Each is started some times, alone, which gives the time
-to its first batch. Then every round asks for a pass at each size, sizes and contenders in a new random order. A ratio
-divides two passes of the same round and size. Reported are medians over rounds; a goal is met or missed when the
-median's 95 % confidence interval lies on one side of it, and open when it does not.
+Every contender runs in its own process. Each is first started several times, alone, to measure the time to its first
+batch; the last process stays for the whole run. Then every round requests a pass at each size, with sizes and
+contenders in a new random order. A ratio divides two passes of the same round and size. The report gives medians over
+rounds; a goal is met or missed if the median's 95 % confidence interval lies on one side of it, and otherwise open.
 
 CPU-seconds are user and system time of a contender's process and its children, so other processes cannot add to them,
-though they can slow memory down. Memory is the most at any time that is not mapped from a file, each page counted once.
-A contender that cannot be imported, crashes or does not answer in time is named and left out.
+though they can slow memory down. Memory is the peak of what is not mapped from a file, each page counted once. A
+contender that cannot be imported, crashes or does not answer in time is reported and left out.
 """
 
 from __future__ import annotations
@@ -62,24 +62,24 @@ GOAL_MEMORY = 1.0  # our memory over FFCV's
 GOAL_FIRST_BATCH_SECONDS = 2.0
 GOAL_TURNAROUND_SECONDS = 0.2
 LIBRARIES = ("torch", "torchvision", "ffcv", "nvidia-dali-cuda120", "pillow", "opencv-python", "numpy", "scikit-image")
-COUNTS = ("images", "batch_size", "workers", "rounds", "starts", "timeout")  # settings that are above 0
+COUNTS = ("images", "batch_size", "workers", "rounds", "starts", "timeout")  # settings that must be above 0
 DEFAULT_FOLDER = Path(".cache/brisk/benchmark_photos")
 
 
 @dataclass
 class Row:
-    """A contender's passes at one image size, one a round."""
+    """A contender's passes at one image size, one per round."""
 
     contender: str
     image_size: int
     cpu_seconds: list[float] = field(default_factory=list)  # per 1,000 images
     images_per_second: list[float] = field(default_factory=list)
-    turnaround_seconds: list[float] = field(default_factory=list)  # of those passes that came with a new size
+    turnaround_seconds: list[float] = field(default_factory=list)  # of the passes with a new size
     memory_mib: list[float | None] = field(default_factory=list)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, or read what was measured; print the table, and write the files that were asked for."""
+    """Measure, or read earlier measurements; print the table, and write the requested files."""
     options = parse(arguments)
     try:
         report = measured_report(options) if options.read is None else json.loads(options.read.read_text())
@@ -135,7 +135,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _is_writable(folder: Path) -> bool:
-    # Tried, since permissions do not tell of read-only file systems.
+    # Tried, since permissions do not reveal a read-only file system.
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -145,7 +145,7 @@ def _is_writable(folder: Path) -> bool:
 
 
 def measured_report(options: argparse.Namespace) -> dict[str, Any]:
-    """Make the images, measure every contender, and put all of it into one report."""
+    """Make the images, measure every contender, and return one report."""
     progress(f"making {options.images} images")
     photos = make_photos(options.folder, options.images)
     if len(photos.photos) <= 2:
@@ -181,7 +181,7 @@ def measured_report(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def contender_command(name: str, job: Job) -> list[str]:
-    """How a contender's process is started."""
+    """The command that starts a contender's process."""
     return [sys.executable, "-m", "benchmarks.loader_contenders", name, json.dumps(dataclasses.asdict(job))]
 
 
@@ -196,7 +196,7 @@ def measure(
     starts: int,
     timeout_seconds: float,
 ) -> tuple[list[Row], dict[str, list[float]], dict[str, str]]:
-    """(rows, seconds to the first batch of each start, contenders that were left out and why)."""
+    """(rows, seconds to the first batch of each start, contenders left out and why)."""
     absent: dict[str, str] = {}
     first_batch: dict[str, list[float]] = {}
     rows = {(name, size): Row(name, size) for name in commands for size in image_sizes}
@@ -258,7 +258,7 @@ def start(
 
 
 def import_torch_seconds(starts: int) -> list[float]:
-    """From the start of a process to its end when all it does is to import torch: no loader of tensors is faster."""
+    """Seconds from start to end of processes that only import torch: a lower bound for any loader of tensors."""
     seconds = []
     for _ in range(starts):
         begin = time.monotonic()
@@ -300,18 +300,18 @@ def ratios(row: Row, reference: Row) -> list[float]:
 
 
 def find_row(rows: Sequence[Row], contender: str, image_size: int) -> Row | None:
-    """The row of a contender at a size, or None where it was left out."""
+    """The row of a contender at a size, or None if it was left out."""
     return next((row for row in rows if (row.contender, row.image_size) == (contender, image_size)), None)
 
 
 def most_memory(rows: Sequence[Row]) -> float | None:
-    """MiB at most over rows, or None where it is not known."""
+    """Peak MiB over rows, or None if unknown."""
     known = [one for row in rows for one in row.memory_mib if one is not None]
     return round(max(known), 1) if known else None
 
 
 def goals(rows: Sequence[Row], first_batch_seconds: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
-    """Each goal that can be judged from the contenders that were measured, with its figure and verdict."""
+    """Each goal that can be judged from the measured contenders, with its figure and verdict."""
     found = []
     mine = [row for row in rows if row.contender == OURS]
     for other, goal in GOALS.items():
@@ -338,7 +338,7 @@ def _judged(what: str, values: dict[str, float], goal: float) -> dict[str, Any]:
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report for people."""
+    """The report as text."""
     lines = [["contender", "px", "CPU-s/1,000", "95 %", "images/s", "over FFCV", "95 %", "MiB", "resized in s"]]
     for row in sorted(report["rows"], key=lambda row: row["image_size"]):
         cost, ratio, turnaround = row["cpu_seconds_per_1000"], row["ratio_to_ffcv"], row["turnaround_seconds"]
@@ -363,7 +363,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 def verdicts(report: dict[str, Any]) -> list[str]:
-    """What was measured on what, each goal, and whether it was met."""
+    """The setup of the measurement, each goal, and whether it was met."""
     images, settings, machine = report["images"], report["settings"], report["hardware"]
     lines = [
         f"n = {settings['rounds']} rounds, {settings['starts']} starts; {images['number']} JPEGs of "

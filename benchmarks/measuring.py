@@ -1,4 +1,4 @@
-"""What the benchmarks share: medians with their intervals, verdicts, and what the figures were measured on."""
+"""Shared by the benchmarks: medians with their intervals, verdicts, and descriptions of hardware and versions."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 def median_interval(count: int) -> tuple[int, int]:
     """Indices into `count` sorted values between which the true median lies with a probability of 95 % or more.
 
-    All of them where they are fewer than six, which cannot be that sure.
+    Fewer than six values give the full range, which does not reach 95 %.
     """
     # The number of values below the median is binomial: cut off at most 2.5 % at either end.
     low, below = 0, 0.5**count
@@ -53,7 +53,7 @@ def verdict(values: dict[str, float], goal: float) -> str:
 
 
 def progress(text: str) -> None:
-    """One line on stderr, written over where there is a terminal."""
+    """Print one line on stderr, overwriting the last on a terminal."""
     if sys.stderr.isatty():
         print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
     elif text:
@@ -61,14 +61,14 @@ def progress(text: str) -> None:
 
 
 def columns(lines: Sequence[Sequence[str]]) -> str:
-    """A table of text, its columns aligned to the left."""
+    """A text table with left-aligned columns."""
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     rows = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
     return "\n".join(row.rstrip() for row in rows)
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
-    """What the figures were measured on."""
+    """The hardware that the figures were measured on."""
     model = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -80,7 +80,7 @@ def hardware(device: torch.device) -> dict[str, Any]:
 
 
 def versions(libraries: Iterable[str]) -> dict[str, str]:
-    """Of Python and of those libraries that are installed, by the names of their packages."""
+    """Versions of Python and of the installed ones of `libraries`, by package name."""
     found = {"python": platform.python_version()}
     for name in libraries:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

@@ -2,8 +2,8 @@
 
     python -m benchmarks.photos .cache/brisk/benchmark_photos --images 2000
 
-Image i is a function of i and of the photos alone: a crop of a random place, scale and direction, 500 px on its longer
-side and 375 to 400 on the other, at the JPEG quality that brings the file closest below a size drawn from 90 to 130 kB.
+Image i depends only on i and the photos: a crop of random position, scale and orientation, 500 px on its longer side
+and 375 to 400 on the other, at the highest JPEG quality that keeps the file below a size drawn from 94.5 to 130 kB.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-VERSION = 1  # of the set: another one, another folder
+VERSION = 1  # of the set, in its folder's name
 NUM_CLASSES = 10
 LONG_SIDE_PX, SHORT_SIDES_PX = 500, (375, 400)
 FILE_BYTES = (90_000, 130_000)
 QUALITIES = (50, 98)  # of JPEG
-SCALES = (0.7, 1.4)  # photo pixels a side over pixels of the cut
+SCALES = (0.7, 1.4)  # photo pixels per pixel of the crop, on a side
 BETON_MAX_SIDE_PX, BETON_JPEG_QUALITY = 500, 90
-# Photos in color among what scikit-image's wheel holds; the rest of skimage.data is grey, drawn or downloaded.
+# The color photos in scikit-image's wheel; the rest of skimage.data is gray, drawn or downloaded.
 SKIMAGE_PHOTOS = (
     "astronaut.png",
     "chelsea.png",
@@ -47,7 +47,7 @@ SKIMAGE_PHOTOS = (
 
 
 class PhotoSet(NamedTuple):
-    """A set that was made: its folder has one folder a class."""
+    """A finished set: its folder has one folder per class."""
 
     folder: Path
     num_images: int
@@ -56,7 +56,7 @@ class PhotoSet(NamedTuple):
 
 
 def make_photos(cache_folder: Path, num_images: int) -> PhotoSet:
-    """The set of `num_images`, made where `cache_folder` does not hold it yet; whole or absent.
+    """The set of `num_images`, made if `cache_folder` does not hold it yet; written completely or not at all.
 
     Raises:
         ModuleNotFoundError: scikit-learn is not installed.
@@ -76,7 +76,7 @@ def make_photos(cache_folder: Path, num_images: int) -> PhotoSet:
 
 
 def find_photos() -> list[Path]:
-    """The photos that are installed: scikit-learn's two, and scikit-image's where there is scikit-image."""
+    """The installed photos: scikit-learn's two, and scikit-image's if it is installed."""
     sklearn = _package_folder("sklearn")
     if sklearn is None:
         raise ModuleNotFoundError(
@@ -94,7 +94,7 @@ def cut(index: int, photos: Sequence[Path]) -> bytes:
     """Image `index` of the set, as a JPEG file."""
     draws = np.random.default_rng([VERSION, index])
     most_bytes = int(draws.integers(FILE_BYTES[0] + FILE_BYTES[0] // 20, FILE_BYTES[1]))
-    while True:  # a smooth part of a photo does not come to the size at any quality: then another one
+    while True:  # a smooth part of a photo reaches the size at no quality: try another one
         image = _random_cut(draws, photos)
         data = _largest_below(image, most_bytes)
         if FILE_BYTES[0] <= len(data) <= FILE_BYTES[1]:
@@ -102,9 +102,9 @@ def cut(index: int, photos: Sequence[Path]) -> bytes:
 
 
 def make_beton(photo_set: PhotoSet, *, timeout_seconds: float) -> tuple[Path, str]:
-    """(the set as a .beton file, who wrote it): FFCV's DatasetWriter, or this package's where FFCV's is of no use.
+    """(the set as a .beton file, its writer): FFCV's DatasetWriter, or this package's if FFCV's is missing or fails.
 
-    FFCV's runs in a process of its own, since it waits for ever when a worker of it dies.
+    FFCV's runs in its own process, since it hangs when one of its workers dies.
     """
     reason = "FFCV is not installed"
     if _package_folder("ffcv") is not None:
@@ -174,7 +174,7 @@ def _package_folder(name: str) -> Path | None:
 
 
 def _write_with_ffcv(folder: Path, path: Path, *, timeout_seconds: float) -> str:
-    # Returns the reason why it did not succeed, or nothing.
+    # Returns the reason for a failure, or "".
     partial_path = path.with_name(f"{path.name}.partial-{os.getpid()}")
     command = [
         sys.executable,
@@ -223,7 +223,7 @@ def _run_ffcvs_writer(folder: Path, path: Path) -> None:
 
 
 def main() -> None:
-    """Make the set, or only write a set that is there with FFCV's writer."""
+    """Make the set, or only write an existing set with FFCV's writer."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.photos", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("folder", type=Path, help="where sets are kept")
     parser.add_argument("--images", type=int, default=2000)

@@ -1,13 +1,13 @@
-"""What run.py costs before it trains: a mistake, --help, a plan, and the way to the first step, beside their imports.
+"""The cost of run.py before it trains: a mistake, --help, a plan, the way to the first step, next to their imports.
 
     python -m benchmarks.startup --json figures.json                     # about 10 minutes of one core
     python -m benchmarks.startup --read figures.json                     # measure nothing
-    python -m benchmarks.startup --quick --recipes digits_medium         # a minute: that it runs, no more
+    python -m benchmarks.startup --quick --recipes digits_medium         # a minute; checks that it runs
 
 Every case is a fresh process. A round runs each case once, in turn, and a case is compared to the `import torch` of its
-own round. The cost is CPU-seconds, user's and system's, of the process and those it waited for: other processes cannot
-add to it, though they slow memory down. Wall-clock seconds stand beside it, and are those of the machine as it was.
-Bytecode and the digits' .beton are written by a run that is not counted.
+own round. The cost is user and system CPU-seconds of the process and of those it waited for: other processes cannot add
+to it, though they can slow memory down. Wall-clock seconds are given as well, and depend on the machine's load. A run
+that is not counted writes bytecode and the digits' .beton first.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ TORCH, COMPOSER, LEAN, HELP, FIRST_STEP = (
     "import torch", "import composer", "the same in run.py", "run.py --help", "first training step",
 )  # fmt: skip
 MISTAKES = {"wrong key": "foo=1", "wrong value": "duration.epochs=x", "wrong name": "algorithms.mixupp.alpha=1"}
-GOAL_HELP, GOAL_MISTAKE, GOAL_PLAN = 0.2, 1.0, 3.0  # CPU-seconds: in all; more than `import torch`, both
+GOAL_HELP, GOAL_MISTAKE, GOAL_PLAN = 0.2, 1.0, 3.0  # CPU-seconds: in all; the others beyond `import torch`
 LIBRARIES = ("torch", "torchvision", "mosaicml", "torchmetrics", "transformers", "scipy", "matplotlib")
 
 LEAN_SCRIPT = "from training.engines.lean_import import import_lean; import_lean(); import composer"
-# run.py, which ends when its first step is done: at the event at which a run's record counts the step.
+# run.py, ended after its first step, at the event where the recorder counts the step.
 FIRST_STEP_SCRIPT = """
 import os, sys
 from training.cli import main
@@ -53,7 +53,7 @@ sys.exit(main() or 1)
 
 @dataclass(frozen=True)
 class Case:
-    """A process to be measured, and what it may cost in CPU-seconds: in all, or more than `import torch`."""
+    """A process to measure, and its goal in CPU-seconds: in all, or beyond `import torch`."""
 
     name: str
     command: tuple[str, ...]
@@ -63,7 +63,7 @@ class Case:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, or read what was measured before; print the table, and write the JSON file that was asked for."""
+    """Measure, or read earlier measurements; print the table, and write the requested JSON file."""
     options = parse(arguments)
     report = json.loads(options.read.read_text()) if options.read else measure(options)
     print(table(report))
@@ -87,7 +87,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Everything that was asked for, as it goes into the JSON file."""
+    """Everything requested, as written to the JSON file."""
     with tempfile.TemporaryDirectory() as folder:
         cases = cases_of(options.recipes, Path(folder))
         run(cases[-1], Path(folder))
@@ -111,7 +111,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def cases_of(recipes: Sequence[str], folder: Path) -> list[Case]:
-    """What is measured, in turn; the first training step is the last. folder: for results and data."""
+    """The cases in order; the first training step is the last. folder: for results and data."""
     python = (sys.executable, "-c")
     digits = (sys.executable, "run.py", "-f", "yamls/digits_medium.yaml")
     training = ("-f", "yamls/digits_medium.yaml", f"results_dir={folder / 'results'}", f"data.cache_dir={folder}")
@@ -130,14 +130,14 @@ def cases_of(recipes: Sequence[str], folder: Path) -> list[Case]:
 
 
 def run(case: Case, folder: Path) -> tuple[float, float]:
-    """CPU-seconds and wall-clock seconds of a process. RuntimeError where it ends otherwise than it should."""
+    """CPU-seconds and wall-clock seconds of a process. Raises RuntimeError for an unexpected exit status."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with (folder / "said.txt").open("w+") as said:
         started = time.monotonic()
         process = subprocess.Popen(case.command, cwd=ROOT, env=environment, stdout=said, stderr=said)
         _, status, usage = os.wait4(process.pid, 0)
         wall = time.monotonic() - started
-        process.returncode = os.waitstatus_to_exitcode(status)  # which Popen would wait for in vain
+        process.returncode = os.waitstatus_to_exitcode(status)  # wait4 has reaped it already
         if process.returncode != case.status:
             said.seek(0)
             raise RuntimeError(f"{case.name} ended with status {process.returncode}: {said.read()}")
@@ -145,13 +145,13 @@ def run(case: Case, folder: Path) -> tuple[float, float]:
 
 
 def over_torch(report: dict[str, Any], name: str) -> list[float]:
-    """CPU-seconds that a case takes more than `import torch`, round by round."""
+    """CPU-seconds of a case beyond `import torch`, round by round."""
     cases = report["cases"]
     return [mine - torchs for mine, torchs in zip(cases[name]["cpu_s"], cases[TORCH]["cpu_s"], strict=True)]
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report for people."""
+    """The report as text."""
     lines = [["a process's", "CPU-seconds", "lowest, highest", "over import torch", "wall clock", "goal", ""]]
     for name, case in report["cases"].items():
         cpu, more = spread(case["cpu_s"]), spread(over_torch(report, name))

@@ -1,17 +1,17 @@
-"""Top-1 at equal CPU-seconds: the medium recipe against the same without its speed-ups, trained for as long.
+"""Top-1 at equal CPU-seconds: the medium recipe against the same recipe without speed-ups, trained for as long.
 
     python -m benchmarks.time_to_accuracy --json figures.json --chart chart.png      # about 12 minutes of one core
     python -m benchmarks.time_to_accuracy --read figures.json --chart chart.png      # measure nothing
-    python -m benchmarks.time_to_accuracy --quick                                    # a minute: that it runs, no more
+    python -m benchmarks.time_to_accuracy --quick                                    # a minute; checks that it runs
 
-Two data sets that need no download: scikit-learn's handwritten digits, and `scenes`, 10 classes of JPEGs made of them:
-a digit, enlarged, turned and tinted, over a cut of a real photo. Half of the digits are held out, so that one image is
-0.11 points of top-1 and training has few; a held-out digit is in held-out scenes alone.
+The two data sets need no download: scikit-learn's handwritten digits, and `scenes`, 10 classes of JPEGs made of them:
+a digit, enlarged, rotated and tinted, over a crop of a real photo. Half of the digits are held out, so that one image
+is 0.11 points of top-1 and training has few images; held-out digits appear only in held-out scenes.
 
-The medium recipe is trained as it stands, once a seed. The baseline is the same recipe with every algorithm off, of so
-many epochs that it takes at least as many CPU-seconds as the medium run of the same seed: each is a whole schedule of
-its own, none is cut short, and what the epochs do not divide is the baseline's. CPU-seconds are those of the whole
-process from the first step to the last evaluation, all threads; conversion of the data and imports are not counted.
+The medium recipe is trained as it is, once per seed. The baseline is the same recipe with every algorithm off, for
+enough epochs to take at least as many CPU-seconds as the medium run of the same seed: each run is a complete schedule,
+none is cut short, and rounding up to whole epochs favors the baseline. CPU-seconds are those of all threads of the
+process during the whole `train` call; conversion of the data and imports happen before and are not counted.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from training.session import train
 
 RECIPE = Path(__file__).parents[1] / "yamls" / "digits_medium.yaml"
 HELD_OUT_SHARE = 0.5
-SPARE = 1.03  # the baseline's epochs are chosen for so much more than is due, since CPU-seconds vary
+SPARE = 1.03  # margin in the choice of the baseline's epochs, since CPU-seconds vary
 COLORS = {"medium": "#1f6feb", "baseline": "#8a8f98"}
 SCENE_SIDE_PX = 96
 SCENES_VERSION = 3
@@ -73,7 +73,7 @@ QUICK = [
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train all of it, or read what was measured before; print the table, and write the files that were asked for."""
+    """Train everything, or read earlier measurements; print the table, and write the requested files."""
     options = parse(arguments)
     report = json.loads(options.read.read_text()) if options.read is not None else measure(options)
     print(table(report))
@@ -104,7 +104,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Everything that was asked for, as it goes into the JSON file."""
+    """Everything requested, as written to the JSON file."""
     torch.set_num_threads(options.threads)
     cache = Path(options.cache)
     report: dict[str, Any] = {
@@ -130,7 +130,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def compare(name: str, overrides: list[str], seeds: Sequence[int]) -> dict[str, Any]:
-    """Both recipes, once a seed, in turn."""
+    """Run both recipes once per seed, in turn."""
     calibrating = load_recipe(RECIPE, [*overrides, "run_name=calibration", "seed=0"])
     progress(f"{name}: calibration")
     off = without_algorithms(calibrating, "calibration")
@@ -158,9 +158,9 @@ def compare(name: str, overrides: list[str], seeds: Sequence[int]) -> dict[str, 
 
 
 def train_for(cpu_s: float, run_epochs: Callable[[int], dict[str, Any]], *, known: dict[str, Any]) -> dict[str, Any]:
-    """`run_epochs` of as many epochs as take `cpu_s` at least, going by what an earlier run, `known`, took.
+    """`run_epochs` of enough epochs to take at least `cpu_s`, estimated from an earlier run, `known`.
 
-    A run that turns out short is thrown away, and one of more epochs trained in its place.
+    A run that turns out too short is discarded and replaced by one of more epochs.
     """
     epochs = _epochs_for(cpu_s, known)
     while (done := run_epochs(epochs))["cpu_s"] < cpu_s:
@@ -173,7 +173,7 @@ def _epochs_for(cpu_s: float, known: dict[str, Any]) -> int:
 
 
 def run(recipe: Recipe) -> dict[str, Any]:
-    """Train `recipe`; returns top-1 of the last evaluation, CPU-seconds and seconds, and the way there."""
+    """Train `recipe`; returns top-1 of the last evaluation, CPU-seconds, wall-clock seconds, and the curve."""
     shutil.rmtree(recipe.run_dir, ignore_errors=True)
     cpu, wall = time.process_time(), time.perf_counter()
     result = train(recipe, say=lambda text: None)
@@ -188,16 +188,16 @@ def run(recipe: Recipe) -> dict[str, Any]:
 
 
 def curve(epochs: Sequence[tuple[float, float]], cpu_s: float) -> list[tuple[float, float]]:
-    """(CPU-seconds, top-1) at each epoch's end, from (seconds of training, top-1) and the CPU-seconds of all.
+    """(CPU-seconds, top-1) at each epoch's end, from (seconds of training, top-1) and the run's CPU-seconds.
 
-    The run's CPU-seconds are divided among epochs as their seconds of training are, so the last alone is measured.
+    CPU-seconds are divided among epochs in proportion to their seconds of training, so only the last is measured.
     """
     ends = np.cumsum([seconds for seconds, _ in epochs])
     return [(round(float(end / ends[-1] * cpu_s), 2), top1) for end, (_, top1) in zip(ends, epochs, strict=True)]
 
 
 def difference(medium: list[dict[str, Any]], baseline: list[dict[str, Any]]) -> dict[str, float]:
-    """Of top-1, medium less baseline, seed by seed: its mean, standard error, and in how many pairs it is above 0."""
+    """Top-1 of medium minus baseline, seed by seed: its mean, standard error, and in how many pairs it is above 0."""
     pairs = [ours["top1"] - theirs["top1"] for ours, theirs in zip(medium, baseline, strict=True)]
     spread = statistics.stdev(pairs) if len(pairs) > 1 else math.nan
     return {
@@ -208,7 +208,7 @@ def difference(medium: list[dict[str, Any]], baseline: list[dict[str, Any]]) -> 
 
 
 def verdict(medium: list[dict[str, Any]], baseline: list[dict[str, Any]]) -> str:
-    """ahead or behind where every seed of one is above every seed of the other, else "not told apart"."""
+    """ahead or behind if every seed of one is above every seed of the other, else "not told apart"."""
     ours, theirs = ([one["top1"] for one in runs] for runs in (medium, baseline))
     if min(ours) > max(theirs):
         return "ahead"
@@ -216,7 +216,7 @@ def verdict(medium: list[dict[str, Any]], baseline: list[dict[str, Any]]) -> str
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report for people."""
+    """The report as text."""
     lines = [["data", "recipe", "epochs", "CPU-s", "top-1 of each seed", "mean"]]
     for name, data in report["data"].items():
         for kind, runs in data["runs"].items():
@@ -241,7 +241,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """Top-1 against CPU-seconds: a line a run, its last evaluation marked."""
+    """Top-1 against CPU-seconds: one line per run, with its last evaluation marked."""
     matplotlib = importlib.import_module("matplotlib")
     matplotlib.use("Agg")
     pyplot = importlib.import_module("matplotlib.pyplot")
@@ -276,7 +276,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
 
 
 def make_scenes(cache: Path) -> Path:
-    """The folder of scenes, made where it is not there yet; whole or absent."""
+    """The folder of scenes, made if it does not exist yet; written completely or not at all."""
     folder = cache / f"scenes-v{SCENES_VERSION}"
     if not folder.is_dir():
         photos = [np.asarray(Image.open(path).convert("RGB")) for path in find_photos()]

@@ -19,7 +19,7 @@ def main() -> None:
     fabric = Fabric()
     fabric.launch()
     fabric.seed_everything(0, verbose=False)
-    chance = torch.Generator().manual_seed(fabric.global_rank)  # every rank mixes in its own way
+    chance = torch.Generator().manual_seed(fabric.global_rank)  # every rank makes its own draws
     pixels, labels = (torch.from_numpy(array) for array in load_digits(return_X_y=True))
     images = ((pixels.float() - 4.9) / 6.0).view(-1, 1, 8, 8).expand(-1, 3, -1, -1)
     parts = random_split(TensorDataset(images, labels), (0.8, 0.2), generator=torch.Generator().manual_seed(0))
@@ -43,7 +43,7 @@ def main() -> None:
 
             backward()
             if step % SAM_INTERVAL == 0:
-                with frozen_statistics(model):  # batch norm is not to count this batch twice
+                with frozen_statistics(model):  # so that batch norm does not count this batch twice
                     algos.sam_gradients(model.parameters(), backward, rho=0.1)
             optimizer.step()
             optimizer.zero_grad()

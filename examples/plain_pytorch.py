@@ -1,4 +1,4 @@
-"""Plain PyTorch: handwritten digits with this project's loader, which decodes images at the size that an epoch has."""
+"""Plain PyTorch: handwritten digits with this project's loader, which decodes images at each epoch's size."""
 
 import torch
 from torch.nn import functional as F
@@ -41,7 +41,7 @@ def main() -> None:
 
             backward()
             if step % SAM_INTERVAL == 0:
-                with frozen_statistics(model):  # batch norm is not to count this batch twice
+                with frozen_statistics(model):  # so that batch norm does not count this batch twice
                     algos.sam_gradients(model.parameters(), backward, rho=0.1)
             optimizer.step()
             optimizer.zero_grad()

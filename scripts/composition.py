@@ -27,24 +27,24 @@ ROUNDING = 1e-10  # float64
 
 HEADER = """# What composes with what
 
-Each cell is a whole run of a small ResNet in float64, on gloo ranks where there are several, against a plain run of
-the same algorithm on one process: the largest difference of any weight at the end. **=** stands for a difference below
-1e-10 (below 1e-5 under FSDP2, where Composer computes in float32), and after resuming for none at all.
+Each cell compares a whole run of a small ResNet in float64, on gloo ranks if there are several, with a plain run of the
+same algorithm in one process: the largest difference of any final weight. **=** means a difference below 1e-10 (below
+1e-5 under FSDP2, where Composer computes in float32), and after resuming no difference at all.
 
-`tests/algos/test_every.py` asserts the upper table at every change, and `make composition` writes this page.
+`tests/algos/test_every.py` checks the first table at every change, and `make composition` writes this page.
 """
 
 NOTES = """
-- Ours that draw per rank (MixUp, CutMix, RandAugment, StochasticDepth) are compared with one process that draws for
-  both halves of the batch as those ranks do. Composer's cannot be told what to draw, so its cell under two ranks says
-  only that it ran.
-- Composer's BlurPool cannot take a float64 model (it makes its filter in float32), which ends its row and the last.
-- Nothing is evaluated in these runs, which is where Composer's EMA fails under FSDP2.
-- Listed twice, ours are refused before training, with a line that names them. Composer's act twice: a number is what
-  that changes.
-- Each pair of ours is held to the same as each alone (tests marked slow): microbatches, compiled, resumed in mid-epoch,
-  DDP, FSDP2.
-- Compiled is aot_eager, with kernels for each shape (`dynamic=False`).
+- Our algorithms that draw per rank (MixUp, CutMix, RandAugment, StochasticDepth) are compared with one process that
+  makes both ranks' draws for the halves of its batch. The draws of Composer's cannot be set, so their cells under two
+  ranks only say that they ran.
+- Composer's BlurPool fails on a float64 model (it makes its filter in float32), so its row and the last show errors.
+- These runs have no evaluation, during which Composer's EMA fails under FSDP2.
+- Listed twice, our algorithms are refused before training, with a message that names them. Composer's act twice; a
+  number is the resulting difference.
+- Each pair of our algorithms is tested like each one alone (tests marked slow): microbatches, compiled, resumed in
+  mid-epoch, DDP, FSDP2.
+- Compiled means aot_eager, with kernels for each shape (`dynamic=False`).
 """
 
 

@@ -11,7 +11,7 @@ BEGIN, END = "<!-- algorithms: begin (scripts/table.py) -->", "<!-- algorithms: 
 
 
 def table() -> str:
-    """One row an algorithm: name in a recipe, functional form, what it does, its page."""
+    """One row per algorithm: name in a recipe, functional form, what it does, its page."""
     lines = ["| In a recipe | In your own loop | What it does |", "|---|---|---|"]
     for name in registry.names():
         lines.append(
@@ -22,7 +22,7 @@ def table() -> str:
 
 
 def with_table(text: str) -> str:
-    """`text` with what stands between the marks replaced."""
+    """`text` with the table between the marks replaced."""
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}\n{table()}\n{END}{after}"

@@ -1,7 +1,7 @@
-"""For all tests: one thread a process, and this checkout's packages in every process that a test starts.
+"""For all tests: one thread per process, and this checkout's packages in every process that a test starts.
 
 The networks are so small that threads wait for each other longer than they work, and on a busy machine their spinning
-makes a run a hundred times slower. Set before torch is imported, and inherited by every process that a test starts.
+makes a run a hundred times slower. This is set before torch is imported, and every process of a test inherits it.
 """
 
 import os

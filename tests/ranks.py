@@ -1,4 +1,4 @@
-"""Starts the ranks of a run on this machine, without a launcher's seconds."""
+"""Starts the ranks of a run on this machine, without the seconds that a launcher takes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The layout's promises: no lower layer imports a higher one, and algos needs torch and numpy alone."""
+"""The layout's rules: no lower layer imports a higher one, and algos needs only torch and numpy."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The wheel, installed where nothing of the checkout is, in a project that has a data/, models/, training/ and run.py.
+"""The wheel, installed away from the checkout, in a project that has its own data/, models/, training/ and run.py.
 
-Its environments hold what the named distributions require and nothing else: the folders of this environment's packages,
-linked, so that neither a download nor a copy of torch is needed.
+Its environments hold only what the named distributions require, as links to this environment's package folders, so that
+neither a download nor a copy of torch is needed.
 """
 
 from __future__ import annotations

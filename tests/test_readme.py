@@ -1,4 +1,4 @@
-"""What the README says is so: its example runs, its table is the registry's, its links lead somewhere."""
+"""The README is correct: its example runs, its table matches the registry, its links resolve."""
 
 from __future__ import annotations
 

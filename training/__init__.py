@@ -1,1 +1,1 @@
-"""From a recipe to a trained model and its results folder."""
+"""Turns a recipe into a trained model and its results folder."""

@@ -1,4 +1,4 @@
-"""From a plan to the objects that train: loaders, network, algorithms, optimizer. Every decision is the plan's."""
+"""Builds a plan's loaders, network, algorithms and optimizer. The plan makes every decision."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from training.recipe import users_mistake
 
 
 def build_network(plan: Plan) -> nn.Module:
-    """The plan's network, initialized alike on every rank, before any algorithm has changed it."""
+    """The plan's network before any algorithm changes it, initialized identically on every rank."""
     return make_network(plan.recipe, num_classes=plan.facts.num_classes)
 
 
 def build_algorithms(plan: Plan) -> dict[str, SpeedUp]:
-    """New objects of the plan's algorithms, in their order. They keep state: every Trainer needs its own."""
+    """New instances of the plan's algorithms, in order. They keep state, so every Trainer needs its own."""
     made = {}
     for planned in plan.algorithms:
         with users_mistake(f"algorithms.{planned.name}"):
@@ -36,7 +36,7 @@ def build_algorithms(plan: Plan) -> dict[str, SpeedUp]:
 
 
 def build_loaders(plan: Plan, *, rank: int, say: Callable[[str], None]) -> tuple[Any, Any]:
-    """The training and the evaluation loader of this rank; converts the data at first use."""
+    """This rank's training and evaluation loaders; converts the data at first use."""
     data, common = plan.recipe.data, _loader_settings(plan, rank=rank, say=say)
     with users_mistake("data.train"):
         train = build_loader(
@@ -61,7 +61,7 @@ def build_loaders(plan: Plan, *, rank: int, say: Callable[[str], None]) -> tuple
 
 
 def build_test_loader(plan: Plan, *, rank: int, say: Callable[[str], None]) -> Any:
-    """The loader of this rank for the test split, None where the recipe names none; converts the data at first use."""
+    """This rank's loader for the test split, None if the recipe has none; converts the data at first use."""
     if plan.recipe.data.test is None:
         return None
     common = _loader_settings(plan, rank=rank, say=say)
@@ -70,7 +70,7 @@ def build_test_loader(plan: Plan, *, rank: int, say: Callable[[str], None]) -> A
 
 
 def build_model(plan: Plan) -> ImageClassifier:
-    """The plan's network as what an engine trains, before any algorithm has changed it."""
+    """The plan's network in the wrapper that engines train, before any algorithm changes it."""
     network = build_network(plan)
     if plan.recipe.parallelism.sync_batchnorm and plan.place.world_size > 1:
         network = synchronize_batchnorm(network, device_type=plan.place.torch_device)
@@ -83,15 +83,15 @@ def build_model(plan: Plan) -> ImageClassifier:
 
 
 def build_optimizer_of(model: ImageClassifier, plan: Plan) -> torch.optim.Optimizer:
-    """The recipe's optimizer over the weights of `model`, at the learning rate that the schedule begins from."""
+    """The recipe's optimizer over the weights of `model`, at the schedule's peak learning rate."""
     with users_mistake("optimizer"):
         return build_optimizer(model.module, plan.recipe.optimizer, learning_rate=plan.peak_learning_rate)
 
 
 def build_data_specs(plan: Plan, loaders: tuple[Any, Any]) -> tuple[DataSpec, DataSpec]:
-    """The training and the evaluation loader, with what is done to their batches on the device."""
+    """The training and evaluation loaders, with the transforms of their batches on the device."""
     train, evaluation = loaders
-    normalize = Normalizer(train.mean, train.std)  # of what the network was trained on, for what it is judged on too
+    normalize = Normalizer(train.mean, train.std)  # evaluation uses the training set's mean and std too
     torch_device = plan.place.torch_device
     return _data_spec(train, normalize, torch_device), _data_spec(evaluation, normalize, torch_device)
 
@@ -111,7 +111,7 @@ def _loader_settings(plan: Plan, *, rank: int, say: Callable[[str], None]) -> di
 
 
 def _judging(plan: Plan) -> dict[str, Any]:
-    """What evaluation and test have in common."""
+    """Settings that the evaluation and test loaders share."""
     evaluation = plan.recipe.data.eval
     return {
         "loader": evaluation.loader,
@@ -125,7 +125,7 @@ def _judging(plan: Plan) -> dict[str, Any]:
 def _data_spec(loader: Any, normalize: Normalizer, torch_device: str) -> DataSpec:
 
     def to_device_and_normalize(batch: Any) -> Any:
-        # uint8 crosses the bus, a quarter of what floats would be.
+        # Transfer uint8, a quarter of the bytes of float32.
         return normalize(tuple(part.to(torch_device, non_blocking=True) for part in batch))
 
     return DataSpec(
@@ -137,5 +137,5 @@ def _data_spec(loader: Any, normalize: Normalizer, torch_device: str) -> DataSpe
 
 
 def _split_batch(batch: tuple[torch.Tensor, ...], microbatch_size: int | float) -> list[tuple[torch.Tensor, ...]]:
-    # Composer's own warns about every batch that is smaller than its microbatch, as an epoch's last one may be.
+    # Composer's own split warns about every batch smaller than its microbatch, as an epoch's last one may be.
     return list(zip(*(part.split(int(microbatch_size)) for part in batch), strict=True))

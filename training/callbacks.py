@@ -1,4 +1,4 @@
-"""What watches every run, whatever engine trains it: the loader's position, the record, checkpoints, progress."""
+"""The callbacks of every run, under any engine: loader position, recorder, checkpoints, progress."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def build_callbacks(
     *,
     save_folder: Callable[[State, Path], None] | None = None,
 ) -> list[Callback]:
-    """The callbacks of a run. save_folder: how an engine writes a checkpoint that Composer's State does not hold."""
+    """The callbacks of a run. save_folder: writes checkpoints for an engine whose state Composer's State lacks."""
     recipe = plan.recipe
     # The recorder closes an epoch's row before the checkpoint that holds it is written.
     return [
@@ -47,7 +47,7 @@ def build_callbacks(
 
 
 def is_complete(plan: Plan, done: Timestamp, say: Callable[[str], None]) -> bool:
-    """Whether the run has nothing left to do at `done`; says so, or from where it goes on."""
+    """Whether the run is complete at `done`; reports that, or where it resumes."""
     if done.epoch.value >= plan.recipe.epochs:
         say(f"{plan.recipe.run_name} is complete already: {plan.recipe.epochs} epochs")
         return True
@@ -57,7 +57,7 @@ def is_complete(plan: Plan, done: Timestamp, say: Callable[[str], None]) -> bool
 
 
 class _LoaderPosition(Callback):
-    """Puts the training loader where the run stands, so that a resumed one sees the very batches it has not seen."""
+    """Sets the training loader to the run's position, so that a resumed run trains on the batches not yet seen."""
 
     def __init__(self, loader: Any) -> None:
         self._loader = loader

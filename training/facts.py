@@ -1,4 +1,4 @@
-"""What a recipe's data are like: how many images, which classes; known without reading an image."""
+"""Facts about a recipe's data, found without reading an image: number of images, classes."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from training.recipe import Recipe, RecipeError, users_mistake
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What the recipe's data are like."""
+    """Facts about the recipe's data."""
 
     num_train: int
     num_eval: int
     class_names: tuple[str, ...]
-    present: bool = True  # False: as the recipe expects them
+    present: bool = True  # False: taken from data.expected
 
     @property
     def num_classes(self) -> int:
@@ -25,7 +25,7 @@ class DataFacts:
 
 
 def data_facts(recipe: Recipe) -> DataFacts:
-    """Look at the recipe's sources. Raises RecipeError when they are not there or do not match."""
+    """Inspect the recipe's sources. Raises RecipeError if they are missing or their classes differ."""
     _refuse_absent_files(recipe)
     splits = ("train", "eval", *(["test"] if recipe.data.test else []))
     with users_mistake("data.source"):
@@ -41,9 +41,9 @@ def data_facts(recipe: Recipe) -> DataFacts:
 
 
 def planned_facts(recipe: Recipe) -> DataFacts:
-    """As `data_facts`, or where the data are not here what the recipe expects of them. Fetches nothing.
+    """As `data_facts`, or the recipe's data.expected if the data are missing. Downloads nothing.
 
-    Raises RecipeError when the data are not here and the recipe expects nothing.
+    Raises RecipeError if the data are missing and the recipe has no data.expected.
     """
     source, expected = dict(recipe.data.source), recipe.data.expected
     if "download" in source:
@@ -63,7 +63,7 @@ def planned_facts(recipe: Recipe) -> DataFacts:
 
 
 def _refuse_absent_files(recipe: Recipe) -> None:
-    """A file that the recipe names must be there, in a plan too: that the data are absent explains no wrong path."""
+    """Raise RecipeError for a named file that does not exist, in plans too: missing data do not excuse a wrong path."""
     data = recipe.data
     for split, path in (("train", data.train.path), ("eval", data.eval.path), ("test", data.test and data.test.path)):
         if path is not None and not Path(path).is_file():

@@ -1,4 +1,4 @@
-"""The recipe's network, as it is initialized and as the algorithms then change it."""
+"""The recipe's network, as initialized and as the algorithms change it."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ _DRAWS = ("erfinv_", "normal_", "uniform_")
 
 
 def make_network(recipe: Recipe, *, num_classes: int, shapes_only: bool = False) -> nn.Module:
-    """The recipe's network, initialized from its seed alike on every rank.
+    """The recipe's network, initialized from the recipe's seed, identically on every rank.
 
-    shapes_only: on torch's meta device, where initializing costs nothing. Weights that are read need a real one.
+    shapes_only: use torch's meta device, where initialization is free, unless weights are loaded or the model is hf.*.
     """
     settings = {key: value for key, value in recipe.model.items() if key != "name"}
-    # transformers imports an architecture when it is built, and torch's compiler with it, whose tensors must be real.
+    # Building a transformers model imports its architecture and torch's compiler, whose tensors must be real.
     on_meta = shapes_only and settings.get("weights") is None and not recipe.model["name"].startswith("hf.")
     if on_meta:
         with contextlib.suppress(ModuleNotFoundError):
-            import_module("torchvision.models")  # most networks import it, and it makes tensors that must be real
+            import_module("torchvision.models")  # most networks import it, and its tensors must be real
     seed_all(recipe.seed)
     with users_mistake("model"), _ShapesOnly() if on_meta else contextlib.nullcontext():
         return models.find(recipe.model["name"])(num_classes=num_classes, **settings)
 
 
 def shapes_suffice(algorithms: Mapping[str, Any]) -> bool:
-    """Whether `algorithms` change a network of shapes alone; Composer's own copy weights where they replace a layer."""
+    """Whether `algorithms` work on a network without real weights; Composer's own copy weights to replace a layer."""
     return all(isinstance(one, SpeedUp) for one in _changing(algorithms))
 
 
 def change_network(network: nn.Module, recipe: Recipe, algorithms: Mapping[str, Any]) -> nn.Module:
-    """`network` with `algorithms` having changed it, as they do when training starts."""
+    """`network` as `algorithms` change it when training starts."""
     state, logger = _state(network, recipe, composers=not shapes_suffice(algorithms))
     for algorithm in _changing(algorithms):
         algorithm.apply(Event.INIT, state, logger)
@@ -71,7 +71,7 @@ def _silent(*given: Any, **named: Any) -> None:
 
 
 class _ShapesOnly(TorchFunctionMode):
-    """Tensors are made on torch's meta device, and nothing is drawn for them: torch would import sympy to do so."""
+    """Creates tensors on torch's meta device and skips random initialization, for which torch would import sympy."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -84,7 +84,7 @@ class _ShapesOnly(TorchFunctionMode):
 
 
 def _state(network: nn.Module, recipe: Recipe, *, composers: bool) -> tuple[Any, Any]:
-    """What an algorithm is given at INIT. Ours look at the network alone; Composer's own get Composer's own State."""
+    """An algorithm's state and logger at INIT. Ours read only the network; Composer's own get Composer's State."""
     if not composers:
         log = SimpleNamespace(log_hyperparameters=_silent, log_metrics=_silent)
         return SimpleNamespace(model=network, algorithms=[], optimizers=[]), log

@@ -1,4 +1,4 @@
-"""Optimizers by name, the learning rate that a recipe means, and which parameters weight decay spares."""
+"""Optimizers by name, a recipe's peak learning rate, and which parameters get no weight decay."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-# Keys of a library's constructor that no recipe has use for: they turn training around, or serve other programs.
+# Constructor arguments that no recipe sets: the program sets them, they reverse training, or serve other programs.
 _NO_SETTINGS = ("params", "parameters", "lr", "learning_rate", "maximize", "differentiable")
 
 
 @dataclasses.dataclass(kw_only=True)
 class _Common:
-    """What every optimizer's section may say, beside its own settings.
+    """Settings of every optimizer, in addition to its own.
 
-    learning_rate: of the schedule's peak. learning_rate_per_256_images: the same, to be multiplied by the global batch
-        over 256. Exactly one of them.
-    clip_norm: gradients whose norm, over all parameters together, is larger are scaled down to it; null leaves them.
+    learning_rate: at the schedule's peak. learning_rate_per_256_images: the same, multiplied by the global batch size
+        over 256. Give exactly one of them.
+    clip_norm: gradients with a larger norm, over all parameters together, are scaled down to it; null: no clipping.
     """
 
     learning_rate: float | None = None
@@ -36,7 +36,7 @@ class _Common:
 
 @dataclasses.dataclass(kw_only=True)
 class _WithDecay(_Common):
-    """For optimizers that know weight decay: whether norms' parameters and biases have it too."""
+    """For optimizers with weight decay: whether it also applies to norms' parameters and biases."""
 
     decay_norms_and_biases: bool = False
 
@@ -56,14 +56,14 @@ def adamw(
     eps: float = 1e-8,
     weight_decay: float = 0.01,
 ) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov 2019, arXiv 1711.05101); weight decay shrinks the weights by lr x weight_decay a step."""
+    """AdamW (Loshchilov 2019, arXiv 1711.05101); weight decay shrinks the weights by lr x weight_decay per step."""
     return torch.optim.AdamW(parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
 
 def decoupled_sgdw(
     parameters: Any, *, lr: float, momentum: float = 0.9, nesterov: bool = False, weight_decay: float = 1e-5
 ) -> torch.optim.Optimizer:
-    """Composer's DecoupledSGDW: weight decay shrinks the weights by weight_decay x lr / peak lr a step."""
+    """Composer's DecoupledSGDW: weight decay shrinks the weights by weight_decay x lr / peak lr per step."""
     from composer.optim import DecoupledSGDW
 
     return DecoupledSGDW(parameters, lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay)
@@ -77,7 +77,7 @@ def decoupled_adamw(
     eps: float = 1e-8,
     weight_decay: float = 1e-5,
 ) -> torch.optim.Optimizer:
-    """Composer's DecoupledAdamW: weight decay shrinks the weights by weight_decay x lr / peak lr a step."""
+    """Composer's DecoupledAdamW: weight decay shrinks the weights by weight_decay x lr / peak lr per step."""
     from composer.optim import DecoupledAdamW
 
     return DecoupledAdamW(parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
@@ -92,11 +92,11 @@ _OWN: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 
 def find(name: str) -> Callable[..., torch.optim.Optimizer]:
-    """What makes the optimizer `name`: one of this module's, `torch.<name>` or `pytorch_optimizer.<name>`.
+    """The factory of optimizer `name`: one of this module's, `torch.<name>` or `pytorch_optimizer.<name>`.
 
-    The libraries' are named in lower case: torch.rmsprop, pytorch_optimizer.lamb.
+    Names in libraries are lower case: torch.rmsprop, pytorch_optimizer.lamb.
 
-    Raises ValueError with the nearest match when there is none, and for a library that is not installed.
+    Raises ValueError with the nearest match for an unknown name, and for a library that is not installed.
     """
     library, dot, short = name.partition(".")
     if not dot:
@@ -109,7 +109,7 @@ def find(name: str) -> Callable[..., torch.optim.Optimizer]:
 
 
 def settings_of(name: str) -> type:
-    """A dataclass of what a recipe may say about optimizer `name`: its constructor's arguments, and the common ones.
+    """A dataclass of a recipe's settings for optimizer `name`: its constructor's arguments and the common settings.
 
     Raises ValueError as `find` does.
     """
@@ -134,9 +134,9 @@ def settings_of(name: str) -> type:
 def check_settings(settings: dict[str, Any]) -> None:
     """Raise ValueError for values out of range, and for optimizers that need more than gradients.
 
-    This module's own are checked by their ranges. A library's takes a step with a few weights, which shows whether it
-    needs a closure, second derivatives, or a switch between training and evaluation. That imports torch's compiler:
-    torch asks it about every optimizer that is made, and it takes seconds to load.
+    This module's own optimizers are checked by range. A library's takes a step on a few weights, which shows whether it
+    needs a closure, second derivatives, or a switch between training and evaluation. That imports torch's compiler,
+    which torch uses in every optimizer's constructor and which takes seconds to load.
     """
     rates = {key: settings[key] for key in ("learning_rate", "learning_rate_per_256_images")}
     if sum(rate is not None for rate in rates.values()) != 1:
@@ -172,7 +172,7 @@ def _try_a_step(settings: dict[str, Any]) -> None:
             optimizer = build_optimizer(weights, settings, learning_rate=1e-3)
             weights(torch.ones(2, 3, 3, 3)).sum().backward()
             optimizer.step()
-        except Exception as error:  # whatever a library raises for what it cannot do
+        except Exception as error:  # libraries raise different types
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(f"{settings['name']} cannot train with these settings: {reason}") from None
     if hasattr(optimizer, "train") and hasattr(optimizer, "eval"):
@@ -183,7 +183,7 @@ def _try_a_step(settings: dict[str, Any]) -> None:
 
 
 def peak_learning_rate(settings: dict[str, Any], *, global_batch_size: int) -> float:
-    """The learning rate at the schedule's factor 1, of a run that begins with this global batch."""
+    """The learning rate at schedule factor 1, for a run that starts with this global batch size."""
     if settings["learning_rate"] is not None:
         return settings["learning_rate"]
     return settings["learning_rate_per_256_images"] * global_batch_size / 256
@@ -206,9 +206,9 @@ def build_optimizer(model: nn.Module, settings: dict[str, Any], *, learning_rate
 def parameter_groups(
     model: nn.Module, *, weight_decay: float, decay_norms_and_biases: bool = False
 ) -> list[dict[str, Any]]:
-    """Parameters with weight decay, and those of norm layers and every bias without.
+    """Parameters with weight decay; and without it, those of norm layers and every bias.
 
-    Norm layers are known by their type, not by name, so a norm in a shortcut called "downsample.1" is one of them.
+    Norm layers are recognized by type, not by name, so a norm in a shortcut called "downsample.1" is one of them.
     """
     exempt: set[int] = set()
     if not decay_norms_and_biases:
@@ -254,12 +254,12 @@ def _pytorch_optimizers(asked: str) -> dict[str, type[torch.optim.Optimizer]]:
 def _type_hints(function: Any) -> dict[str, Any]:
     try:
         return get_type_hints(function)
-    except (NameError, TypeError):  # a library's annotations may name what only its type checker imports
+    except (NameError, TypeError):  # annotations may name types that only a type checker imports
         return {}
 
 
 def _plain_hint(hint: Any, default: Any) -> Any:
-    """A type that a recipe's value can be checked by: the library's if it is plain, else the default's."""
+    """The type to check a recipe's value against: the library's if it is plain, else the default's."""
     if hint in (bool, int, float, str):
         return hint
     if isinstance(default, bool) or (isinstance(default, str) and default != MISSING):

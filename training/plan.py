@@ -1,4 +1,4 @@
-"""Every decision about a run, made once: device, batch sizes, stages, learning rates, algorithms, arithmetic."""
+"""Makes every decision about a run once: device, batch sizes, stages, learning rates, algorithms, multiply-adds."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from training.network import change_network, make_network, shapes_suffice
 from training.optimizers import peak_learning_rate
 from training.recipe import Recipe, RecipeError, users_mistake
 
-SCHEDULE = "learning_rate"  # the algorithm that every run has; its settings are the recipe's section schedule
-_CLIPPING = "composer.gradient_clipping"  # what optimizer.clip_norm stands for
+SCHEDULE = "learning_rate"  # an algorithm of every run; its settings are the recipe's section schedule
+_CLIPPING = "composer.gradient_clipping"  # what optimizer.clip_norm turns on
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """One epoch of the run. MACs are multiply-adds of one image."""
+    """One epoch of the run. forward_macs: multiply-adds of one image's forward pass."""
 
     image_size: int
     global_batch_size: int
@@ -39,10 +39,10 @@ class Epoch:
     images: int
     learning_rate: tuple[float, float]  # of its first and last step
     forward_macs: int
-    passes: float  # forward passes an image; 2 under SAM at every step
-    frozen: bool  # nothing below the classifier is trained: no backward pass to speak of
+    passes: float  # forward passes per image; 2 under SAM at every step
+    frozen: bool  # only the last layers are trained, with a negligible backward pass
     test_crop: bool
-    suspended: tuple[str, ...]  # algorithms that are on in the run and do nothing in this epoch
+    suspended: tuple[str, ...]  # algorithms of the run that are inactive in this epoch
 
     @property
     def total_forward_macs(self) -> float:
@@ -51,13 +51,13 @@ class Epoch:
 
     @property
     def total_macs(self) -> float:
-        """Multiply-adds with the backward passes, each counted as two forward ones."""
+        """Multiply-adds including the backward passes, each counted as two forward passes."""
         return self.total_forward_macs * (1 if self.frozen else 3)
 
 
 @dataclass(frozen=True)
 class PlannedAlgorithm:
-    """An algorithm of the run: what it is made of, and the events that it acts at."""
+    """An algorithm of the run: its settings, and the events at which it acts."""
 
     name: str
     settings: dict[str, Any]
@@ -66,14 +66,14 @@ class PlannedAlgorithm:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a recipe is carried out: one rank's device (cpu, gpu, mps), and how many ranks there are."""
+    """Where a recipe runs: one rank's device (cpu, gpu, mps), and the number of ranks."""
 
     device: str
     world_size: int = 1
 
     @property
     def torch_device(self) -> str:
-        """What torch calls the device."""
+        """torch's name for the device."""
         return {"cpu": "cpu", "gpu": "cuda", "mps": "mps"}[self.device]
 
 
@@ -81,11 +81,11 @@ class Place:
 class Plan:
     """Every decision that follows from a recipe, its data and the place where it runs.
 
-    recipe: what was asked for. Whatever is decided here is read here, and not worked out from the recipe again.
-    per_device_batch_size: images of a rank in a training batch, where no stage says otherwise.
-    peak_learning_rate: at the schedule's factor 1, before any algorithm has its say.
-    algorithms: in the order in which they act; the learning rate's schedule and the clipping of gradients among them.
-    parameters: scalars in the network as the algorithms make it.
+    recipe: the request. Read decisions from the plan; do not derive them from the recipe again.
+    per_device_batch_size: images per rank in a training batch, unless a stage overrides it.
+    peak_learning_rate: at schedule factor 1, before any algorithm changes it.
+    algorithms: in the order in which they act, including the learning-rate schedule and gradient clipping.
+    parameters: number of scalars in the network after the algorithms have changed it.
     """
 
     recipe: Recipe
@@ -99,12 +99,12 @@ class Plan:
 
     @property
     def global_batch_size(self) -> int:
-        """Images of all ranks in a training batch, where no stage says otherwise."""
+        """Images of all ranks in a training batch, unless a stage overrides it."""
         return self.per_device_batch_size * self.place.world_size
 
     @property
     def largest_image_size(self) -> int:
-        """The largest that is trained on, in px."""
+        """The largest training image size, in px."""
         return max(epoch.image_size for epoch in self.epochs)
 
     @property
@@ -114,7 +114,7 @@ class Plan:
 
     @property
     def images(self) -> int:
-        """Images that are trained on, each as often as it is seen."""
+        """Training images, each counted as often as it is seen."""
         return sum(epoch.images for epoch in self.epochs)
 
     @property
@@ -129,9 +129,9 @@ class Plan:
 
 
 def choose_place(recipe: Recipe, *, world_size: int | None = None) -> Place:
-    """The device that the recipe's comes to here, and the ranks that a launcher has started.
+    """The recipe's device on this machine, and the number of ranks that a launcher started.
 
-    Raises RecipeError when the device asked for is not there, or does not do what the recipe asks of it.
+    Raises RecipeError if the requested device is missing, or does not support what the recipe needs.
     """
     present = {"cpu": True, "gpu": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if recipe.device == "auto":
@@ -149,12 +149,12 @@ def choose_place(recipe: Recipe, *, world_size: int | None = None) -> Place:
 
 
 def plan_run(recipe: Recipe, place: Place | None = None) -> Plan:
-    """Look at the recipe's data, and decide. place: `choose_place`'s where there is none. Raises RecipeError."""
+    """Inspect the recipe's data and make the plan. place: None for `choose_place`'s. Raises RecipeError."""
     return make_plan(recipe, data_facts(recipe), place or choose_place(recipe))
 
 
 def make_plan(recipe: Recipe, facts: DataFacts, place: Place) -> Plan:
-    """Decide what `recipe` does on `facts`'s data at `place`. Raises RecipeError where it cannot be carried out."""
+    """Plan `recipe` for the data of `facts` at `place`. Raises RecipeError if it cannot run."""
     if recipe.schedule["warmup_epochs"] > recipe.epochs:
         raise RecipeError(
             "schedule.warmup_epochs",
@@ -192,7 +192,7 @@ def make_plan(recipe: Recipe, facts: DataFacts, place: Place) -> Plan:
 
 
 def per_device_batch_size(recipe: Recipe, *, world_size: int) -> int:
-    """Images of a rank in a training batch, where no stage says otherwise. Raises RecipeError if unevenly divided."""
+    """Images per rank in a training batch, unless a stage overrides it. Raises RecipeError if unevenly divided."""
     train = recipe.data.train
     if train.per_device_batch_size is not None:
         return train.per_device_batch_size
@@ -206,7 +206,7 @@ def per_device_batch_size(recipe: Recipe, *, world_size: int) -> int:
 
 
 def network_as_trained(plan: Plan, *, shapes_only: bool = False) -> nn.Module:
-    """The plan's network with its algorithms having changed it. shapes_only: see `make_network`."""
+    """The plan's network as its algorithms change it. shapes_only: see `make_network`."""
     algorithms, _ = _arrange_algorithms(plan.recipe)
     shapes_only = shapes_only and shapes_suffice(algorithms)
     network = make_network(plan.recipe, num_classes=plan.facts.num_classes, shapes_only=shapes_only)
@@ -221,14 +221,14 @@ def without_algorithms(recipe: Recipe, run_name: str) -> Recipe:
 
 
 def without_weights(recipe: Recipe) -> Recipe:
-    """The same recipe with a new network, which costs no download."""
+    """The same recipe with new weights, which need no download."""
     if recipe.model.get("weights") is None:
         return recipe
     return replace(recipe, model={**recipe.model, "weights": None})
 
 
 def _arrange_algorithms(recipe: Recipe) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """The recipe's algorithms to be asked, in the order in which they act, and the settings of each."""
+    """The recipe's algorithms for planning, in the order in which they act, and the settings of each."""
     settings = {SCHEDULE: recipe.schedule, **recipe.algorithms}
     made: dict[str, Any] = {SCHEDULE: LearningRate.for_planning(**recipe.schedule)}
     for name, given in recipe.algorithms.items():
@@ -330,7 +330,7 @@ def _learning_rate(epoch: float, recipe: Recipe, algorithms: Mapping[str, Any], 
 
 
 def _pass_sizes(global_batch_size: int, recipe: Recipe, facts: DataFacts, world_size: int) -> tuple[int, ...]:
-    """Images of a rank's forward passes in training: of a whole batch or microbatch, and of what is left at the end."""
+    """Images per forward pass of a rank in training: of whole batches or microbatches, and of the remainders."""
     train, images = recipe.data.train, [global_batch_size // world_size]
     left = facts.num_train % global_batch_size // world_size
     if left and not train.drop_last:
@@ -342,7 +342,7 @@ def _pass_sizes(global_batch_size: int, recipe: Recipe, facts: DataFacts, world_
 
 
 def _macs(network: nn.Module, image_size: int, pass_sizes: tuple[int, ...], recipe: Recipe) -> int:
-    """Of one image. Tries a forward pass of every size."""
+    """Multiply-adds of one image. Tries a forward pass of every batch size."""
     macs = 0
     for images in pass_sizes:
         try:

@@ -1,4 +1,4 @@
-"""A plan as people read it: phases, the order of algorithms, arithmetic, the network's layers."""
+"""A plan as text: phases, the order of algorithms, multiply-adds, the network's layers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _WEIGHT_FILES = (".bin", ".pt", ".pth", ".safetensors")
 
 
 def plan_text(recipe: Recipe) -> str:
-    """What `recipe` would do, and how that compares to the same with every speed-up off. Trains nothing."""
+    """The plan of `recipe`, compared with the same recipe with every speed-up off. Trains nothing."""
     _refuse_absent_files(recipe)
     recipe = without_weights(recipe)
     facts, (place, note) = planned_facts(recipe), _place(recipe)
@@ -27,7 +27,7 @@ def plan_text(recipe: Recipe) -> str:
 
 
 def _refuse_absent_files(recipe: Recipe) -> None:
-    """A plan reads no weights and no checkpoint; that the recipe's are there it can tell all the same."""
+    """Raise RecipeError if the recipe's weights or checkpoint are missing, although a plan does not read them."""
     weights, load = recipe.model.get("weights"), recipe.load
     if weights is not None and Path(weights).suffix in _WEIGHT_FILES and not Path(weights).expanduser().exists():
         raise RecipeError("model.weights", f"is {weights}, and there is no such file; correct it, or leave it out")
@@ -36,7 +36,7 @@ def _refuse_absent_files(recipe: Recipe) -> None:
 
 
 def _place(recipe: Recipe) -> tuple[Place, list[str]]:
-    """Where it would run; a machine that cannot train a recipe can plan it, and says why it could not."""
+    """Where it would run. A machine that cannot train a recipe still plans it, with a note that says why."""
     try:
         return choose_place(recipe), []
     except RecipeError as error:
@@ -45,7 +45,7 @@ def _place(recipe: Recipe) -> tuple[Place, list[str]]:
 
 
 def format_plan(plan: Plan, baseline: Plan) -> str:
-    """The plan as text for people, with the savings against `baseline`, the same recipe with every speed-up off."""
+    """The plan as text, with the savings over `baseline`, the same recipe with every speed-up off."""
     facts = plan.facts
     lines = [
         f"{plan.recipe.run_name}: {facts.num_train:,} training and {facts.num_eval:,} held-out images of "

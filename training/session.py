@@ -47,9 +47,9 @@ class Result:
 
 
 def train(recipe: Recipe, *, say: Callable[[str], None] = print) -> Result:
-    """Carry `recipe` out and write results/<run>/. Returns on every rank; files are rank 0's.
+    """Train `recipe` and write results/<run>/. Returns on every rank; rank 0 writes the files.
 
-    Raises RecipeError for what the recipe, its data or its results folder make impossible, before the first step.
+    Raises RecipeError before the first step if the recipe, its data or its results folder make the run impossible.
     """
     place = choose_place(recipe)
     start_distributed(recipe, place)
@@ -83,7 +83,7 @@ def _carry_out(plan: Plan, say: Callable[[str], None]) -> Result:
 
 
 def _best_checkpoint(recipe: Recipe) -> Path:
-    """best.pt, or where no evaluation of this run beat that of the checkpoint it began from, latest.pt."""
+    """best.pt, or latest.pt if no evaluation of this run beat that of the checkpoint it started from."""
     folder = recipe.run_dir / "checkpoints"
     best = folder / "best.pt"
     return best if best.exists() else folder / "latest.pt"
@@ -92,14 +92,14 @@ def _best_checkpoint(recipe: Recipe) -> Path:
 def _out_of_memory_text(plan: Plan, error: BaseException) -> str:
     forget(error)
     fits = None
-    if plan.place.device != "mps":  # which does not tell what it holds
-        with contextlib.suppress(RuntimeError, MemoryError):  # the few images that are measured do not fit either
+    if plan.place.device != "mps":  # which does not report its memory
+        with contextlib.suppress(RuntimeError, MemoryError):  # the few images to measure may not fit either
             fits = largest_batch(plan, network_as_trained(plan))
     return describe_out_of_memory(plan, fits=fits)
 
 
 def compare(recipe: Recipe, *, say: Callable[[str], None] = print) -> str:
-    """Train `recipe`, then the same with every speed-up off, and write both side by side. Returns the comparison."""
+    """Train `recipe`, then the same with every speed-up off. Writes and returns the comparison."""
     from dataclasses import replace
 
     start_distributed(recipe, choose_place(recipe))
@@ -150,7 +150,7 @@ def _prepare_run_dir(recipe: Recipe, say: Callable[[str], None]) -> str | None:
         )
     if load_path is not None and Path(load_path).parent.parent == run_dir:
         _refuse_another_recipe(recipe, load_path)
-    dist.barrier()  # every rank has looked before rank 0 moves anything
+    dist.barrier()  # every rank has checked before rank 0 moves anything
     if dist.get_global_rank() == 0:
         try:
             if load_path is None and run_dir.exists() and any(run_dir.iterdir()):
@@ -168,7 +168,7 @@ def _prepare_run_dir(recipe: Recipe, say: Callable[[str], None]) -> str | None:
 
 
 def _agreed_checkpoint(recipe: Recipe) -> str | None:
-    """The same on every rank. Raises RecipeError where not all see the checkpoint."""
+    """The checkpoint to load, the same on every rank. Raises RecipeError if not all ranks see it."""
     mistake = path = None
     try:
         path = _checkpoint_to_load(recipe)

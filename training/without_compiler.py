@@ -1,4 +1,4 @@
-"""A process that never compiles does without torch's compiler, which takes as long to import as the rest of torch."""
+"""Spares a process that never compiles the import of torch's compiler, which takes as long as the rest of torch."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any
 
 _COMPILER = "torch._dynamo"
 _SHAPES = "torch.fx.experimental.symbolic_shapes"
-_ALGEBRA = "sympy"  # half of what the compiler's import takes
+_ALGEBRA = "sympy"  # half of the compiler's import time
 _MODULES = (_COMPILER, f"{_COMPILER}.utils", _SHAPES, "torch.utils.checkpoint", _ALGEBRA)
-# What these do where nothing is compiled: every size is a number, what is asked of it is true or false, and nothing is
-# one of sympy's expressions.
+# What these do when nothing is compiled: every size is a number, every condition on it is true or false, and nothing is
+# a sympy expression.
 _ANSWERS: dict[tuple[str, str], Callable[..., Any]] = {
     (_COMPILER, "disable"): lambda function, *args, **kwargs: function,
     (_SHAPES, "_advise_is_size"): lambda size: None,
@@ -27,12 +27,12 @@ _ANSWERS: dict[tuple[str, str], Callable[..., Any]] = {
 
 
 def leave_out_compiler() -> None:
-    """Put stand-ins in place of torch's compiler; nothing where it is imported already.
+    """Replace torch's compiler with stand-ins, unless it is already imported.
 
-    torch asks the compiler to leave many of its functions alone at their first call, and whether sizes are as they
-    should be, and sympy what is an expression; torchvision imports the compiler for two functions that only training
-    calls. The stand-ins answer the former (`_ANSWERS`). At whatever else is asked of them they make way for what they
-    stand for. Functions left alone by then would be compiled like others: this is for a process that plans and ends.
+    torch calls the compiler to exclude many functions from compilation at their first call and to check sizes, and uses
+    sympy to recognize expressions; torchvision imports the compiler for two functions that only training calls. The
+    stand-ins handle torch's calls (`_ANSWERS`). Any other use restores the real modules. Functions excluded until then
+    would be compiled like others, so this is only for a process that plans and exits.
     """
     if _COMPILER not in sys.modules:
         sys.meta_path.insert(0, _MakeWay())  # pyright: ignore[reportArgumentType]
@@ -47,18 +47,18 @@ def _make_way() -> None:
 
 
 class _StandIn(ModuleType):
-    """In place of a module: its functions import it when they are called."""
+    """Stands in for a module: its functions import the real one when they are called."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
-        self.__path__ = []  # so that a module within it is looked for, which _MakeWay sees
+        self.__path__ = []  # so that importing a submodule reaches _MakeWay
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
         if (self.__name__, name) in _ANSWERS:
             return _ANSWERS[self.__name__, name]
-        if self.__name__ == _ALGEBRA:  # classes, which torch inherits from
+        if self.__name__ == _ALGEBRA:  # its attributes are classes, which torch inherits from
             _make_way()
             return getattr(import_module(_ALGEBRA), name)
 
@@ -70,7 +70,7 @@ class _StandIn(ModuleType):
 
 
 class _MakeWay:
-    """Sees the import of a module within the compiler or sympy, which needs them themselves."""
+    """Restores the real modules when a submodule of the compiler or of sympy is imported."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None

@@ -1,7 +1,7 @@
 """Small runs of any set of algorithms under any condition, for comparison with a plain run of the same set.
 
 Run as a script on several ranks (`python -m torch.distributed.run ... composition.py STRATEGY FOLDER [sets] [pairs]
-[composer]`), it trains every case in turn and leaves each one's weights in FOLDER.
+[composer]`), it trains every case in turn and writes its weights to FOLDER.
 """
 
 from __future__ import annotations

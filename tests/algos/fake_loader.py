@@ -1,4 +1,4 @@
-"""A training loader that satisfies the protocols of algos/framework/protocols.py and writes down what it served."""
+"""A training loader that satisfies the protocols of algos/framework/protocols.py and records what it served."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""BlurPool against the paper's models, against Composer's, and against what an in-place change must leave alone."""
+"""BlurPool against the paper's models and Composer's, and what an in-place change must leave alone."""
 
 import copy
 import functools

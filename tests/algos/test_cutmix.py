@@ -1,4 +1,4 @@
-"""CutMix against torchvision's and timm's formula, in the Trainer, and in turns with MixUp."""
+"""CutMix against torchvision's and timm's formula, in the Trainer, and alternating with MixUp."""
 
 import math
 from types import SimpleNamespace

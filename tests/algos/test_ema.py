@@ -1,4 +1,4 @@
-"""EMA against the formula written out and torch's AveragedModel; evaluated, saved and resumed; on several ranks."""
+"""EMA against the explicit formula and torch's AveragedModel; evaluated, saved and resumed; on several ranks."""
 
 import copy
 import pickle

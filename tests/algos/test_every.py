@@ -1,7 +1,7 @@
-"""Every algorithm, and all of them together, under every condition: equal to a plain run of the same.
+"""Every algorithm, alone and with all others, under every condition: equal to a plain run of the same algorithms.
 
 A cell is the largest difference of any weight after a whole run in float64. `make composition` writes the table of
-docs/composition.md from such runs, with Composer's own algorithms beside ours.
+docs/composition.md from such runs, with Composer's own algorithms next to ours.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""FixRes: what is frozen and what learns, the phase in the Trainer, and on two ranks."""
+"""FixRes: what is frozen and what is trained, the phase in the Trainer, and on two ranks."""
 
 import copy
 import math

@@ -1,7 +1,7 @@
-"""Every algorithm in a Composer script that shares nothing with this project but the algorithm.
+"""Every algorithm in a Composer script that uses nothing of this project but the algorithm.
 
 The script has a torch model in Composer's ComposerClassifier and a torch DataLoader, which can change neither its image
-size nor its crop, and tells no mean and std.
+size nor its crop, and has no mean and std.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The pages of these algorithms: their Python blocks run, their recipes build, and their defaults are the code's."""
+"""The algorithms' pages: their Python blocks run, their recipes build, and their defaults match the code."""
 
 import inspect
 import re

@@ -1,4 +1,4 @@
-"""SAM against pytorch_optimizer's, against loops written out, and in the Trainer on one process and on two."""
+"""SAM against pytorch_optimizer's, against explicit loops, and in the Trainer on one process and on two."""
 
 import contextlib
 import copy

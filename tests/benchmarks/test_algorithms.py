@@ -1,4 +1,4 @@
-"""The benchmark of algorithms: runs with and without its peers, and its arithmetic is right."""
+"""The benchmark of algorithms: it runs with and without its peers, and its arithmetic is right."""
 
 from __future__ import annotations
 

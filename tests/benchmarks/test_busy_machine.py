@@ -1,4 +1,4 @@
-"""The benchmark of a busy machine: it runs, ends what it starts, and its table says what was measured."""
+"""The benchmark of a busy machine: it runs, ends the processes it starts, and its table shows the measurements."""
 
 from __future__ import annotations
 

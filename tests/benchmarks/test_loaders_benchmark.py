@@ -1,4 +1,4 @@
-"""The benchmark of loaders: runs, judges by the right arithmetic, and leaves out what fails and says why."""
+"""The benchmark of loaders: it runs, its arithmetic is right, and it leaves out what fails and reports why."""
 
 from __future__ import annotations
 

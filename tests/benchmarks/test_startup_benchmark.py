@@ -1,4 +1,4 @@
-"""The benchmark of what run.py costs before it trains: it runs, and its arithmetic is right."""
+"""The benchmark of run.py's start-up: it runs, and its arithmetic is right."""
 
 from __future__ import annotations
 

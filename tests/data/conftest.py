@@ -1,4 +1,4 @@
-"""Small data that every test here shares, written once."""
+"""Small data shared by every test here, written once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From settings to loaders and files."""
+"""Building loaders and files from settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Conversion as a command: what it says, and what is left on the disk however it ends."""
+"""The conversion command: what it prints, and what it leaves on disk however it ends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that are not what they should be: an error that says what to do, never a hang, wrong images or a traceback."""
+"""Faulty files: an error that says what to do, never a hang, wrong images or a traceback."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""python -m data.inspect: what it shows, what it finds, and the contact sheet."""
+"""python -m data.inspect: what it prints, what it finds, and the contact sheet."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prefetching: order, bounds, errors, and threads that end."""
+"""Prefetching: order, bounds, errors, and the end of its threads."""
 
 from __future__ import annotations
 

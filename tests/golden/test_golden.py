@@ -1,10 +1,10 @@
-"""Three runs give the losses and weights that they gave when golden.json was written: a refactoring changes neither.
+"""Three runs reproduce the losses and weights in golden.json: a refactoring changes neither.
 
     python tests/golden/test_golden.py     # write golden.json again, after a change that is meant to change results
 
-Each run is a process of its own that only the command line and the results folder are known of, so that no move of a
-module touches this file. Weights are compared by hash on the processor and torch that golden.json was written with:
-elsewhere kernels round differently, and the losses of the first steps are compared within a tolerance instead.
+Each run is a separate process, used only by its command line and results folder, so that moving a module does not
+affect this file. Weights are compared by hash on the processor and torch that golden.json was written with: elsewhere
+kernels round differently, and the losses of the first steps are compared within a tolerance instead.
 """
 
 from __future__ import annotations

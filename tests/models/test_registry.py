@@ -1,4 +1,4 @@
-"""Every name builds, trains, and keeps its state; what is no name is refused."""
+"""Every registered model builds, trains and restores its state; unknown names are refused."""
 
 from __future__ import annotations
 

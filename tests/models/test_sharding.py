@@ -1,4 +1,4 @@
-"""Sharding units: transformer blocks, residual stages, and else what stands at the top."""
+"""Sharding units: transformer blocks, residual stages, otherwise the top-level modules."""
 
 from __future__ import annotations
 

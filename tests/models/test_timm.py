@@ -1,4 +1,4 @@
-"""timm's classifiers, where timm is installed."""
+"""timm's classifiers, if timm is installed."""
 
 from __future__ import annotations
 

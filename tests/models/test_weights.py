@@ -1,4 +1,4 @@
-"""Weights of others: torchvision's, antialiased-cnns', files of any make; and files that are none."""
+"""Weights from elsewhere: torchvision's, antialiased-cnns', files in any format; and invalid files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plan says what the run then does."""
+"""The plan matches what the run does."""
 
 from __future__ import annotations
 

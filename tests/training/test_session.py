@@ -1,4 +1,4 @@
-"""Whole runs: results, resumption bit for bit, several ranks, and what happens to earlier results."""
+"""Whole runs: results, bit-for-bit resumption, several ranks, and what happens to earlier results."""
 
 from __future__ import annotations
 

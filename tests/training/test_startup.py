@@ -1,7 +1,7 @@
-"""What a command line imports: a mistake, --help and --plan wait for no library that they do without.
+"""What a command line imports: a mistake, --help and --plan import no library that they do not need.
 
-Processes of their own, since a test's has all of them imported. Commands that leave each other's modules alone share
-one: what none of them may import is absent after the last.
+The commands run in separate processes, since the tests' own has all of them imported. Commands that do not affect each
+other share one: what none of them may import is absent after the last.
 """
 
 from __future__ import annotations

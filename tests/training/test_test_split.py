@@ -1,4 +1,4 @@
-"""The test split: looked at once, after training, by the best checkpoint."""
+"""The test split: the best checkpoint is evaluated on it once, after training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a run's checkpoint, of any engine, to one .safetensors file that `model.weights` reads.
+"""Export a run's checkpoint, from any engine, to one .safetensors file that `model.weights` reads.
 
 python -m training.checkpoints.export results/my_run weights.safetensors
 python -m training.checkpoints.export results/my_run/checkpoints/best.pt weights.safetensors
@@ -24,15 +24,15 @@ _PREFIX = "module."  # of the network within ImageClassifier
 
 
 def export_checkpoint(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> int:
-    """Write the network's weights and buffers to `target`; returns how many tensors there are.
+    """Write the network's weights and buffers to `target`; returns the number of tensors.
 
-    source: a run's folder, for its latest checkpoint; or a checkpoint, be it a file or a folder.
-    target: a new file that ends in .safetensors. It appears whole or not at all.
+    source: a run's folder, for its latest checkpoint, or a checkpoint file or folder.
+    target: a new file whose name ends in .safetensors. It is written completely or not at all.
 
-    The tensors are contiguous, in the types that they were trained in (ZeRO: float32), under the network's own names.
-    A checkpoint that is one file is read with torch's restricted unpickler. Folders are not, see docs/engines.md.
+    The tensors are contiguous, keep their training dtypes (ZeRO: float32) and have the network's own names.
+    A single-file checkpoint is read with torch's restricted unpickler. Folders are not, see docs/engines.md.
 
-    Raises ValueError for what is no checkpoint, and for a target that is there already or has another ending.
+    Raises ValueError if the source is not a checkpoint, or the target exists or has another suffix.
     """
     from safetensors.torch import save_file
 

@@ -1,4 +1,4 @@
-"""Saves the whole state of training so that a run killed at any moment can go on from its last checkpoint."""
+"""Saves the whole training state, so that a run killed at any moment can resume from its last checkpoint."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ _SHARDS_PREFIX = "shards-"
 class Checkpoints(Callback):
     """Keeps latest.pt, best.pt and ep{n}.pt in `folder`, each a full Composer checkpoint in one file, or in shards.
 
-    A checkpoint is written beside its place and moved there: latest.pt is whole at any moment, even if the process is
-    killed while it saves. The others are further names (hard links) of the same file, or copies where the file system
-    has no links. An epoch is saved after its evaluation; a save that is due at an epoch's last step waits for it.
-    Whatever the intervals say, the end of training is saved.
+    A checkpoint is written to a temporary name and renamed: latest.pt is complete at any moment, even if the process
+    is killed during a save. The other names are hard links to the same file, or copies if the file system has no
+    links. An epoch is saved after its evaluation; a save due at an epoch's last step waits for that. The end of
+    training is always saved.
 
-    Sharded, a checkpoint is a folder shards-ep{n}-ba{m} that every rank writes its part of, and the names are symbolic
-    links to it; a folder that has lost its last name is removed.
+    A sharded checkpoint is a folder shards-ep{n}-ba{m} to which every rank writes its part, and the names are symbolic
+    links to it; a folder without links is removed.
 
-    List it after the callbacks whose state belongs into the checkpoint. Rank 0 writes the files; all ranks take part in
+    List it after the callbacks whose state belongs in the checkpoint. Rank 0 writes the files; all ranks take part in
     gathering the state.
 
-    folder: where the checkpoints go; made when training starts.
-    every_epochs, every_steps: save after every so many epochs and steps; None: not by this count.
-    keep_every_epochs: also keep ep{n}.pt after every so many epochs.
+    folder: where checkpoints are written; created when training starts.
+    every_epochs, every_steps: save every so many epochs or steps; None: not at this interval.
+    keep_every_epochs: also keep ep{n}.pt every so many epochs.
     keep_best: also keep best.pt, the state at the best evaluation so far of `best_metric` on the evaluator `evaluator`.
-    best_metric: the highest value is the best, for a name that contains "loss" the lowest.
+    best_metric: the highest value is best, or the lowest if the name contains "loss".
     sharded: write shards, under any engine; see training/checkpoints/sharded.py.
-    save_folder: what writes them; every rank calls it with the state and the path of a folder that is not there yet.
+    save_folder: writes them; every rank calls it with the state and the path of a folder that does not exist yet.
 
     Raises:
         ValueError: an interval below 1, or a folder that cannot be written to.
@@ -130,7 +130,7 @@ class Checkpoints(Callback):
             self._save(state)
 
     def eval_after_all(self, state: State, logger: Logger) -> None:
-        # With an evaluation that is not due at each epoch, the Trainer runs a last one after FIT_END.
+        # If evaluation is not due after every epoch, the Trainer runs a last one after FIT_END.
         if self._fit_ended and self._evaluated is not None and self._evaluated[0] == int(state.timestamp.batch):
             self._fit_ended = False
             self._save(state, is_best=self._take_best(state))
@@ -143,7 +143,7 @@ class Checkpoints(Callback):
         self._best = state["best"] if state["best_metric"] == self._best_metric else None
 
     def _take_best(self, state: State) -> bool:
-        """Whether the evaluation of the current weights is the best so far; if so it becomes the one to beat."""
+        """Whether the evaluation of the current weights is the best so far; if so, record it as the best."""
         if not self._keep_best or self._evaluated is None or self._evaluated[0] != int(state.timestamp.batch):
             return False
         value = self._evaluated[1]
@@ -156,12 +156,12 @@ class Checkpoints(Callback):
         return True
 
     def _save(self, state: State, *, is_best: bool = False, kept_name: str | None = None) -> None:
-        """Save the state under latest.pt and the other names that it deserves. Every rank must call this."""
+        """Save the state as latest.pt and under the other names that apply. Every rank must call this."""
         beside = _beside(self._folder / _LATEST)
         with _explained(beside):
             written = self._write(state, beside)
             if written is not None:
-                # latest.pt comes last: killed in between, the run resumes from before this evaluation and repeats it.
+                # latest.pt is last: a run killed in between resumes from before this evaluation and repeats it.
                 if is_best:
                     _give_name(written, self._folder / _BEST)
                 if kept_name is not None:
@@ -171,7 +171,7 @@ class Checkpoints(Callback):
         self._saved = _stamp(state)
 
     def _write(self, state: State, beside: Path) -> Path | None:
-        """Write the state to `beside`, or a folder of its own; returns where it is, on rank 0 alone."""
+        """Write the state to `beside`, or to a folder of shards; returns its path, on rank 0 only."""
         if self._sharded:
             self._save_folder(state, beside)
             return _move_shards(beside, _stamp(state)) if dist.get_global_rank() == 0 else None
@@ -194,12 +194,12 @@ def _stamp(state: State) -> tuple[int, int]:
 
 
 def _beside(path: Path) -> Path:
-    # Without the .pt of the name: Composer takes what follows ".pt." for a compression format.
+    # Without the name's .pt: Composer parses what follows ".pt." as a compression format.
     return path.with_name(f"{_BESIDE_PREFIX}{path.stem}{_BESIDE_SUFFIX}")
 
 
 def _give_name(source: Path, path: Path, *, only: bool = False) -> None:
-    """Make `path` a name of `source`, without a moment in which `path` is missing or partial; `only`: its only one."""
+    """Make `path` a name of `source` atomically, never missing or partial; `only`: the only name."""
     if only:
         os.replace(source, path)
         return
@@ -217,7 +217,7 @@ def _give_name(source: Path, path: Path, *, only: bool = False) -> None:
 
 
 def _move_shards(beside: Path, stamp: tuple[int, int]) -> Path:
-    """Give a whole folder of shards a name that no other has, as a later save of the same step may need one."""
+    """Give a complete folder of shards an unused name, since one step may be saved more than once."""
     stem = f"{_SHARDS_PREFIX}ep{stamp[0]}-ba{stamp[1]}"
     names = itertools.chain([stem], (f"{stem}.{n}" for n in itertools.count(1)))
     folder = next(path for name in names if not (path := beside.with_name(name)).exists())
@@ -226,7 +226,7 @@ def _move_shards(beside: Path, stamp: tuple[int, int]) -> Path:
 
 
 def _remove_unnamed(folder: Path) -> None:
-    """Remove the folders of shards that no name stands for any more."""
+    """Remove the folders of shards that no link points to."""
     named = {path.resolve() for path in folder.glob("*.pt") if path.is_symlink()}
     for shards in folder.glob(f"{_SHARDS_PREFIX}*"):
         if shards.resolve() not in named:
@@ -242,7 +242,7 @@ def _remove(path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Have the file on disk before it gets its name: otherwise a power cut may leave the name without the contents."""
+    """Flush the file to disk before it gets its name: otherwise a power failure may leave the name without contents."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 
@@ -267,13 +267,13 @@ def _explained(beside: Path) -> Iterator[None]:
 
 
 def _disk_error(error: BaseException | None) -> OSError | None:
-    """The operating system's refusal behind `error`. torch.save masks it by a RuntimeError of its own clean-up."""
+    """The OSError behind `error`, which torch.save masks with a RuntimeError from its cleanup."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         if isinstance(error, OSError):
             return error
         seen.add(id(error))
-        failures = getattr(error, "failures", {}).values()  # torch's CheckpointException: what befell each rank
+        failures = getattr(error, "failures", {}).values()  # torch's CheckpointException: each rank's error
         error = next((failure for failure, _ in failures), error.__cause__ or error.__context__)
     return None
 
@@ -286,7 +286,7 @@ def _free_space(folder: Path) -> str:
 
 
 def _check_writable(folder: Path) -> None:
-    """Refuse a folder that cannot be made or written to, without making it."""
+    """Refuse a folder that cannot be created or written to, without creating it."""
     existing = folder.absolute()
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
@@ -299,7 +299,7 @@ def _check_writable(folder: Path) -> None:
 
 
 def _prepare(folder: Path) -> None:
-    """Make the folder, prove that it takes files, and remove what a killed run left half-written."""
+    """Create the folder, test that it is writable, and remove what a killed run left half-written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for stray in folder.glob(f"{_BESIDE_PREFIX}*{_BESIDE_SUFFIX}"):

@@ -3,7 +3,7 @@
     .metadata, __0_0.distcp, __1_0.distcp ...   the tensors, in torch's distributed format
     state.pt                                    the rest of the run's state, and every rank's random state
 
-Any number of ranks reads it, under any engine. Nothing is ever gathered into one place, neither to write nor to read.
+Any number of ranks can read it, under any engine. Neither writing nor reading gathers the tensors in one place.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ _TENSORS = ("model", "optimizers")  # what `State.state_dict` would gather
 
 
 def is_sharded(path: str | os.PathLike[str]) -> bool:
-    """Whether there is a checkpoint of shards at `path`."""
+    """Whether `path` is a sharded checkpoint."""
     return (Path(path) / _METADATA).is_file()
 
 
 def save_shards(state: State, folder: Path) -> None:
     """Write the run's whole state to the new folder `folder`. Every rank must call this."""
     rest, random_state = state_without_tensors(state), reproducibility.get_rng_state()
-    model = get_model_state_dict(state.model)  # first: it reshards what an evaluation left gathered
+    model = get_model_state_dict(state.model)  # first, since it reshards what an evaluation left gathered
     optimizer = get_optimizer_state_dict(state.model, state.optimizers[0])
     if dist.get_global_rank() == 0:
-        folder.mkdir(exist_ok=True)  # a faster rank may have made it for its part
+        folder.mkdir(exist_ok=True)  # a faster rank may have created it for its part
         with open(folder / _STATE, "wb") as file:
             torch.save({"state": rest, "rng": random_state, "param_groups": optimizer["param_groups"]}, file)
             file.flush()
@@ -53,11 +53,11 @@ def save_shards(state: State, folder: Path) -> None:
 
 
 class LoadShards(Callback):
-    """Loads the folder `path` where the Trainer would load a file: after sharding, before the first step.
+    """Loads the folder `path` when the Trainer would load a file: after sharding, before the first step.
 
-    The random states, which the Trainer restores at its first step, are `rng_state` afterwards.
+    Afterwards `rng_state` holds the random states, which the Trainer restores at its first step.
 
-    state.pt is a pickle and so is .metadata: load only what you trust as you trust code.
+    state.pt and .metadata are pickles: load only checkpoints that you trust as you trust code.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -90,7 +90,7 @@ class LoadShards(Callback):
 
 
 def state_without_tensors(state: State) -> dict[str, Any]:
-    """What `state.state_dict` holds, less the weights and the optimizer's state, which it would gather."""
+    """`state.state_dict` without the weights and the optimizer's state, which it would gather."""
     whole = state.serialized_attributes
     state.serialized_attributes = [name for name in whole if name not in _TENSORS]
     try:

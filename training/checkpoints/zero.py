@@ -1,6 +1,6 @@
 """A checkpoint of a DeepSpeed run, as a folder.
 
-    deepspeed.json   who wrote it: the number of ranks, the ZeRO stage
+    deepspeed.json   the run that wrote it: the number of ranks, the ZeRO stage
     zero/            DeepSpeed's own files: each rank's part of the weights and of the optimizer's state
     state.pt         the rest of the run's state, and every rank's random state
 
@@ -27,14 +27,14 @@ _WRITER, _TAG, _STATE = "deepspeed.json", "zero", "state.pt"
 
 
 def is_zero(path: str | os.PathLike[str]) -> bool:
-    """Whether there is a checkpoint of a DeepSpeed run at `path`."""
+    """Whether `path` is a checkpoint of a DeepSpeed run."""
     return (Path(path) / _WRITER).is_file()
 
 
 def save_zero(engine: Any, state: State, folder: Path, *, settings: dict[str, Any]) -> None:
     """Write the run's whole state to the new folder `folder`. Every rank must call this.
 
-    settings: what a run that goes on from it must have alike.
+    settings: values that a run resumed from it must share.
     """
     rest, random_state = state_without_tensors(state), reproducibility.get_rng_state()
     if dist.get_global_rank() == 0:
@@ -49,9 +49,9 @@ def save_zero(engine: Any, state: State, folder: Path, *, settings: dict[str, An
 
 
 def load_zero(engine: Any, state: State, logger: Logger, folder: Path, *, settings: dict[str, Any]) -> None:
-    """Put `engine` and `state` where they stood when `save_zero` wrote `folder`. Every rank must call this.
+    """Restore `engine` and `state` from what `save_zero` wrote to `folder`. Every rank must call this.
 
-    Raises RecipeError for a checkpoint of another engine, or of other `settings`.
+    Raises RecipeError for a checkpoint of another engine, or with other `settings`.
     """
     _check_writer(folder, settings)
     run_name = state.run_name
@@ -63,7 +63,7 @@ def load_zero(engine: Any, state: State, logger: Logger, folder: Path, *, settin
 
 
 def read_zero_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Every weight and buffer of the network, whole and in float32, on the CPU. One process reads all ranks' files."""
+    """Every weight and buffer of the network, unsharded, float32, on the CPU. One process reads all ranks' files."""
     settings = json.loads((folder / _WRITER).read_text())
     if settings["zero_stage"] == 0:
         saved = torch.load(folder / _TAG / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)

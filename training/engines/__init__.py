@@ -1,1 +1,1 @@
-"""What trains a plan: Composer's Trainer with DDP or FSDP, DeepSpeed, and what ranks need of each other."""
+"""The engines that train a plan: Composer's Trainer with DDP or FSDP, and DeepSpeed; and how ranks work together."""

@@ -1,13 +1,13 @@
-"""What each engine costs for one recipe: time, memory and communication, beside what the formulas say.
+"""Measures each engine's time, memory and communication for one recipe, next to what the formulas predict.
 
     python -m training.engines.compare -f yamls/vit_cifar100_deepspeed.yaml --ranks 8
 
-Every engine trains a few steps in fresh processes of its own (training/engines/probe.py). An engine that is not
-installed, or that refuses the recipe, is named and left out.
+Each engine trains a few steps in fresh processes (training/engines/probe.py). An engine that is not installed, or that
+refuses the recipe, is reported and left out.
 
-The formulas are those of training.engines.memory.expected_bytes. What is cut is padded to N equal parts, ZeRO-2 also
-holds the gradient of a weight that two ranks share whole, and ZeRO-3 keeps weights whole that have fewer elements than
-zero_optimization.stage3_param_persistence_threshold (100,000): on small networks all of them.
+The formulas are those of training.engines.memory.expected_bytes. Engines deviate from them: sharded tensors are padded
+to N equal parts, ZeRO-2 also holds the full gradient of a weight split between two ranks, and ZeRO-3 shards no weight
+with fewer elements than zero_optimization.stage3_param_persistence_threshold (100,000): on small networks, none at all.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ _PAUSE_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class Cost:
-    """What one engine cost. Bytes are those of the rank that has most.
+    """The cost of one engine. Bytes are the maximum over ranks.
 
-    expected: bytes by formula, under the names of `PARTS`. scaling_efficiency: images/s over ranks times those of one
-    process without an engine; None where that was not measured. peak: resident memory, on GPUs that of tensors.
+    expected: bytes by formula, keyed by `PARTS`. scaling_efficiency: images/s over ranks times the images/s of one
+    process without an engine; None if that was not measured. peak: resident memory, on GPUs that of tensors.
     """
 
     engine: str
@@ -68,7 +68,7 @@ class Cost:
 def settings_for(
     recipe: Recipe, engine: str, *, ranks: int, per_device_batch_size: int, folder: Path
 ) -> dict[str, Any]:
-    """The recipe as plain data for `engine`, with as many images a rank whatever the number of ranks."""
+    """The recipe as plain data for `engine`, with the same number of images per rank for any number of ranks."""
     settings = copy.deepcopy(recipe.settings)
     parallelism = settings["parallelism"]
     parallelism["strategy"] = "deepspeed" if engine.startswith("zero") else engine
@@ -84,7 +84,7 @@ def settings_for(
 def compare_engines(
     recipe: Recipe, engines: Sequence[str], *, ranks: int, steps: int, timeout_seconds: float
 ) -> tuple[list[Cost], dict[str, str]]:
-    """Measure each of `engines`; returns what they cost, and why the others were left out."""
+    """Measure each of `engines`; returns their costs, and why others were left out."""
     per_device = per_device_batch_size(recipe, world_size=ranks)
     state_bytes = state_bytes_per_parameter(recipe.optimizer)
     costs: list[Cost] = []
@@ -114,7 +114,7 @@ def compare_engines(
 
 
 def format_table(costs: Sequence[Cost], left_out: Mapping[str, str], facts: Mapping[str, Any]) -> str:
-    """Markdown: how it was measured, a row an engine, and who was left out."""
+    """Markdown: how it was measured, one row per engine, and the engines left out."""
     lines = [
         f"# Engines: {facts['run_name']}",
         "",
@@ -139,7 +139,7 @@ def format_table(costs: Sequence[Cost], left_out: Mapping[str, str], facts: Mapp
 
 
 def plot_costs(costs: Sequence[Cost], path: Path, *, title: str) -> None:
-    """Memory a rank in its parts, a black line where the formula puts their sum; and throughput."""
+    """Plot each part of the memory per rank, with a black line at the formulas' sum; and throughput."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -165,7 +165,7 @@ def plot_costs(costs: Sequence[Cost], path: Path, *, title: str) -> None:
     speed.bar_label(bars, [_efficiency_text(cost) for cost in costs], padding=3, fontsize=8)
     speed.margins(x=0.3)
     speed.set_xlabel("images/s of all ranks, and share of linear scaling")
-    memory.invert_yaxis()  # and with it that of `speed`
+    memory.invert_yaxis()  # `speed` shares it
     for axes in (memory, speed):
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, fontsize=11)
@@ -178,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         recipe = load_recipe(options.file, options.overrides)
-        load = os.getloadavg()[0]  # before there is any of our own
+        load = os.getloadavg()[0]  # before our own processes add to it
         costs, left_out = compare_engines(
             recipe, options.engines, ranks=options.ranks, steps=options.steps, timeout_seconds=options.timeout
         )
@@ -205,14 +205,14 @@ class _LeftOutError(Exception):
 def _run(
     given: dict[str, Any], folder: Path, *, ranks: int, of: int, steps: int, timeout: float
 ) -> list[dict[str, Any]]:
-    """Start the ranks, wait for them; returns what each measured."""
+    """Start the ranks and wait for them; returns each rank's measurements."""
     folder.mkdir()
     (folder / "given.json").write_text(json.dumps({"recipe": given, "steps": steps}))
     with _ranks(folder, ranks, threads=_threads(of)) as processes:
         deadline = time.monotonic() + timeout
         while any(process.poll() is None for process in processes):
             if any(process.poll() not in (None, 0) for process in processes):
-                break  # the others wait for it in vain
+                break  # the other ranks would wait for it until the timeout
             if time.monotonic() > deadline:
                 raise _LeftOutError(f"was not done after {timeout:g} s (--timeout)")
             time.sleep(_PAUSE_SECONDS)
@@ -228,7 +228,7 @@ def _run(
 
 @contextlib.contextmanager
 def _ranks(folder: Path, ranks: int, *, threads: int) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """Processes of training.engines.probe, ended with all that they started when the block is left, however it is."""
+    """Processes of training.engines.probe; any exit from the block kills them and their children."""
     common = {
         **os.environ, "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "NODE_RANK": "0",
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "OMP_NUM_THREADS": str(threads),
@@ -342,7 +342,7 @@ def _shards(cost: Cost) -> int:
 def _read(path: Path) -> dict[str, Any] | None:
     try:
         return json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):  # the rank ended before it wrote, or while it did
+    except (FileNotFoundError, json.JSONDecodeError):  # the rank ended before or while writing
         return None
 
 
@@ -363,7 +363,7 @@ def _hardware() -> str:
 
 
 def _cpu_model() -> str | None:
-    """As Linux tells it."""
+    """From /proc/cpuinfo, which only Linux has."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""Training in Composer's Trainer: one process, DDP and FSDP."""
+"""Training with Composer's Trainer: one process, DDP and FSDP."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def train_composer(
     load_path: str | None,
     say: Callable[[str], None],
 ) -> tuple[History, float]:
-    """Returns what was recorded, and the seconds that training took. Every engine's function has this signature."""
+    """Returns the history and the training time in seconds. Every engine's function has this signature."""
     recorder = Recorder(plan.recipe.run_dir)
     callbacks = build_callbacks(plan, recorder, loaders[0])
     trainer = build_trainer(plan, loaders, callbacks=callbacks, load_path=load_path)
@@ -48,7 +48,7 @@ def evaluate_composer(plan: Plan, loaders: tuple[Any, Any], *, checkpoint: str) 
 def build_trainer(
     plan: Plan, loaders: tuple[Any, Any], *, callbacks: Sequence[Callback], load_path: str | None
 ) -> Trainer:
-    """Composer's Trainer with everything in place, and the checkpoint at `load_path` loaded."""
+    """Composer's Trainer for the plan, with the checkpoint at `load_path` loaded."""
     recipe, model = plan.recipe, build_model(plan)
     network = model.module
     train, evaluation = build_data_specs(plan, loaders)
@@ -68,7 +68,7 @@ def build_trainer(
         run_name=recipe.run_name,
         progress_bar=False,
         load_path=load_path if shards is None else None,
-        # The loaders know how to stand at any batch of any epoch; spinning would decode and drop what was trained on.
+        # The loaders can start at any batch of any epoch; spinning would decode and drop the batches already trained.
         spin_dataloaders=False,
         device=plan.place.device,
         precision=recipe.precision,
@@ -83,9 +83,9 @@ def build_trainer(
 
 
 def _compile_settings() -> dict[str, Any]:
-    # Kernels for each shape that comes: sizes as variables make slower ones, and torch 2.7.0 fails on them at the
-    # second image size. Stages, an epoch's last batch and evaluation make more shapes than the eight after which torch
-    # would go on uncompiled.
+    # One set of kernels per shape: dynamic shapes give slower kernels, and torch 2.7.0 fails on them at the second
+    # image size. Stages, an epoch's last batch and evaluation make more shapes than the default limit of eight, beyond
+    # which torch runs uncompiled.
     torch._dynamo.config.cache_size_limit = 64
     return {"dynamic": False}
 
@@ -99,14 +99,14 @@ def _fit(trainer: Trainer, plan: Plan, say: Callable[[str], None]) -> float:
         restore_random_state(trainer)
         trainer.fit()
     finally:
-        trainer.engine.close()  # not trainer.close(): its barrier would keep a rank that failed from saying so
+        trainer.engine.close()  # not trainer.close(): its barrier would keep a failed rank from reporting its error
     return time.monotonic() - started
 
 
 def restore_random_state(trainer: Trainer) -> None:
-    """Before a fit of a `trainer` that has loaded a checkpoint: the random states, where Composer leaves them."""
-    # Composer 0.32.1 restores it at an epoch's start, or while it spins through the batches that a resumed epoch has
-    # behind it; our loaders skip those, so in mid-epoch it would stay where the constructor left it.
+    """Restore the random states in mid-epoch, where Composer does not. Call this before fitting a resumed `trainer`."""
+    # Composer 0.32.1 restores them at an epoch's start, or while it spins through the batches that a resumed epoch has
+    # already trained; our loaders skip those, so in mid-epoch the states would stay as the constructor left them.
     if trainer.state.timestamp.batch_in_epoch.value and trainer._rng_state is not None:
         reproducibility.load_rng_state(trainer._rng_state)
         trainer._rng_state = None

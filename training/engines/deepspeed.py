@@ -1,8 +1,8 @@
-"""Training on a DeepSpeed engine, where Composer's Trainer has none.
+"""Training on a DeepSpeed engine, which Composer's Trainer does not support.
 
-DeepSpeed holds the weights, the gradients and the optimizer. Everything else is what the other engines have: the same
-callbacks and the same algorithm objects, which read and write Composer's State and hear its events in the Trainer's
-order. So draws, sizes, schedules and what is recorded are the same.
+DeepSpeed holds the weights, the gradients and the optimizer. Everything else is shared with the other engines: the same
+callbacks and algorithm objects read and write Composer's State and receive its events in the Trainer's order. So random
+draws, sizes, schedules and records are the same.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def train_deepspeed(
     load_path: str | None,
     say: Callable[[str], None],
 ) -> tuple[History, float]:
-    """Carry `plan` out; returns what was recorded, and the seconds that training took."""
+    """Train `plan`; returns the history and the training time in seconds."""
     recorder = Recorder(plan.recipe.run_dir)
     callbacks = build_callbacks(plan, recorder, loaders[0], save_folder=lambda *args: run.save(*args))
     run = DeepSpeedRun(plan, loaders, callbacks=callbacks)
@@ -69,9 +69,9 @@ def evaluate_deepspeed(plan: Plan, loaders: tuple[Any, Any], *, checkpoint: str)
 
 
 class DeepSpeedRun:
-    """A network, its optimizer and its loaders on a DeepSpeed engine, and the loop that trains them.
+    """A network, its optimizer and its loaders on a DeepSpeed engine, with the training loop.
 
-    state: Composer's, for the callbacks and the algorithms; its model is the network that DeepSpeed has taken over.
+    state: Composer's, for the callbacks and the algorithms; its model is the network that DeepSpeed manages.
     engine: DeepSpeed's.
     """
 
@@ -88,7 +88,7 @@ class DeepSpeedRun:
         self._settings = {"world_size": plan.place.world_size, "zero_stage": zero_stage(recipe)}
         self._events.run_event(Event.INIT)
         if "channels_last" in recipe.algorithms:
-            apply_channels_last(self.state.model, weights=False)  # ZeRO's flat pieces know no strides
+            apply_channels_last(self.state.model, weights=False)  # ZeRO's flat partitions keep no strides
         self.engine = _initialize(
             self.state, deepspeed_config(recipe, per_device_batch_size=plan.per_device_batch_size), recipe
         )
@@ -117,11 +117,11 @@ class DeepSpeedRun:
         save_zero(self.engine, state, folder, settings=self._settings)
 
     def load(self, folder: Path) -> None:
-        """Go on where the checkpoint in `folder` stood. Raises RecipeError for one that another engine wrote."""
+        """Resume from the checkpoint in `folder`. Raises RecipeError if another engine wrote it."""
         load_zero(self.engine, self.state, self._logger, folder, settings=self._settings)
 
     def close(self) -> None:
-        """Let go of the engine; nothing can be trained afterwards."""
+        """Release the engine; no training is possible afterwards."""
         self._events.close()
         self.engine.destroy()
 
@@ -163,9 +163,9 @@ class DeepSpeedRun:
         self._events.run_event(Event.BATCH_CHECKPOINT)
 
     def _forward_and_backward(self) -> tuple[float, int]:
-        """Gradients of the mean loss over the images of all ranks, accumulated over microbatches.
+        """Compute gradients of the mean loss over all ranks' images, accumulated over microbatches.
 
-        Returns that loss, and how many images there were.
+        Returns that loss and the number of images.
         """
         state, model = self.state, self.engine.module
         metrics = state.train_metrics or {}
@@ -173,7 +173,7 @@ class DeepSpeedRun:
             metric.reset()
         assert state.device_train_microbatch_size is not None
         samples = _sum_over_ranks(len(state.batch[1]), state.device)
-        per_rank = samples / dist.get_world_size()  # ranks' gradients are averaged: a share is of the mean batch
+        per_rank = samples / dist.get_world_size()  # gradients are averaged over ranks, so weight by the mean batch
         total = torch.zeros((), device=next(model.parameters()).device)
         for microbatch in self._train.split_batch(state.batch, state.device_train_microbatch_size):
             outputs = self.engine(microbatch)
@@ -236,7 +236,7 @@ def _build_state(plan: Plan, loaders: tuple[Any, Any], *, callbacks: list[Callba
 
 
 def _algorithms(plan: Plan) -> dict[str, SpeedUp]:
-    """All but two, which DeepSpeed's own clipping and `apply_channels_last` stand in for."""
+    """All but two, which DeepSpeed's own clipping and `apply_channels_last` replace."""
     arranged = build_algorithms(plan)
     return {name: one for name, one in arranged.items() if name not in ("channels_last", "composer.gradient_clipping")}
 
@@ -245,7 +245,7 @@ def _initialize(state: State, config: dict[str, Any], recipe: Recipe) -> Any:
     os.environ.setdefault("LOCAL_RANK", str(dist.get_local_rank()))
     import deepspeed
 
-    # A faster all-reduce for CPU ranks, which DeepSpeed would compile here and now: minutes, and a compiler to have.
+    # Without the faster all-reduce for CPU ranks: DeepSpeed would compile it now, in minutes, with a C++ compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
     deepspeed.utils.logger.setLevel(logging.getLevelName(recipe.logging.level.upper()))
@@ -259,7 +259,7 @@ def _initialize(state: State, config: dict[str, Any], recipe: Recipe) -> Any:
 
 
 def _is_of_use(record: logging.LogRecord) -> bool:
-    return "untested optimizer" not in record.getMessage()  # check_deepspeed has refused those that ZeRO breaks
+    return "untested optimizer" not in record.getMessage()  # check_deepspeed refused those that ZeRO breaks
 
 
 def _update(metrics: dict[str, Metric], model: Any, batch: Any, outputs: Tensor) -> None:

@@ -1,6 +1,6 @@
-"""What `parallelism.deepspeed` may say, and the configuration that DeepSpeed gets from it and from the recipe.
+"""Checks `parallelism.deepspeed`, and builds DeepSpeed's configuration from it and from the recipe.
 
-The section holds DeepSpeed's own JSON keys. What other sections of a recipe say is refused there by name, so that a
+The section holds DeepSpeed's own JSON keys. Keys that other sections of a recipe set are refused by name, so that a
 recipe means the same under every engine.
 """
 
@@ -34,7 +34,7 @@ class _Settings:
     memory_breakdown: bool = False
 
 
-# DeepSpeed's key -> what says the same in a recipe, for every engine.
+# DeepSpeed's key -> the recipe's equivalent, for every engine.
 _ELSEWHERE = {
     "activation_checkpointing": "model.gradient_checkpointing",
     "bf16": "precision=amp_bf16",
@@ -51,7 +51,7 @@ _ELSEWHERE = {
     "train_micro_batch_size_per_gpu": "data.train.per_device_microbatch_size",
 }
 _TORCHS = ("adadelta", "adagrad", "adam", "adamax", "adamw", "nadam", "radam", "rmsprop", "sgd")
-# ZeRO hands an optimizer flat pieces that may begin and end within a weight. These never look beyond a single element.
+# ZeRO gives an optimizer flat partitions that may start and end inside a weight. These treat each element separately.
 _ELEMENTWISE = {"adamw", "decoupled_adamw", "decoupled_sgdw", "sgd", *(f"torch.{name}" for name in _TORCHS)}
 _AUTOCAST = {"amp_bf16": "bfloat16", "amp_fp16": "float16"}
 _OFFLOADS = ("offload_optimizer", "offload_param")
@@ -69,7 +69,7 @@ def offloads(recipe: Recipe) -> list[str]:
 
 
 def check_deepspeed(recipe: Recipe, *, device: str) -> None:
-    """Raise RecipeError for what DeepSpeed cannot run, or what the recipe says elsewhere; device: cpu, gpu, mps."""
+    """Raise RecipeError for what DeepSpeed cannot run or other sections set; device: cpu, gpu, mps."""
     if importlib.util.find_spec("deepspeed") is None:
         raise RecipeError(
             "parallelism.strategy", "is deepspeed, which is not installed: pip install 'brisk-vision[deepspeed]'"
@@ -84,7 +84,7 @@ def check_deepspeed(recipe: Recipe, *, device: str) -> None:
                 "parallelism.strategy=ddp or fsdp",
             )
     if device == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"  # read when DeepSpeed is imported; else it takes what it finds
+        os.environ["DS_ACCELERATOR"] = "cpu"  # read when DeepSpeed is imported; otherwise it picks any device
     _check_keys(recipe)
     _check_zero(recipe)
     stage = zero_stage(recipe)
@@ -97,7 +97,7 @@ def check_deepspeed(recipe: Recipe, *, device: str) -> None:
 
 
 def deepspeed_config(recipe: Recipe, *, per_device_batch_size: int) -> dict[str, Any]:
-    """The configuration that deepspeed.initialize takes, for a recipe that `check_deepspeed` has passed."""
+    """The configuration for deepspeed.initialize, for a recipe that passed `check_deepspeed`."""
     batch = per_device_batch_size
     microbatch = recipe.data.train.per_device_microbatch_size or batch
     assert isinstance(microbatch, int), "auto is refused"
@@ -105,9 +105,9 @@ def deepspeed_config(recipe: Recipe, *, per_device_batch_size: int) -> dict[str,
         **(recipe.parallelism.deepspeed or {}),
         "train_micro_batch_size_per_gpu": min(microbatch, batch),
         "gradient_accumulation_steps": math.ceil(batch / microbatch),
-        # step() ends a batch, however many microbatches it took: stages and last batches differ in size.
+        # step() ends a batch after any number of microbatches: stages and last batches differ in size.
         "managed_gradient_accumulation": False,
-        "gradient_clipping": recipe.optimizer["clip_norm"] or 0.0,  # left out, DeepSpeed 0.19 clips to 1
+        "gradient_clipping": recipe.optimizer["clip_norm"] or 0.0,  # by default DeepSpeed 0.19 clips to 1
         "steps_per_print": 10**9,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -151,7 +151,7 @@ def _check_zero(recipe: Recipe) -> None:
 
 
 def _check_with(model: Any, settings: Any, *, path: str) -> None:
-    """Raise RecipeError for what `model`, one of DeepSpeed's own, does not take."""
+    """Raise RecipeError for settings that `model`, a pydantic model of DeepSpeed's, does not accept."""
     from pydantic import ValidationError
 
     if settings is not None and not isinstance(settings, dict):
@@ -178,7 +178,7 @@ def _fields(model: Any) -> str:
 
 
 def _extras(model: Any) -> dict[str, dict[str, Any]]:
-    """What DeepSpeed notes of each key, under the name that a configuration gives it."""
+    """DeepSpeed's notes on each key, by the key's name in a configuration."""
     return {field.alias or name: field.json_schema_extra or {} for name, field in model.model_fields.items()}
 
 

@@ -1,7 +1,7 @@
-"""Composer without what it imports for others: two fifths of its import, and nothing that a recipe uses.
+"""Imports Composer without the packages that no recipe uses, which take two fifths of its import.
 
-torchmetrics imports transformers, scipy and matplotlib where they are installed, for metrics of texts and sounds and to
-plot metrics. Composer imports transformers for an algorithm that changes BERT, and mcli for MosaicML's platform.
+torchmetrics imports transformers, scipy and matplotlib if they are installed, for text and audio metrics and to plot
+metrics. Composer imports transformers for an algorithm that changes BERT, and mcli for MosaicML's platform.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from types import ModuleType
 from typing import Any
 
 _METRICS, _BERTS, _PLATFORM = "torchmetrics", "composer.algorithms.gated_linear_units.gated_linear_units", "mcli"
-# torchmetrics can do without them, less the metrics and plots that need them.
+# torchmetrics works without them, except for the metrics and plots that need them.
 _ABSENT_FOR_METRICS = frozenset({"matplotlib", "scipy", "transformers"})
-_REQUIREMENTS = "lightning_utilities.core.imports"  # where torchmetrics asks what is installed
+_REQUIREMENTS = "lightning_utilities.core.imports"  # where torchmetrics checks what is installed
 
 
 def import_lean() -> None:
-    """Have Composer's import leave out what no recipe uses. What is imported already stays as it is.
+    """Make Composer's import skip what no recipe uses. Modules that are already imported stay as they are.
 
-    torchmetrics, while it is imported, finds `_ABSENT_FOR_METRICS` absent; Composer's algorithm for BERT, which recipes
-    cannot have, finds transformers absent. Nobody else does: Hugging Face's models and curves.png import them when they
-    need them. mcli is imported when something of it is used.
+    During its import, torchmetrics finds `_ABSENT_FOR_METRICS` missing. Composer's algorithm for BERT, which recipes
+    cannot use, finds transformers missing. All other code can import them: Hugging Face's models and curves.png do so
+    when they need them. mcli is imported on first use.
 
-    This is for run.py's own process: in it, torchmetrics has no metrics of texts and plots nothing.
+    This is for run.py's own process: in it, torchmetrics has no text metrics and plots nothing.
     """
     if not any(isinstance(finder, _LeanFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _LeanFinder())  # pyright: ignore[reportArgumentType]
 
 
 class _LeanFinder:
-    """Finds the three modules where Python does, and has them loaded in another way."""
+    """Finds the three modules as Python does, and replaces their loaders."""
 
     def __init__(self) -> None:
         self._platform_is_wanted = False
@@ -59,7 +59,7 @@ class _LeanFinder:
         return None
 
     def import_platform(self) -> ModuleType:
-        """mcli itself, in its stand-in's place."""
+        """Replace the stand-in with mcli itself."""
         if not self._platform_is_wanted:
             self._platform_is_wanted = True
             del sys.modules[_PLATFORM]
@@ -67,7 +67,7 @@ class _LeanFinder:
 
 
 class _LoaderWithin:
-    """Loads as `loader` does, within a context."""
+    """Loads as `loader` does, inside a context."""
 
     def __init__(self, loader: Any, context: Callable[[], AbstractContextManager[None]]) -> None:
         self._loader, self._context = loader, context
@@ -83,7 +83,7 @@ class _LoaderWithin:
 
 @contextlib.contextmanager
 def _told_absent() -> Iterator[None]:
-    """Within, `_REQUIREMENTS` tells whoever imports from it that the packages of `_ABSENT_FOR_METRICS` are absent."""
+    """Inside the context, `_REQUIREMENTS` reports the packages of `_ABSENT_FOR_METRICS` as missing."""
     requirements: Any = import_module(_REQUIREMENTS)
     available, cache = requirements.package_available, requirements.RequirementCache
 
@@ -102,7 +102,7 @@ def _told_absent() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _no_transformers() -> Iterator[None]:
-    """Within, transformers cannot be imported, unless it is already."""
+    """Inside the context, transformers cannot be imported, unless it already is."""
     if "transformers" in sys.modules:
         yield
         return
@@ -124,15 +124,15 @@ class _LateLoader:
         return _Late(spec.name, self._finder)
 
     def exec_module(self, module: ModuleType) -> None:
-        """Nothing to run until something of it is used."""
+        """Nothing to run before the first use."""
 
 
 class _Late(ModuleType):
-    """In place of mcli, which is imported when something of it is used."""
+    """Stands in for mcli, which is imported on first use."""
 
     def __init__(self, name: str, finder: _LeanFinder) -> None:
         super().__init__(name)
-        self.__path__ = []  # so that a module within it is looked for, which the finder sees
+        self.__path__ = []  # so that importing a submodule reaches the finder
         self._finder = finder
 
     def __getattr__(self, name: str) -> Any:

@@ -1,7 +1,8 @@
-"""What a step takes in memory, how much there is, and what to do when it does not suffice.
+"""The memory a step takes, the memory available, and what to change when it does not suffice.
 
-A step on b images of a rank takes   weights + gradients + optimizer state + c + b a   bytes: the first three by the
-engine's formula (`expected_bytes`), a and c measured on a few images (`step_bytes`), gradients being part of c.
+A step on b images per rank takes   weights + gradients + optimizer state + c + b a   bytes: the first three by the
+engine's formula (`expected_bytes`), a and c measured on a few images (`step_bytes`). A measured c includes gradients,
+which are counted once.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ from torch.profiler import ProfilerActivity, profile
 from training.optimizers import build_optimizer
 from training.plan import Plan
 
-PARTS = ("parameters", "gradients", "optimizer_state")  # and activations, which no formula here tells
+PARTS = ("parameters", "gradients", "optimizer_state")  # activations have no formula here
 FLOAT32_BYTES = 4
 _MEASURED_IMAGES = (2, 6)
-_USABLE_SHARE = 0.8  # the rest is lost between blocks of memory, and to threads
+_USABLE_SHARE = 0.8  # the rest is lost to fragmentation and threads
 
 
 def expected_bytes(engine: str, *, num_parameters: int, state_bytes: float, ranks: int) -> dict[str, float]:
-    """Bytes a rank under the names of `PARTS`: P weights in float32, s bytes of optimizer state a weight, N ranks.
+    """Bytes per rank, keyed by `PARTS`: P weights in float32, s bytes of optimizer state per weight, N ranks.
 
                             parameters  gradients  optimizer state
         none, ddp, zero0        4 P        4 P         s P
@@ -41,7 +42,7 @@ def expected_bytes(engine: str, *, num_parameters: int, state_bytes: float, rank
         zero2                   4 P       4 P/N     (s + 4) P/N
         zero3                  4 P/N      4 P/N     (s + 4) P/N
 
-    ZeRO 1 to 3 train a copy of their part of the weights, which is the 4 in s + 4 (Rajbhandari 2020, arXiv 1910.02054,
+    ZeRO 1 to 3 update a copy of each rank's part of the weights, the 4 in s + 4 (Rajbhandari 2020, arXiv 1910.02054,
     counts it as part of K). SGD with momentum has s = 4, AdamW s = 8.
     """
     weights, state = FLOAT32_BYTES * num_parameters, state_bytes * num_parameters
@@ -54,7 +55,7 @@ def expected_bytes(engine: str, *, num_parameters: int, state_bytes: float, rank
 
 
 def state_bytes_per_parameter(optimizer: Mapping[str, Any]) -> float:
-    """s of a recipe's optimizer, found by a step with a few weights."""
+    """s of a recipe's optimizer, measured by a step on a few weights."""
     weights = nn.Linear(64, 64, bias=False)
     weights.weight.grad = torch.ones_like(weights.weight)
     made = build_optimizer(weights, dict(optimizer), learning_rate=1e-3)
@@ -66,10 +67,10 @@ def state_bytes_per_parameter(optimizer: Mapping[str, Any]) -> float:
 def step_bytes(
     network: nn.Module, *, image_size: int, device: torch.device, precision: str = "fp32"
 ) -> tuple[float, float]:
-    """c and a: what a forward and a backward pass of `network` on b images takes at most is c + b a bytes.
+    """c and a: the peak of a forward and backward pass of `network` on b images is c + b a bytes.
 
-    Weights are not counted, gradients are. Measured on two small batches of images [b, 3, image_size, image_size].
-    Takes the gradients of `network` away.
+    This counts gradients, not weights. Measured on two small batches of images [b, 3, image_size, image_size].
+    Clears the gradients of `network`.
     """
     network = network.to(device).train()
     few, more = _MEASURED_IMAGES
@@ -81,7 +82,7 @@ def step_bytes(
 
 
 def free_bytes(device: torch.device) -> int:
-    """How much more this process may take on `device`: a GPU's free memory; this machine's, within the limits set."""
+    """Memory that this process can still allocate on `device`: a GPU's, or this machine's within its limits."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
@@ -90,9 +91,9 @@ def free_bytes(device: torch.device) -> int:
 
 
 def largest_batch(plan: Plan, network: nn.Module) -> tuple[int, float, float]:
-    """The most images of a forward pass that fit a rank, what each takes, and what is there for all, in bytes.
+    """The most images per forward pass that fit on a rank, the bytes per image, and the bytes available.
 
-    What the failed attempt took must be free again, see `forget`. 0 where not even the weights fit.
+    The failed attempt's memory must be free again, see `forget`. The number is 0 if not even the weights fit.
     """
     recipe, device = plan.recipe, torch.device(plan.place.torch_device)
     num_parameters = sum(parameter.numel() for parameter in network.parameters())
@@ -111,21 +112,21 @@ def largest_batch(plan: Plan, network: nn.Module) -> tuple[int, float, float]:
         network, image_size=plan.largest_image_size, device=device, precision=recipe.precision
     )
     gradients = FLOAT32_BYTES * num_parameters
-    constant += fixed["gradients"] - gradients  # measured whole, and sharded in the run
+    constant += fixed["gradients"] - gradients  # measured unsharded, but sharded in the run
     if engine == "ddp":
-        constant += gradients  # its buckets
+        constant += gradients  # DDP's buckets
     room = _USABLE_SHARE * available - fixed["parameters"] - fixed["optimizer_state"] - constant
     return max(0, math.floor(room / per_image)), per_image, available
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` is an allocation that a GPU or this machine refused."""
+    """Whether `error` is a failed allocation, on a GPU or on this machine."""
     # torch's allocator for CPUs raises a plain RuntimeError.
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
 def forget(error: BaseException) -> None:
-    """Free what the frames hold that `error` came through: a Trainer, its network, its activations."""
+    """Free what the traceback frames of `error` hold: a Trainer, its network, its activations."""
     seen: set[int] = set()
     cause: BaseException | None = error
     while cause is not None and id(cause) not in seen:
@@ -134,13 +135,13 @@ def forget(error: BaseException) -> None:
         cause = cause.__cause__ or cause.__context__
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what is freed
+        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps freed memory
 
 
 def describe_out_of_memory(plan: Plan, *, fits: tuple[int, float, float] | None) -> str:
-    """Which settings of the plan's recipe take less memory; those come first that change nothing of what is trained.
+    """Which settings of the plan's recipe take less memory; those that do not change the training come first.
 
-    fits: what `largest_batch` found; None where it was not to be found.
+    fits: the result of `largest_batch`; None if it failed.
     """
     recipe = plan.recipe
     given = recipe.data.train.per_device_microbatch_size
@@ -149,7 +150,7 @@ def describe_out_of_memory(plan: Plan, *, fits: tuple[int, float, float] | None)
     repairs = []
     if fits is not None:
         number, per_image, available = fits
-        if number >= images:  # another process had the memory then
+        if number >= images:  # another process held the memory
             number = images // 2
         text += f"; about {number} would fit, at {per_image / 1e6:.3g} MB each in {available / 1e9:.3g} GB"
         if number:
@@ -169,7 +170,7 @@ def describe_out_of_memory(plan: Plan, *, fits: tuple[int, float, float] | None)
 
 
 def _peak_bytes(network: nn.Module, images: torch.Tensor, precision: str) -> int:
-    """The most that a forward and a backward pass hold at once beyond what was there before."""
+    """Peak bytes of a forward and backward pass, beyond what was allocated before."""
     network.zero_grad(set_to_none=True)
     on_gpu = images.device.type == "cuda"
     if on_gpu:
@@ -177,7 +178,7 @@ def _peak_bytes(network: nn.Module, images: torch.Tensor, precision: str) -> int
         before = torch.cuda.memory_allocated(images.device)
         _forward_and_backward(network, images, precision)
         return torch.cuda.max_memory_allocated(images.device) - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # else it complains that there is no GPU
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # otherwise it warns that there is no GPU
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         _forward_and_backward(network, images, precision)
     held = peak = 0
@@ -199,7 +200,7 @@ def _forward_and_backward(network: nn.Module, images: torch.Tensor, precision: s
 
 
 def _address_space_bytes() -> int | None:
-    """What `ulimit -v` leaves to this process, with what malloc has and nobody uses."""
+    """What `ulimit -v` leaves this process, plus malloc's free blocks."""
     limit, used = resource.getrlimit(resource.RLIMIT_AS)[0], _field_bytes("/proc/self/status", "VmSize")
     if limit == resource.RLIM_INFINITY or used is None:
         return None
@@ -232,7 +233,7 @@ class _MallocInfo(ctypes.Structure):
 
 
 def _control_group_bytes() -> int | None:
-    """What this container may still take (cgroup v2)."""
+    """What this container can still allocate (cgroup v2)."""
     folder = Path("/sys/fs/cgroup")
     try:
         limit, used = ((folder / name).read_text().strip() for name in ("memory.max", "memory.current"))
@@ -242,7 +243,7 @@ def _control_group_bytes() -> int | None:
 
 
 def _field_bytes(table: str, field: str) -> int | None:
-    """A field of one of Linux's tables, which are in KiB."""
+    """A field of a Linux table that is in KiB, in bytes."""
     try:
         lines = Path(table).read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""What `parallelism` in a recipe becomes: Composer's configuration, and what that leaves to be done."""
+"""Turns a recipe's `parallelism` into Composer's configuration, and adds what that lacks."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from training.engines.deepspeed_settings import check_deepspeed
 from training.plan import Place
 from training.recipe import FSDP, Recipe, RecipeError
 
-# Composer's own algorithms that fail under FSDP2 -> what does the same and does not.
+# Composer's own algorithms that fail under FSDP2 -> equivalents that work.
 _NOT_UNDER_FSDP2 = {"composer.channels_last": "channels_last", "composer.ema": "ema", "composer.sam": "sam"}
-_BROADCAST_BYTES = 250 * 2**20  # buffers sent in one message, as many as DDP sends
+_BROADCAST_BYTES = 250 * 2**20  # buffers per broadcast, as in DDP
 
 
 def check_parallelism(recipe: Recipe, place: Place) -> None:
-    """Raise RecipeError for an engine that cannot run `recipe` at `place`."""
+    """Raise RecipeError if the recipe's engine cannot run it at `place`."""
     strategy, train = recipe.parallelism.strategy, recipe.data.train
     device, world_size = place.device, place.world_size
     if world_size > 1 and strategy == "none":
@@ -46,7 +46,7 @@ def check_parallelism(recipe: Recipe, place: Place) -> None:
 
 
 def fsdp_config(settings: FSDP, network: nn.Module) -> dict[str, Any]:
-    """The Trainer's `parallelism_config` for FSDP; tells Composer which parts of `network` to shard one by one."""
+    """The Trainer's `parallelism_config` for FSDP; marks the parts of `network` that Composer shards one by one."""
     network.fsdp_wrap_fn = _WrapUnits(network)  # pyright: ignore[reportArgumentType]: Composer looks here
     common: dict[str, Any] = {"mixed_precision": settings.mixed_precision.upper(), "state_dict_type": "full"}
     with warnings.catch_warnings():
@@ -62,8 +62,8 @@ def fsdp_config(settings: FSDP, network: nn.Module) -> dict[str, Any]:
 class HybridFSDP2Config(FSDP2Config):
     """FSDP2 over a two-dimensional mesh: `replicas` copies of the model, each sharded over ranks / replicas ranks.
 
-    Composer 0.32.1 puts a mesh of its own in place of FSDP2Config.device_mesh. It makes that two-dimensional when it is
-    told of replicas, which FSDP1's configuration has a setting for and FSDP2's has not.
+    Composer 0.32.1 replaces FSDP2Config.device_mesh with its own mesh, which is two-dimensional if the configuration
+    has a number of replicas. FSDP1's configuration has that setting, FSDP2's does not.
     """
 
     def __init__(self, *, replicas: int, **settings: Any) -> None:
@@ -72,18 +72,18 @@ class HybridFSDP2Config(FSDP2Config):
 
     @property
     def data_parallel_replicate_degree(self) -> int:
-        """How many copies of the model there are."""
+        """Number of copies of the model."""
         return self._replicas
 
 
 class LikeDDP(Callback):
-    """Does under FSDP2 what comes by itself under DDP: mean gradients on gloo, and buffers that the ranks agree on.
+    """Makes FSDP2 and DeepSpeed match DDP: mean gradients on gloo (FSDP2), and the same buffers on all ranks.
 
-    Gradients: in torch 2.7 a reduce-scatter with ReduceOp.AVG on gloo sums (pytorch#162338). Where a trial shows that
-    it does, every reduced gradient is divided by the number of ranks; where it averages nothing is done.
+    Gradients: in torch 2.7 a reduce-scatter with ReduceOp.AVG on gloo sums (pytorch#162338). If a trial shows that,
+    every reduced gradient is divided by the number of ranks; otherwise nothing is done.
 
     Buffers: before each step every rank takes rank 0's, so that the evaluation, and a run resumed from rank 0's
-    checkpoint, do not depend on which rank looks.
+    checkpoint, do not depend on the rank.
     """
 
     def before_load(self, state: State, logger: Logger) -> None:
@@ -93,7 +93,7 @@ class LikeDDP(Callback):
                 unit.set_all_reduce_hook(_divide_by_ranks)
         for optimizer in state.optimizers:
             for group in optimizer.param_groups:
-                # LearningRate adds it at the first step; loading a whole state fails on what is not there (torch 2.7).
+                # LearningRate adds it at the first step; loading a full state fails on a missing key (torch 2.7).
                 group.setdefault("initial_lr", group["lr"])
 
     def batch_start(self, state: State, logger: Logger) -> None:
@@ -104,14 +104,14 @@ class LikeDDP(Callback):
 
 
 class _WrapUnits:
-    """Whether a module is one of the network's sharding units, as the network stands at the first question."""
+    """Whether a module is one of the network's sharding units, as of the first call."""
 
     def __init__(self, network: nn.Module) -> None:
         self._network = network
         self._units: set[int] | None = None
 
     def __call__(self, module: nn.Module) -> bool:
-        if self._units is None:  # after BlurPool and its like have changed the network
+        if self._units is None:  # after algorithms like BlurPool have changed the network
             self._units = {id(unit) for unit in sharding_units(self._network)}
         return id(module) in self._units
 
@@ -161,13 +161,13 @@ def _fsdp1_strategy(settings: FSDP) -> dict[str, Any]:
 
 
 def _gradients_are_summed(device: torch.device) -> bool:
-    """Whether a reduce-scatter over all ranks that is asked for the mean gives the sum."""
+    """Whether a reduce-scatter with ReduceOp.AVG over all ranks returns the sum."""
     ones, mean = torch.ones(dist.get_world_size(), device=device), torch.empty(1, device=device)
     torch.distributed.reduce_scatter_tensor(mean, ones, op=ReduceOp.AVG)
     return mean.item() != 1
 
 
 def _divide_by_ranks(gradients: Tensor) -> None:
-    # In other types FSDP sums and divides by itself.
+    # For other dtypes FSDP sums and divides by itself.
     if gradients.dtype in (torch.float32, torch.bfloat16):
         gradients.div_(dist.get_world_size())

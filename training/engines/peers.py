@@ -1,8 +1,9 @@
-"""Notices that another rank is gone, and ends this one with a line that says so.
+"""Detects that another rank is lost, and ends this one with a message that says so.
 
-A process that dies closes its connections, and whoever waits for it is told at once: `describe_lost_rank` puts that in
-words. A machine that vanishes from the network closes nothing, and a collective waits for it for many minutes. So every
-rank writes a beat to the run's key-value store every few seconds, and ends when another's has not changed for too long.
+A process that dies closes its connections, and the ranks that wait for it get an error at once, which
+`describe_lost_rank` explains. A machine that drops off the network closes nothing, and a collective waits for it for
+many minutes. So every rank writes a heartbeat to the run's key-value store every few seconds, and ends when another
+rank's heartbeat has not changed for too long.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 _BEAT_SECONDS = 2.0
 _DONE = "done"
 _CONTINUE = "the same command with autoresume=true goes on from the last checkpoint"
-# What gloo, NCCL and torch's store say of a connection that is gone; their exceptions are plain RuntimeErrors.
+# Messages of gloo, NCCL and torch's store for a lost connection; their exceptions are plain RuntimeErrors.
 _LOST_CONNECTION = (
     "gloo/transport",
     "Connection closed by peer",
@@ -39,7 +40,7 @@ _LOST_CONNECTION = (
 
 
 def describe_lost_rank(error: BaseException) -> str | None:
-    """One line for people if `error` means that another rank cannot be reached; None if it means something else."""
+    """A one-line message if `error` means that another rank cannot be reached, otherwise None."""
     text = str(error)
     is_network = isinstance(error, (distributed.DistNetworkError, distributed.DistBackendError))
     if dist.get_world_size() == 1 or not (is_network or any(sign in text for sign in _LOST_CONNECTION)):
@@ -51,9 +52,9 @@ def describe_lost_rank(error: BaseException) -> str | None:
 
 
 class PeerWatch:
-    """While open, ends this process with status 1 once a rank has been silent for `timeout_seconds`.
+    """While open, ends this process with status 1 once a rank has sent no heartbeat for `timeout_seconds`.
 
-    Does nothing in a run of one process. `end` is called with the line to say; it does not return.
+    Does nothing in a run of one process. `end` is called with the message; it does not return.
     """
 
     def __init__(self, *, timeout_seconds: float, end: Callable[[str], Any] | None = None) -> None:
@@ -67,9 +68,9 @@ class PeerWatch:
             return self
         self._store = _connect(self._timeout_seconds)
         self._beat(0)
-        dist.barrier()  # all have written once, so that no one waits for a key
+        dist.barrier()  # every rank has written once, so that no read waits for a key
         self._silence.note(self._read(), time.monotonic())
-        # Two threads: the one that talks to the store may itself be stuck in a call that is never answered.
+        # Two threads: the one that talks to the store may hang in a call that never returns.
         for loop in (self._keep_beating, self._keep_watching):
             threading.Thread(target=loop, name=loop.__name__, daemon=True).start()
         return self
@@ -77,7 +78,7 @@ class PeerWatch:
     def __exit__(self, *error: object) -> None:
         self._closed.set()
         if dist.get_world_size() > 1:
-            with contextlib.suppress(Exception):  # rank 0, who keeps the store, may have ended before
+            with contextlib.suppress(Exception):  # rank 0, which hosts the store, may have ended already
                 self._store.set(_key(dist.get_global_rank()), f"{socket.gethostname()} {_DONE}")
 
     def _keep_beating(self) -> None:
@@ -87,7 +88,7 @@ class PeerWatch:
             try:
                 self._beat(count)
                 self._silence.note(self._read(), time.monotonic())
-            except Exception:  # whatever it is, no news is what the other thread waits for
+            except Exception:  # after any error, the other thread detects the silence
                 continue
 
     def _keep_watching(self) -> None:
@@ -110,19 +111,19 @@ class PeerWatch:
 
 
 class Silence:
-    """Since when each rank's beat has not changed. A beat is the rank's host and a count."""
+    """Tracks when each rank's heartbeat last changed. A heartbeat is the rank's host and a count."""
 
     def __init__(self) -> None:
         self._heard: dict[int, tuple[str, float]] = {}
 
     def note(self, beats: Mapping[int, str], now: float) -> None:
-        """Take down every rank's beat as read at `now`, in seconds of a monotonic clock."""
+        """Record every rank's heartbeat as read at `now`, in seconds of a monotonic clock."""
         for rank, beat in beats.items():
             if self._heard.get(rank, ("", 0.0))[0] != beat:
                 self._heard[rank] = (beat, now)
 
     def longer_than(self, seconds: float, now: float) -> dict[int, str]:
-        """The ranks that have been silent for longer, and their hosts; not this one, nor any that is done."""
+        """The ranks that have been silent for longer, with their hosts; excludes this rank and those that are done."""
         me = dist.get_global_rank()
         return {
             rank: beat.partition(" ")[0]
@@ -132,7 +133,7 @@ class Silence:
 
 
 def _connect(timeout_seconds: float) -> PrefixStore:
-    """A connection of our own: the process group's is taken while a collective waits for a rank to join."""
+    """A separate connection: the process group's is busy while a collective waits for a rank to join."""
     store = TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
@@ -149,4 +150,4 @@ def _key(rank: int) -> str:
 
 def _end_process(text: str) -> None:
     print(f"run.py: {text}", file=sys.stderr, flush=True)
-    os._exit(1)  # the main thread waits within a library, where no exception reaches it
+    os._exit(1)  # the main thread waits inside a library, where no exception reaches it

@@ -1,12 +1,12 @@
-"""One rank of a few steps under one engine, measured: what `training.engines.compare` starts.
+"""Measures one rank over a few steps under one engine; `training.engines.compare` starts it.
 
 parameters, gradients, optimizer_state   bytes of this rank's own tensors, each storage counted once, just before a
                                          step (gradients) and after it
-activations                              bytes that are there when the first backward pass begins and were not when
-                                         the batch was handed over: what is kept for it, and gathered weights
-resident_peak / device_peak              the largest the process has been, from the system; on a GPU, of its tensors
-step_seconds                             from the batch handed over to the weights changed, of each measured step
-communication_seconds                    of one further step, in collectives: overlapping ones count once
+activations                              bytes added between the start of the batch and the first backward pass: what
+                                         is kept for that pass, and gathered weights
+resident_peak / device_peak              the process's peak memory, from the system; on a GPU, that of its tensors
+step_seconds                             from the start of the batch to the updated weights, for each measured step
+communication_seconds                    time in collectives of one further step: overlapping ones count once
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from training.recipe import Recipe, recipe_from
 
 _WARM_UP_STEPS = 2
 _BACKWARD = "engine_probe: backward"
-# Where DeepSpeed 0.19's optimizers keep reduced gradients between the backward pass and the step: ZeRO 1 and 2 those of
-# the weights of their part, ready to be used and still to be; ZeRO 1 and 2 with offloading; ZeRO-3.
+# Where DeepSpeed 0.19's optimizers keep reduced gradients between the backward pass and the step: ZeRO 1 and 2 for the
+# weights of their part, ready and not yet ready for use; ZeRO 1 and 2 with offloading; ZeRO-3.
 _ZERO_GRADIENTS = (
     "averaged_gradients",
     "all_grad_tensors",
@@ -46,13 +46,13 @@ _COLLECTIVES = ("gloo:", "nccl:", "nccldevkernel")
 
 
 class _Done(Exception):
-    """All that was asked for is measured."""
+    """The measurement is complete."""
 
 
 class Probe(Callback):
-    """Measures from inside a run, and ends it by raising _Done. See the module for what `result` holds.
+    """Measures from inside a run, and ends it by raising _Done. See the module's docstring for `result`.
 
-    steps: how many are timed, after two that are not.
+    steps: number of timed steps, after two that are not timed.
     """
 
     def __init__(self, *, steps: int) -> None:
@@ -100,7 +100,7 @@ class Probe(Callback):
 
 
 def probe(recipe: Recipe, *, steps: int) -> dict[str, Any]:
-    """Train `recipe` for a few steps on this rank; returns what was measured."""
+    """Train `recipe` for a few steps on this rank; returns the measurements."""
     place = choose_place(recipe)
     start_distributed(recipe, place)
     plan = plan_run(recipe, place)
@@ -147,7 +147,7 @@ def _optimizer_state(state: State, zero: Any) -> Iterable[Tensor]:
 
 
 def _zero_weights(zero: Any) -> Iterable[Tensor]:
-    """What ZeRO trains, a copy of its part of the weights."""
+    """The copy of this rank's part of the weights that ZeRO updates."""
     yield from _tensors(getattr(zero, "single_partition_of_fp32_groups", []))  # ZeRO 1 and 2
     yield from _tensors(getattr(zero, "fp32_partitioned_groups_flat", []))  # ZeRO-3
 
@@ -203,7 +203,7 @@ def _now() -> float:
 
 
 def main(arguments: list[str]) -> int:
-    """arguments: a JSON file with the recipe and the number of steps, and the file to write."""
+    """arguments: a JSON file with the recipe and the number of steps, and the output file."""
     given = json.loads(Path(arguments[0]).read_text())
     try:
         result = probe(recipe_from(given["recipe"]), steps=given["steps"])

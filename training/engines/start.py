@@ -1,4 +1,4 @@
-"""The ranks of a run join, and have threads to themselves."""
+"""Joins the ranks of a run, and divides the CPU's threads among them."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _DIST_TIMEOUT_SECONDS = 600.0
 
 
 def start_distributed(recipe: Recipe, place: Place) -> None:
-    """Join the ranks of the run; RecipeError where the recipe's engine cannot run on them."""
+    """Join the ranks of the run. Raises RecipeError if the recipe's engine cannot run on them."""
     check_parallelism(recipe, place)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # Composer warns of the defaults that a single process runs with
+        warnings.simplefilter("ignore", UserWarning)  # Composer warns about a single process's default settings
         dist.initialize_dist(get_device(place.device), timeout=_DIST_TIMEOUT_SECONDS)
     if place.device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        # Every rank would start a thread a core, and they would wait for each other in turn: 50 times slower here.
+        # Otherwise every rank starts one thread per core, and the ranks' threads contend: measured 50 times slower.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // dist.get_local_world_size()))

@@ -1,4 +1,4 @@
-"""What the user wrote: the keys of a recipe, their checks, overrides, and the recipe in small."""
+"""The user's recipe: its keys, their checks, overrides, and the recipe at small scale."""
 
 from training.recipe.keys import FSDP, Checkpoints, Data, EvalData, Expected, Logging, Parallelism, TrainData
 from training.recipe.recipe import Recipe, load_recipe, recipe_from

@@ -1,4 +1,4 @@
-"""Which of Composer's own algorithms no recipe can train with, and why."""
+"""Which of Composer's own algorithms no recipe can use, and why."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _REFUSALS: dict[str, str] = {
 
 
 def refusal(name: str, settings: dict[str, Any]) -> str | None:
-    """Why a recipe cannot have Composer's `name` (`composer.augmix`) with these settings; None where it can."""
+    """Why a recipe cannot use Composer's `name` (`composer.augmix`) with these settings; None if it can."""
     if name == "composer.colout" and settings.get("batch") is False:
         return "with batch: false " + _OF_DATASETS.format("batch: true")
     return _REFUSALS.get(name)

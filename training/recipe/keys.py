@@ -1,4 +1,4 @@
-"""The keys of a recipe: their names, types, ranges and defaults. Those of named things are in their own signatures."""
+"""The keys of a recipe: names, types, ranges and defaults. Models, algorithms etc. define theirs in signatures."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ Workers = Annotated[int, Range(minimum=0, note=", which loads in the training pr
 class TrainData:
     """What the model is trained on. Give one of global_batch_size and per_device_batch_size."""
 
-    image_size: Count = MISSING  # px, where no algorithm sets another
+    image_size: Count = MISSING  # px, unless an algorithm sets another
     global_batch_size: Count | None = None
     per_device_batch_size: Count | None = None
-    # Images of one forward pass. null: the whole batch; auto: halved until it fits the GPU's memory.
+    # Images per forward pass. null: the whole batch; auto: halved until it fits the GPU's memory.
     per_device_microbatch_size: int | str | None = None
     loader: LoaderName = "auto"
-    path: str | None = None  # a .beton of one's own; null: converted from the source at first use
+    path: str | None = None  # an existing .beton file; null: converted from the source at first use
     num_workers: Workers = 2
     drop_last: bool = True
     crop_scale: tuple[float, float] = (0.08, 1.0)  # share of the image's area
     crop_aspect_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    # Side of a crop over the image's short side: squares of one size, in place of the two above. 0.875 is 224 of 256.
+    # Side of a square crop over the image's short side, instead of the two settings above. 0.875 is 224 of 256.
     crop_ratio: CropRatio | None = None
     flip_probability: Annotated[float, Range(minimum=0, maximum=1)] = 0.5
-    # What else the loader does to an image after crop and flip, in this order: [{name: color_jitter, brightness: 0.4}]
+    # Further augmentations after crop and flip, in this order: [{name: color_jitter, brightness: 0.4}]
     augmentations: list[Any] = field(default_factory=list)
 
 
@@ -80,7 +80,7 @@ class Data:
 
 @dataclass
 class Duration:
-    """How long a run trains: passes over the training images, whatever their sizes and batches."""
+    """How long a run trains: passes over the training images, at any image and batch size."""
 
     epochs: Count = MISSING
 
@@ -90,25 +90,25 @@ class FSDP:
     """How `strategy: fsdp` shards; see training/engines/parallel.py."""
 
     version: Literal[1, 2] = 2
-    replicas: Count = 1  # HSDP: whole copies of the model; ranks / replicas shard each. 1: all ranks shard one copy
+    replicas: Count = 1  # HSDP: copies of the model, each sharded over ranks / replicas. 1: all ranks shard one copy
     reshard_after_forward: bool = True  # false: keep the gathered weights until backward; more memory, less traffic
-    # What weights are gathered, and gradients reduced, in. full: float32. default: the run's precision, and float32.
-    # pure: the run's precision, both.
+    # Dtypes in which weights are gathered and gradients reduced. full: float32 for both. default: the run's precision,
+    # and float32. pure: the run's precision for both.
     mixed_precision: Literal["full", "default", "pure"] = "full"
 
 
 @dataclass
 class Parallelism:
-    """The engine, and nothing else: the rest of a recipe means the same under each.
+    """The engine. The rest of a recipe means the same under each engine.
 
-    strategy: none is one process; ddp as many as the launcher starts; fsdp shards weights, gradients and optimizer
+    strategy: none is one process; ddp is as many as the launcher starts; fsdp shards weights, gradients and optimizer
         state over them; deepspeed does so with ZeRO. sync_batchnorm: statistics over all ranks' images.
     """
 
     strategy: Literal["none", "ddp", "fsdp", "deepspeed"] = "ddp"
     sync_batchnorm: bool = False
     fsdp: FSDP = field(default_factory=FSDP)
-    deepspeed: Any = None  # DeepSpeed's own JSON settings, less what the recipe says elsewhere
+    deepspeed: Any = None  # DeepSpeed's own JSON settings, except what other sections set
     lost_rank_timeout_seconds: Annotated[float, Range(minimum=1)] = (
         40.0  # how long a rank may be silent before the others end the run
     )
@@ -118,7 +118,7 @@ class Parallelism:
 class Checkpoints:
     """latest.pt at every interval, best.pt by held-out top-1, ep<N>.pt every keep_every_epochs.
 
-    sharded: each rank writes its part, and the names stand for folders; needs a file system that all ranks share.
+    sharded: each rank writes its part, and the names are links to folders; needs a file system that all ranks share.
     """
 
     every_epochs: Count = 1
@@ -132,13 +132,13 @@ class Checkpoints:
 class Logging:
     """What a run prints on standard error while it trains."""
 
-    progress_bar: bool | None = None  # null: a bar on a terminal, a line an epoch elsewhere
+    progress_bar: bool | None = None  # null: a bar on a terminal, otherwise one line per epoch
     level: Literal["debug", "info", "warning", "error"] = "warning"
 
 
 @dataclass
 class RecipeKeys:
-    """The top level of a recipe; sections with names of their own (model, algorithms ...) are checked one by one."""
+    """The top level of a recipe; sections that name something (model, algorithms ...) are checked separately."""
 
     run_name: str = MISSING
     model: Any = MISSING
@@ -149,7 +149,7 @@ class RecipeKeys:
     schedule: Any = None
     duration: Duration = field(default_factory=Duration)
     precision: Literal["fp32", "amp_bf16", "amp_fp16"] = "fp32"
-    compile: bool = False  # the model, by torch.compile: once for each image size and batch size, a minute or so each
+    compile: bool = False  # torch.compile the model: once per image size and batch size, about a minute each
     device: Literal["auto", "cpu", "gpu", "mps"] = "auto"
     parallelism: Parallelism = field(default_factory=Parallelism)
     logging: Logging = field(default_factory=Logging)
@@ -158,4 +158,4 @@ class RecipeKeys:
     results_dir: str = "results"
     load: str | None = None  # latest, or a checkpoint's path
     autoresume: bool = False
-    smoke: bool = False  # the same run in small, on made-up images; see training/recipe/smoke.py
+    smoke: bool = False  # the same run at small scale, on synthetic images; see training/recipe/smoke.py

@@ -41,7 +41,7 @@ def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, 
         seen.add(key)
     try:
         merged = OmegaConf.create(_with_names(raw))
-        for override in overrides:  # in turn: algorithms=null algorithms.mixup.alpha=0.1 leaves MixUp alone on
+        for override in overrides:  # in turn: algorithms=null algorithms.mixup.alpha=0.1 leaves only MixUp on
             merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
             merged = OmegaConf.create(_with_names(OmegaConf.to_container(merged)))
         return OmegaConf.to_container(merged, resolve=True)  # pyright: ignore

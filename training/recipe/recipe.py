@@ -1,4 +1,4 @@
-"""A recipe: one YAML file that says everything about a run, checked before anything is built."""
+"""A recipe: one YAML file that describes a whole run, checked before anything is built."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from training.recipe.schema import RecipeError
 
 @dataclass(frozen=True)
 class Recipe:
-    """A checked recipe. `settings` is the whole of it as plain data, defaults filled in: what a run writes down.
+    """A checked recipe. `settings` is all of it as plain data, defaults filled in; a run writes it to recipe.yaml.
 
     algorithms: name -> keyword arguments, only those that are on.
     """
@@ -55,7 +55,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def recipe_from(raw: dict[str, Any]) -> Recipe:
-    """Check plain data and make a Recipe of it, shrunk where it says smoke. Raises RecipeError."""
+    """Check plain data and make a Recipe of it, shrunk if smoke is set. Raises RecipeError."""
     top = check(raw)
     if top["smoke"]:
         from training.recipe.smoke import shrink
@@ -94,7 +94,7 @@ def _recipe(top: dict[str, Any]) -> Recipe:
 
 
 def _plain(value: Any) -> Any:
-    """Only mappings, lists and scalars, as YAML and JSON know them."""
+    """`value` as mappings, lists and scalars only, which YAML and JSON can hold."""
     if is_dataclass(value) and not isinstance(value, type):
         return _plain(asdict(value))
     if isinstance(value, dict):

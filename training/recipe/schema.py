@@ -1,7 +1,7 @@
-"""Typed settings from plain data: dataclasses and signatures in, one-line errors out.
+"""Parses plain data into typed settings, by dataclasses and signatures, with one-line errors.
 
 OmegaConf converts and checks every single value; this module walks the structure, so that each error can name the whole
-path, what was given, what is allowed and the nearest match.
+path, the given value, what is allowed and the nearest match.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class RecipeError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """Which numbers a field takes, said beside its type: `Annotated[float, Range(above=0, maximum=1)]`.
+    """The numbers that a field accepts, given with its type: `Annotated[float, Range(above=0, maximum=1)]`.
 
-    minimum and maximum are among them, `above` is not. note: what the smallest means, put after it in a message.
+    minimum and maximum are inclusive, `above` is exclusive. note: what the minimum means, appended to it in messages.
     """
 
     minimum: float | None = None
@@ -53,7 +53,7 @@ class Range:
 
 @contextlib.contextmanager
 def users_mistake(path: str) -> Iterator[None]:
-    """Turn the errors that the layers below raise for users' mistakes into one that names the recipe's key."""
+    """Turn a lower layer's error about a user's mistake into one that names the recipe's key."""
     try:
         yield
     except RecipeError:
@@ -83,7 +83,7 @@ def parse(schema: type, given: Any, *, path: str) -> dict[str, Any]:
 
     Nested dataclasses become nested mappings, lists of dataclasses lists of instances. Raises RecipeError.
     """
-    if given is None or isinstance(given, schema):  # an instance is a field's default: all of its own defaults
+    if given is None or isinstance(given, schema):  # an instance is a field's default, with all its own defaults
         given = {}
     if not isinstance(given, dict):
         raise RecipeError(path, f"is {given!r}; it must be a mapping with the keys {_listed(_field_names(schema))}")

@@ -1,4 +1,4 @@
-"""The sections of a recipe that name something: its settings are checked against that thing's own signature.
+"""The sections of a recipe that name something, whose settings are checked against its signature.
 
 Each function returns the section with its defaults filled in, and raises RecipeError.
 """
@@ -106,7 +106,7 @@ def _mapping(given: Any, path: str) -> dict[str, Any]:
 
 
 def try_settings(factory: Callable[..., Any], arguments: dict[str, Any], *, path: str) -> None:
-    """Make it once, so that values out of range are found with the rest of the recipe."""
+    """Call `factory` once, so that values out of range are found with the rest of the recipe."""
     try:
         factory(**arguments)
     except ValueError as error:

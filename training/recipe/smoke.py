@@ -3,13 +3,13 @@
 What stays: the model in full, the algorithms, the loaders, the order of the phases, the optimizer, and the shapes of
 the schedule. What shrinks:
 
-    data        made-up images of as many classes, and of the source's size, in a few batches
-    image sizes all in one proportion, so that the largest is 112 px, in multiples of 16
-    epochs      one a stage of progressive resizing, the last of them FixRes's; two at least
-    batches     all in one proportion, so that the smallest has 2 images a device, and the learning rates with them
+    data        a few batches of synthetic images, with as many classes; only digits and CIFAR keep their image size
+    image sizes scaled by one factor, so that the largest is 112 px, in multiples of 16
+    epochs      one per stage of progressive resizing, the last of them FixRes's; at least two
+    batches     scaled by one factor, so that the smallest has 2 images per device; learning rates scale with them
     schedule    warm-up, milestones and points in proportion to the epochs
-    the rest    one checkpoint, at the end; new weights in place of downloaded ones; in fp32 on the CPU unless another
-                device is asked for; one process shards nothing, and runs without an engine
+    the rest    one checkpoint, at the end; new weights instead of downloaded ones; fp32 on the CPU unless the recipe
+                names another device; a single process runs without an engine
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from collections.abc import Callable
 from typing import Any
 
 _LARGEST_IMAGE_PX = 112
-_MULTIPLE_PX = 16  # of ViT's patches
-_SMALLEST_BATCH = 2  # images a device: batch norm and MixUp need two
+_MULTIPLE_PX = 16  # ViT's patch size
+_SMALLEST_BATCH = 2  # images per device: batch norm and MixUp need two
 _SMALL_SOURCES_PX = {"digits": 8, "cifar10": 32, "cifar100": 32}
 _SMALL_SOURCES_CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100}
 
 
 def shrink(settings: dict[str, Any]) -> dict[str, Any]:
-    """`settings` is a whole recipe as plain data, defaults filled in; returns that of the small run."""
+    """`settings` is a whole recipe as plain data, defaults filled in; returns the settings of the small run."""
     algorithms = dict(settings["algorithms"])
     stages = (algorithms.get("progressive_resizing") or {}).get("stages") or []
     epochs = max(2, len(stages))
@@ -44,7 +44,7 @@ def shrink(settings: dict[str, Any]) -> dict[str, Any]:
     device = "cpu" if settings["device"] == "auto" else settings["device"]
     return {
         **settings,
-        "smoke": False,  # done; the small run is written down as what it is
+        "smoke": False,  # already applied: the result describes the small run itself
         "run_name": f"{settings['run_name']}_smoke",
         "model": {**settings["model"], **({"weights": None} if "weights" in settings["model"] else {})},
         "data": _shrink_data(
@@ -65,7 +65,7 @@ def shrink(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _batch_sizes(settings: dict[str, Any], stages: list[dict[str, Any]]) -> list[int]:
-    """Of every stage and of the recipe itself, all a device's or, where it says so, all global."""
+    """Batch sizes of the recipe and of every stage: per device, or global where the recipe gives those."""
     sizes = [_batch_size(settings["data"]["train"])]
     return sizes + [_batch_size(stage) or sizes[0] for stage in stages]
 
@@ -143,7 +143,7 @@ def _shrink_data(
 
 
 def _shrink_optimizer(optimizer: dict[str, Any], ratio: float) -> dict[str, Any]:
-    rate = optimizer["learning_rate"]  # one that is given per 256 images shrinks by itself
+    rate = optimizer["learning_rate"]  # a rate given per 256 images shrinks by itself
     return {**optimizer, "learning_rate": None if rate is None else rate * ratio}
 
 

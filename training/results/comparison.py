@@ -30,7 +30,7 @@ def format_comparison(summaries: Mapping[str, Mapping[str, Any]]) -> str:
         ("throughput", "images_per_second", format_rate),
         ("forward MACs", "forward_macs", format_macs),
     ]
-    # A resumed run's total time is that of its last session: nothing to compare.
+    # A resumed run's total time covers only its last session, so it is not comparable.
     summaries = {k: {**v, "seconds": None} if v.get("resumed") else v for k, v in summaries.items()}
     table = [["", *summaries]]
     for title, key, show in rows:
@@ -73,8 +73,8 @@ def _check_pair(summaries: Mapping[str, Any], name: str) -> None:
 
 
 def _verdict(summaries: Mapping[str, Mapping[str, Any]]) -> str:
-    """One sentence: who is ahead in top-1 and who in training time, by how much. Differences that the table does not
-    show at its precision are called equal."""
+    """One sentence: which run is ahead in top-1 and in training time, by how much. Differences below the table's
+    precision count as equal."""
     (first, a), (second, b) = summaries.items()
     return f"{_top1_clause(first, a, second, b)}; {_seconds_clause(first, a, second, b)}."
 
@@ -91,7 +91,7 @@ def _top1_clause(first: str, a: Mapping[str, Any], second: str, b: Mapping[str, 
 
 
 def _seconds_clause(first: str, a: Mapping[str, Any], second: str, b: Mapping[str, Any]) -> str:
-    # Training time where it is known, because a resumed run knows the wall time of its last session only.
+    # Training time if it is known, because a resumed run knows the wall time of its last session only.
     has_training_time = is_known(a.get("train_seconds")) and is_known(b.get("train_seconds"))
     key = "train_seconds" if has_training_time else "seconds"
     what = "training time" if key == "train_seconds" else "total time"

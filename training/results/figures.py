@@ -1,4 +1,4 @@
-"""A run's curves and a comparison's, as PNG files."""
+"""Plots of a run and of a comparison, as PNG files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _LEGEND_STYLE: dict[str, Any] = {"frameon": False, "fontsize": 8.5, "labelcolor"
 def plot_curves(history: History, path: str | os.PathLike[str], *, title: str | None = None) -> None:
     """Draw loss, top-1, learning rate, and image size with throughput over the epochs of a run, as one PNG.
 
-    Faint vertical lines stand where the image size changes.
+    Faint vertical lines mark changes of the image size.
     """
     figure = _new_figure(width_inches=11, height_inches=7)
     if title:
@@ -107,7 +107,7 @@ def _plot_size_and_speed(axes: Axes, history: History) -> None:
 
 class _Series:
     """The measured points of an epoch column. An epoch that was not measured is left out, so that evaluating every
-    fifth epoch still gives a line; a measurement that came out as NaN stays and breaks the line."""
+    fifth epoch still gives a line; a measurement of NaN stays and breaks the line."""
 
     def __init__(self, history: History, name: str, *, scale: float = 1, x: np.ndarray | None = None) -> None:
         measured = np.array([row.get(name) is not None for row in history.epochs], dtype=bool)
@@ -116,7 +116,7 @@ class _Series:
 
 
 def _draw(axes: Axes, series: _Series, *, color: str, label: str, show: Callable[[float], str]) -> None:
-    """Draw one series, its last value in the legend. Nothing measured: nothing drawn."""
+    """Draw one series, with its last value in the legend. Draws nothing if nothing was measured."""
     if not len(series.y):
         return
     marker = "o" if len(series.y) <= _MOST_MARKERS else None
@@ -125,7 +125,7 @@ def _draw(axes: Axes, series: _Series, *, color: str, label: str, show: Callable
 
 
 def _step_positions(history: History) -> np.ndarray:
-    """Where on the epoch axis each step lies [S]: the first step of epoch 3 begins at 2.0."""
+    """Position of each step on the epoch axis [S]: the first step of epoch 3 is at 2.0."""
     epochs = np.array(history.steps["epoch"], dtype=np.int64)
     if not len(epochs):
         return np.zeros(0)
@@ -166,7 +166,7 @@ def _style(axes: Axes, *, title: str = "", x_label: str = "", y_label: str = "")
 
 
 def _new_figure(*, width_inches: float, height_inches: float) -> Figure:
-    # Figure and canvas by hand: pyplot would choose a backend for the whole process and keep the figure alive.
+    # Without pyplot, which would choose a backend for the whole process and keep the figure alive.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

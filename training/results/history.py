@@ -1,6 +1,6 @@
-"""The course of a run, and its files: metrics.csv and metrics.npz.
+"""The history of a run, and its files: metrics.csv and metrics.npz.
 
-Needs no Composer: any loop that can fill a `History` gets the same files.
+Does not need Composer: any loop that can fill a `History` gets the same files.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ _WHOLE_NUMBERS = ("epoch", "image_size", "global_batch_size")
 
 @dataclass(frozen=True)
 class History:
-    """The course of a run.
+    """The history of a run.
 
-    epochs: one dict a finished epoch with the keys of `EPOCH_COLUMNS`; None where a value was not measured.
+    epochs: one dict per finished epoch with the keys of `EPOCH_COLUMNS`; None where a value was not measured.
     steps: lists of equal length under the names of `STEP_COLUMNS`; `step` and `epoch` count from 1.
     """
 
@@ -46,12 +46,12 @@ class History:
     steps: dict[str, list[Any]] = field(default_factory=lambda: {name: [] for name in STEP_COLUMNS})
 
     def column(self, name: str) -> np.ndarray:
-        """One value an epoch as float64 [E], NaN where it was not measured."""
+        """One value per epoch as float64 [E], NaN where it was not measured."""
         return np.array([number_or_nan(row.get(name)) for row in self.epochs], dtype=np.float64)
 
 
 def write_metrics(history: History, folder: str | os.PathLike[str]) -> None:
-    """Write metrics.csv (one row an epoch) and metrics.npz to `folder`.
+    """Write metrics.csv (one row per epoch) and metrics.npz to `folder`.
 
     metrics.npz holds the epoch columns under their own names and `step`, `step_epoch`, `step_loss` and
     `step_learning_rate`; missing values are NaN, and no array needs `allow_pickle`.
@@ -72,7 +72,7 @@ def write_metrics(history: History, folder: str | os.PathLike[str]) -> None:
 
 
 def write_epochs_csv(history: History, path: str | os.PathLike[str]) -> None:
-    """Write one line an epoch under a header of `EPOCH_COLUMNS`; a value that was not measured is an empty field."""
+    """Write one line per epoch under a header of `EPOCH_COLUMNS`; a value that was not measured is an empty field."""
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(EPOCH_COLUMNS)

@@ -22,17 +22,17 @@ _REFRESH_SECONDS = 0.2
 
 
 class ProgressBar(Callback):
-    """Shows on rank 0's stderr where a run stands: epoch, image size, loss, evaluated top-1, images/s, elapsed, ETA.
+    """Shows a run's progress on rank 0's stderr: epoch, image size, loss, evaluated top-1, images/s, elapsed, ETA.
 
     The ETA assumes that time is proportional to `epoch_costs`: with progressive resizing, early epochs are cheaper than
-    late ones, and counting epochs would promise too much.
+    late ones, and counting epochs would be too optimistic.
 
     epoch_costs: cost of each epoch of the run in any unit, such as forward multiply-adds; None: all equal.
-    total_epochs: epochs of the whole run, those before a resumption included.
+    total_epochs: epochs of the whole run, including those before a resumption.
     enabled: None: a bar if stderr is a terminal, else a plain line after each epoch. True: a bar always. False: silent.
 
     Raises:
-        ValueError: total_epochs < 1, or epoch_costs has another length or holds something not positive.
+        ValueError: total_epochs < 1, or epoch_costs has another length or a value that is not positive.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class ProgressBar(Callback):
         self._bar: tqdm[Any] | None = None
         self._prints_lines = False
         self._started: float | None = None  # when this session began training
-        self._cost_at_start = 0.0  # what earlier sessions had done by then
+        self._cost_at_start = 0.0  # what earlier sessions had done
         self._cost_done = 0.0
         self._drawn = -math.inf
         self._stopwatch = Stopwatch(clock)
@@ -74,7 +74,7 @@ class ProgressBar(Callback):
         self._started = self._clock()
         self._cost_at_start = self._cost_done = self._cost_of(state)
         self._stopwatch.stop()
-        # Resumed within an epoch, the Trainer draws that epoch's earlier batches and throws them away.
+        # When resumed within an epoch, the Trainer draws that epoch's earlier batches and discards them.
         self._skipping_batches = int(state.timestamp.batch_in_epoch) > 0
         self._reset_epoch()
         if self._enabled or stream.isatty():
@@ -133,7 +133,7 @@ class ProgressBar(Callback):
         self.close(state, logger)
 
     def close(self, state: State, logger: Logger) -> None:
-        """Leave the bar as it stands and the cursor on a fresh line. The Trainer calls this after errors as well."""
+        """Leave the bar as it is and the cursor on a new line. The Trainer calls this after errors as well."""
         if self._bar is not None:
             self._bar.close()
         self._bar = None
@@ -147,7 +147,7 @@ class ProgressBar(Callback):
         self._last_loss: float | None = None
 
     def _cost_of(self, state: State) -> float:
-        """Share of the run's cost that has been trained by now, a begun epoch by its share of batches."""
+        """Share of the run's cost done so far; an unfinished epoch counts by its share of batches."""
         epoch = min(int(state.timestamp.epoch), len(self._costs))
         done = sum(self._costs[:epoch])
         batches = state.dataloader_len

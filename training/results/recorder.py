@@ -1,7 +1,7 @@
 """Records a run: every step's loss and learning rate, every epoch's metrics and throughput.
 
-`Ledger` does the bookkeeping and knows no trainer; `Recorder` feeds it from the Trainer's events. What is recorded is
-part of the checkpoint, so a resumed run continues the history where its checkpoint stood.
+`Ledger` does the bookkeeping and is independent of the Trainer; `Recorder` feeds it from the Trainer's events. The
+history is part of the checkpoint, so a resumed run continues it from there.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ class Recorder(Callback):
     """Records a run into `history` and keeps metrics.csv up to date after each epoch.
 
     List it before the callback that saves checkpoints: it closes an epoch's row at EPOCH_CHECKPOINT, after the
-    evaluation, and the row belongs into that checkpoint. Training top-1 is read from the train metric `metric`,
-    evaluation from the metrics `metric` and "loss" of the evaluator `evaluator`; one that the model does not offer is
+    evaluation, and the row belongs in that checkpoint. Training top-1 is read from the train metric `metric`,
+    evaluation from the metrics `metric` and "loss" of the evaluator `evaluator`. A metric that the model lacks is
     recorded as None, and so is the evaluation of an epoch that ended without one.
 
-    Training seconds are those of rank 0, from asking the loader for a batch to the end of the step: evaluation, saving,
-    and the batches that a resumed run skips are not in them.
+    Training seconds are those of rank 0, from requesting a batch from the loader to the end of the step. They exclude
+    evaluation, saving, and the batches that a resumed run skips.
 
     folder: where metrics.csv goes (written by rank 0); None writes no file.
     """
@@ -58,7 +58,7 @@ class Recorder(Callback):
         return self._ledger.history
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        # Resumed within an epoch, the Trainer draws that epoch's earlier batches and throws them away.
+        # When resumed within an epoch, the Trainer draws that epoch's earlier batches and discards them.
         self._stopwatch.stop()  # still running if an earlier fit() was interrupted
         self._skipping_batches = int(state.timestamp.batch_in_epoch) > 0
         self._write_csv()  # drops the rows that a killed run wrote after its last checkpoint
@@ -87,7 +87,7 @@ class Recorder(Callback):
             loss=_to_float(state.total_loss_dict.get("loss/train/total")),
             learning_rate=self._learning_rate,
             images=int(state.timestamp.sample) - int(state.previous_timestamp.sample),
-            # Composer has just computed it over this batch of all ranks, and resets the metric at every batch.
+            # Composer has just computed it over all ranks' batches, and resets the metric at every batch.
             top1=_to_float(state.train_metric_values.get(self._metric)),
             image_size=getattr(state.train_dataloader, "image_size", None),
         )
@@ -131,7 +131,7 @@ class Ledger:
 
     @property
     def history(self) -> History:
-        """A copy of what has been collected so far; an epoch under way is in the steps only."""
+        """A copy of what has been collected so far; an unfinished epoch is in the steps only."""
         return History(epochs=[dict(row) for row in self._epochs], steps={k: list(v) for k, v in self._steps.items()})
 
     def add_step(
@@ -160,7 +160,7 @@ class Ledger:
         self._evaluation = None
 
     def add_seconds(self, seconds: float) -> None:
-        """Add training time to the epoch under way."""
+        """Add training time to the current epoch."""
         self._partial["seconds"] += seconds
 
     def add_evaluation(self, *, top1: float | None, loss: float | None) -> bool:
@@ -199,7 +199,7 @@ class Ledger:
         self._evaluation = None
 
     def state_dict(self) -> dict[str, Any]:
-        """All that was collected, the sums of an unfinished epoch included."""
+        """Everything collected, including the sums of an unfinished epoch."""
         history = self.history
         evaluation = None if self._evaluation is None else dict(self._evaluation)
         return {
@@ -217,19 +217,19 @@ class Ledger:
 
 
 class Stopwatch:
-    """Measures stretches of time: `stop` returns the seconds since `start`, 0 if it was not running."""
+    """Measures intervals: `stop` returns the seconds since `start`, 0 if it was not running."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
         self._started: float | None = None
 
     def start(self) -> None:
-        """Begin a stretch; one under way goes on."""
+        """Start an interval, unless one is running."""
         if self._started is None:
             self._started = self._clock()
 
     def stop(self) -> float:
-        """Seconds of the stretch that ends here."""
+        """End the interval; returns its seconds."""
         if self._started is None:
             return 0.0
         seconds = self._clock() - self._started

@@ -38,15 +38,15 @@ def summarize(
     resumed: bool = False,
     forward_macs: float | None = None,
 ) -> dict[str, Any]:
-    """What summary.json says of a run.
+    """The contents of a run's summary.json.
 
-    top1 and loss are those of the last evaluation, best_top1 is the highest of all. A run that is judged on a test
-    split adds `test`: the checkpoint's name, its top1 and its loss there. `seconds` is the wall time of the
-    whole run as the caller measured it; train_seconds is that of training alone, over all sessions of a resumed run.
+    top1 and loss are those of the last evaluation, best_top1 is the highest of all. A run with a test split adds
+    `test`: the checkpoint's name, its top1 and its loss there. `seconds` is the wall time of the whole run as measured
+    by the caller; train_seconds is that of training alone, over all sessions of a resumed run.
 
     parameters: number of scalars in the model's parameters.
     algorithms: name -> settings of every algorithm that acted.
-    forward_macs: multiply-adds of all the run's training forward passes, where known.
+    forward_macs: multiply-adds of all the run's training forward passes, if known.
     """
     top1 = history.column("eval_top1")
     measured_top1 = top1[np.isfinite(top1)]
@@ -71,13 +71,13 @@ def summarize(
 
 
 def write_json(data: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Write `data` as strict JSON: numbers that JSON has no form for (NaN, infinity) become null."""
+    """Write `data` as strict JSON: numbers that JSON cannot represent (NaN, infinity) become null."""
     text = json.dumps(_plain(data), indent=2, allow_nan=False) + "\n"
     replace_file(Path(path), lambda file: file.write(text.encode()))
 
 
 def _plain(value: Any) -> Any:
-    """`value` in the types of JSON. What is none of numbers, text, lists and mappings is told by its text."""
+    """`value` in JSON types. Anything but numbers, text, lists and mappings becomes its str()."""
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):  # a scalar of numpy or torch
         value = value.item()
     if isinstance(value, Mapping):
@@ -90,7 +90,7 @@ def _plain(value: Any) -> Any:
 
 
 def _last_measured(history: History, name: str) -> float | None:
-    """The last epoch's value that is not missing. A value that came out as NaN counts: hiding it would flatter."""
+    """The last epoch's value that is not missing. NaN counts as a value: skipping it would hide a failure."""
     values = [row[name] for row in history.epochs if row.get(name) is not None]
     return float(values[-1]) if values else None
 

@@ -1,4 +1,4 @@
-"""Summaries as lines for a terminal, and numbers as people read them."""
+"""Formats summaries for a terminal, and numbers for people."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def format_loss(value: float | None) -> str:
 
 def _format_times(summary: Mapping[str, Any]) -> str:
     total, training = format_seconds(summary["seconds"]), format_seconds(summary.get("train_seconds"))
-    if summary.get("resumed"):  # the first is of the last session, the second of all
+    if summary.get("resumed"):  # the first covers the last session, the second all sessions
         return f"{total} since it was resumed, {training} of training in all"
     return f"{total}, {training} of it training"
 

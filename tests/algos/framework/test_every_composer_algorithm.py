@@ -1,4 +1,4 @@
-"""Every algorithm of Composer's on the digits recipe: it trains two epochs, or is refused in one line before that."""
+"""Every algorithm of Composer's on the digits recipe: it trains two epochs, or is first refused in one line."""
 
 from __future__ import annotations
 

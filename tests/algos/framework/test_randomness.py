@@ -1,4 +1,4 @@
-"""Draws as a function of where the run stands."""
+"""Random draws as a function of the run's position."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""DistributedDataParallel averages what is trained after a change, in a loop of one's own on two gloo ranks."""
+"""DistributedDataParallel averages the parameters trained after a change, in a custom loop on two gloo ranks."""
 
 from __future__ import annotations
 

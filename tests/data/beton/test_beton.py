@@ -1,4 +1,4 @@
-"""The file: it holds what was put in, FFCV understands it, and damage is found before the first batch."""
+"""The .beton file: it holds what was written, FFCV can read it, and damage is found before the first batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Crops: the distribution is torchvision's, and nothing but the image's own index matters."""
+"""Crops: the distribution matches torchvision's, and a crop does not depend on the rest of its batch."""
 
 from __future__ import annotations
 

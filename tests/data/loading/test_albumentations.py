@@ -1,7 +1,7 @@
-"""The loaders' crop and color jitter stand for albumentations': the same distributions, the same pixels to rounding.
+"""The loaders' crop and color jitter match albumentations': the same distributions, the same pixels to rounding.
 
-Runs where albumentations 2 is installed. What is compared are outcomes: what each does to an image that shows one
-parameter and nothing else.
+Runs if albumentations 2 is installed. The tests compare outcomes: the effect of each on an image that reveals exactly
+one parameter.
 """
 
 from __future__ import annotations

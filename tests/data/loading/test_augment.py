@@ -1,4 +1,4 @@
-"""Augmentations: the pixels are torchvision's, the parameters are distributed as its, and nothing else decides."""
+"""Augmentations: pixels and parameter distributions match torchvision's, and nothing else affects the result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One contract for both loaders, and what each promises beyond it."""
+"""The contract of both loaders, and what each guarantees beyond it."""
 
 from __future__ import annotations
 

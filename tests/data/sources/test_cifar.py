@@ -1,4 +1,4 @@
-"""CIFAR from files of its published form, small ones that are made here; the real ones' checksums are torchvision's."""
+"""CIFAR from small files made here in its published format; the real files' checksums match torchvision's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sources: what they hold, how they are split, and what they say about bad input."""
+"""Sources: what they hold, how they are split, and their errors for bad input."""
 
 from __future__ import annotations
 

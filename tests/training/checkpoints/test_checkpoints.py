@@ -1,4 +1,4 @@
-"""Checkpoints: whole at any moment, the right ones kept, and a resumed run equal to one that never stopped."""
+"""Checkpoints: complete at any moment, the right ones kept, and a resumed run equal to one that never stopped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each engine costs: bytes beside those counted here, files written, engines left out, nothing left running."""
+"""The cost of each engine: bytes against those counted here, files written, engines left out, nothing left running."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What run.py leaves out of Composer's import is left out, and is there when something asks for it."""
+"""run.py's import of Composer skips what it should, and that can still be imported when needed."""
 
 from __future__ import annotations
 

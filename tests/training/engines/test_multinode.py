@@ -1,4 +1,4 @@
-"""Two machines, as two network namespaces joined by a cable: they train as two local ranks do, and outlive no other."""
+"""Two machines, as two connected network namespaces, train as two local ranks do, and neither outlives the other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every recipe of the several-GPU kind, in small, on two ranks under the engine that it names."""
+"""Every multi-GPU recipe, at small scale, on two ranks under its own engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every mistake in a recipe ends in one line that names file, key, what was given and what is allowed."""
+"""Every mistake in a recipe gives a one-line error with the file, the key, the given value and what is allowed."""
 
 from __future__ import annotations
 

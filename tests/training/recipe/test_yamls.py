@@ -1,4 +1,4 @@
-"""Every recipe in yamls/ plans, trains in small, and follows the schedule that its source published."""
+"""Every recipe in yamls/ plans, trains at small scale, and follows its source's published schedule."""
 
 from __future__ import annotations
 

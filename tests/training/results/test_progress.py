@@ -1,4 +1,4 @@
-"""The progress bar: what it says, how it estimates, and that it always leaves the terminal in order."""
+"""The progress bar: what it shows, how it estimates, and that it always leaves the terminal in order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reports: files that read back as they were written, figures that show something, comparisons that say the truth."""
+"""Reports: files read back as they were written, figures are not empty, comparisons are correct."""
 
 from __future__ import annotations
 
