@@ -51,7 +51,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.turns:
         take_turns(options.turn_seconds)
         return
-    report = json.loads(options.read.read_text()) if options.read else measure(options)
+    try:
+        report = json.loads(options.read.read_text()) if options.read else measure(options)
+    except KeyboardInterrupt:
+        print("\nstopped; nothing is written", file=sys.stderr)
+        sys.exit(130)
     print(table(report))
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
@@ -109,8 +113,9 @@ def trainer(environment: dict[str, str], turn_seconds: float) -> Iterator[subpro
     inherited = {name: value for name, value in os.environ.items() if name not in WAITING}
     command = [sys.executable, "-m", "benchmarks.busy_machine", "--turns", "--turn-seconds", str(turn_seconds)]
     process = subprocess.Popen(
-        command, cwd=ROOT, env={**inherited, **environment}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+        command, cwd=ROOT, env={**inherited, **environment}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        start_new_session=True,  # Ctrl-C is for the benchmark, which ends it
+    )  # fmt: skip
     try:
         yield process
     finally:

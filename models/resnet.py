@@ -95,7 +95,7 @@ def _torchvision_resnet(name: str, parameters: str) -> Callable[..., nn.Module]:
 
     zero_init_residual: start each block as the identity, with zeros in its last norm's weight (Goyal 2017).
     bce_head_bias: start the classifier's bias at -log(num_classes), so that under binary cross entropy each class has
-        a probability of 1 / (1 + num_classes) at first, where it would be 1/2.
+        an initial probability of 1 / (1 + num_classes) instead of 1/2.
     initialization: mosaicml draws the weights of convolutions and of the classifier from N(0, 2 / fan_in), and those of
         batch norm from U(0, 1), as MosaicML's ResNet recipes do. torchvision has N(0, 2 / fan_out) for convolutions,
         a uniform classifier, and ones for batch norm.

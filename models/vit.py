@@ -163,7 +163,6 @@ def translate_names(state: StateDict) -> StateDict:
     return translated
 
 
-_FILES = (".pt", ".pth", ".bin", ".safetensors")  # suffixes that distinguish a missing file from an id of the hub
 # Pattern -> replacement, applied in turn.
 _HUGGING_FACE_NAMES = (
     (r"^vit\.", ""),

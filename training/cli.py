@@ -108,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _limit_spinning() -> None:
-    """Let a thread that waits for others spin for about 1 ms before it sleeps, unless the environment says otherwise.
+    """Let a thread that waits for others spin for 0.7 ms before it sleeps, unless the environment says otherwise.
 
     libgomp's default is 10 times as long. On a machine with other work, a spinning thread keeps the core from the very
     thread that it waits for, which slows small networks by half and more. See docs/startup.md. libgomp reads this

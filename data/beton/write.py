@@ -72,8 +72,9 @@ def write_beton(
 ) -> Path:
     """Write `source` to a .beton file and its sidecar: both completely, or neither.
 
-    A JPEG file that is upright, has three channels and needs no resizing is stored byte for byte, after a test that it
-    decodes completely. All others are decoded (see `data.sources.image_file`), downscaled if requested, and encoded.
+    To be stored as JPEG, a JPEG file that is upright, has three channels and needs no resizing is copied byte for byte,
+    after a test that it decodes completely. All others are decoded (see `data.sources.image_file`), downscaled if
+    requested, and encoded.
 
     Args:
         num_workers: threads that read, resize and encode; 0 uses the calling thread, None one per core.

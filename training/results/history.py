@@ -87,6 +87,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def number_or_nan(value: Any) -> float:
+    """`value` as a float, NaN for None."""
     return math.nan if value is None else float(value)
 
 

@@ -44,14 +44,17 @@ def _format_test(test: Mapping[str, Any]) -> str:
 
 
 def is_known(value: Any) -> bool:
+    """Whether `value` was measured and is finite."""
     return value is not None and math.isfinite(value)
 
 
 def format_top1(value: float | None) -> str:
+    """A share of 1 as a percentage: 0.9833 is "98.33 %"."""
     return f"{100 * value:.2f} %" if value is not None and is_known(value) else "n/a"
 
 
 def format_loss(value: float | None) -> str:
+    """Four decimals; NaN is shown as such."""
     return f"{value:.4f}" if value is not None else "n/a"
 
 
@@ -63,14 +66,17 @@ def _format_times(summary: Mapping[str, Any]) -> str:
 
 
 def format_exact_seconds(value: float | None) -> str:
+    """Seconds to a tenth: "1,234.5 s"."""
     return f"{value:,.1f} s" if value is not None and is_known(value) else "n/a"
 
 
 def format_rate(value: float | None) -> str:
+    """Whole images per second."""
     return f"{value:,.0f} images/s" if value is not None and is_known(value) else "n/a"
 
 
 def format_macs(value: float | None) -> str:
+    """Multiply-adds to three digits with an SI prefix: 4.1e9 is "4.1 G"."""
     if value is None or not is_known(value):
         return "n/a"
     power = min(int(math.log10(value)) // 3, 6) if value >= 1000 else 0

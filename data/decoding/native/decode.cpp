@@ -31,7 +31,7 @@ constexpr int kVerticalBits = 7;     // 255 << 7 still fits a signed 16-bit numb
 constexpr int kHorizontalBits = 14;  // and so do the weights of the second pass
 constexpr int kFineBits = 14;        // of the first pass if an output row covers many rows
 constexpr int kFewTaps = 4;
-constexpr int kPadding = 32;         // bytes that a vector load may read beyond a row
+constexpr int kPadding = 32;         // values that a vector load may read beyond a row
 constexpr int64_t kMostPixels = int64_t{1} << 28;
 constexpr int kMostScans = 1000;     // a progressive file may claim millions, each a pass over the whole image
 
