@@ -1,34 +1,23 @@
-"""Starts the ranks of a run on this machine, without the seconds that a launcher takes."""
+"""Runs Python scripts, as one process or as the ranks of a run, without the import of Composer in each of them."""
 
 from __future__ import annotations
 
-import contextlib
+import atexit
 import os
 import runpy
-import signal
-import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from training.engines import ranks as forked
+
 ROOT = Path(__file__).parents[1]
-
-
-def free_port() -> int:
-    """A TCP port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def rank_environment(rank: int, ranks: int, *, port: int) -> dict[str, str]:
-    """What a launcher would set."""
-    return {
-        **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
-        "LOCAL_WORLD_SIZE": str(ranks), "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests' / 'algos'}",
-    }  # fmt: skip
+PATHS = tuple(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "algos")))
+_ALSO_IMPORT = ("matplotlib.figure", "pytorch_optimizer", "sklearn.datasets", "training.cli")
+_OF_A_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def run_ranks(ranks: int, *arguments: str, timeout: float, statuses: Sequence[int] | None = None) -> str:
@@ -38,47 +27,64 @@ def run_ranks(ranks: int, *arguments: str, timeout: float, statuses: Sequence[in
 
     statuses: with what else each shall end; -9 is a kill.
     """
-    starter = subprocess.Popen(
-        [sys.executable, __file__, str(ranks), *arguments],
-        cwd=ROOT, env=rank_environment(0, ranks, port=free_port()), start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    try:
-        said, _ = starter.communicate(timeout=timeout)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(starter.pid, signal.SIGKILL)
-    ended = said.strip().rpartition("\n")[2]
-    assert ended == f"ended with {list(statuses or [0] * ranks)}", said
-    return said
+    with tempfile.TemporaryDirectory() as folder:
+        said = Path(folder, "said")
+        ended = _run(ranks, arguments, said, None, os.environ, timeout)
+        text = said.read_text(errors="replace")
+    assert ended == list(statuses or [0] * ranks), f"{text}\nended with {ended}"
+    return text
 
 
-def start_forked(ranks: int) -> int | None:
-    """Import what every rank imports, once, and fork: each import of Composer costs ten seconds of a processor.
+def run_python(
+    *arguments: str, timeout: float, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run `python arguments...` as a process that no launcher started; returns its status and what it said.
 
-    Returns a rank's number in that rank, and None where all of them have ended.
+    arguments: `script.py ...`, `-m module ...` or `-c code ...`.
+    environment: beside that of this process.
     """
-    from training.engines.lean_import import import_lean
-
-    import_lean()  # as run.py does
-    import composer  # noqa: F401
-    import torchvision  # noqa: F401
-
-    started = []
-    for rank in range(ranks):
-        process = os.fork()
-        if process == 0:
-            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
-            return rank
-        started.append(process)
-    found = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in started]
-    print(f"\nended with {found}", flush=True)
-    return None
+    with tempfile.TemporaryDirectory() as folder:
+        stdout, stderr = Path(folder, "stdout"), Path(folder, "stderr")
+        (status,) = _run(1, arguments, stdout, stderr, {**os.environ, **(environment or {})}, timeout)
+        texts = [path.read_text(errors="replace") for path in (stdout, stderr)]
+    assert status is not None, f"{arguments} was not done after {timeout:g} s:\n{texts[1]}"
+    return subprocess.CompletedProcess(arguments, status, *texts)
 
 
-if __name__ == "__main__":
-    script = sys.argv[2]
-    if start_forked(int(sys.argv[1])) is not None:
-        sys.argv[:] = sys.argv[2:]
-        sys.path[0] = str((ROOT / script).parent)
-        runpy.run_path(script, run_name="__main__")
+def _run(
+    ranks: int, arguments: Sequence[str], stdout: Path, stderr: Path | None, environment: Mapping[str, str],
+    timeout: float,
+) -> list[int | None]:  # fmt: skip
+    """What each rank ended with; None if it was still running after `timeout` seconds."""
+    with forked.local_ranks(
+        _python, arguments, stderr, outputs=[stdout] * ranks, environment=environment, also_import=_ALSO_IMPORT
+    ) as processes:
+        end = time.monotonic() + timeout
+        for process in processes:
+            process.join(max(0.0, end - time.monotonic()))
+        return [process.exitcode for process in processes]
+
+
+def _python(arguments: Sequence[str], stderr: Path | None) -> int:
+    """What the interpreter does with its arguments, to the functions that are due at its exit."""
+    if stderr is not None:  # nobody launched this process
+        with open(stderr, "wb") as file:
+            os.dup2(file.fileno(), sys.stderr.fileno())
+        for name in _OF_A_LAUNCHER:
+            del os.environ[name]
+    os.chdir(ROOT)
+    os.environ["PYTHONPATH"] = os.pathsep.join(PATHS)
+    first, *rest = arguments
+    try:
+        if first == "-c":
+            sys.path[:0], sys.argv[:] = ["", *PATHS], ["-c", *rest[1:]]
+            exec(compile(rest[0], "<string>", "exec"), {"__name__": "__main__"})
+        elif first == "-m":
+            sys.path[:0], sys.argv[:] = PATHS, rest
+            runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+        else:
+            sys.path[:0], sys.argv[:] = [str((ROOT / first).parent), *PATHS], list(arguments)
+            runpy.run_path(str(ROOT / first), run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()  # multiprocessing leaves them out
+    return 0

@@ -4,31 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import psutil
 import pytest
+from ranks import run_python
 
 from benchmarks.busy_machine import DEFAULT, SETTINGS, busy_loops, table
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_a_quick_run_measures_every_setting(tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"
-    command = [sys.executable, "-m", "benchmarks.busy_machine"]
-    done = subprocess.run(
-        [*command, "--quick", "--json", str(figures)], cwd=ROOT, capture_output=True, text=True, timeout=180
-    )
+    command = ["-m", "benchmarks.busy_machine"]
+    done = run_python(*command, "--quick", "--json", str(figures), timeout=180)
     assert done.returncode == 0, done.stderr
     runs = json.loads(figures.read_text())["runs"]
     assert [(one["setting"], one["loops"]) for one in runs] == [(name, 0) for name in SETTINGS]
     assert all(min(one["images_per_second"], one["cpu_ms_per_step"]) > 0 for one in runs)
-    again = subprocess.run([*command, "--read", str(figures)], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    again = run_python(*command, "--read", str(figures), timeout=60)
     assert again.stdout == done.stdout
 
 

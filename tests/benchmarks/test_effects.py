@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
+from ranks import run_python
 
 from algos.framework.registry import names
 from benchmarks.effects import NONE, effect, merge, recipe_of, table
@@ -26,12 +25,9 @@ def runs(*top1: float, cpu_s: float = 10.0) -> list[dict[str, Any]]:
 def test_a_quick_run_trains_what_was_asked_for(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     figures, chart = tmp_path / "figures.json", tmp_path / "chart.png"
-    command = [sys.executable, "-m", "benchmarks.effects"]
-    done = subprocess.run(
-        [*command, "--quick", "--only", "channels_last", "cutmix", "--seeds", "3", "--cache", str(tmp_path / "cache"),
-         "--json", str(figures), "--chart", str(chart)],
-        cwd=ROOT, capture_output=True, text=True, timeout=280,
-    )  # fmt: skip
+    command = ["-m", "benchmarks.effects"]
+    options = ["--only", "channels_last", "cutmix", "--seeds", "3", "--cache", str(tmp_path / "cache")]
+    done = run_python(*command, "--quick", *options, "--json", str(figures), "--chart", str(chart), timeout=280)
     assert done.returncode == 0, done.stderr
     report = json.loads(figures.read_text())
     assert list(report["runs"]) == [NONE, "channels_last", "cutmix"]
@@ -40,7 +36,7 @@ def test_a_quick_run_trains_what_was_asked_for(tmp_path: Path) -> None:
         assert measured[0]["cpu_s"] > 0
         assert f"{measured[0]['top1']:.2%}" in done.stdout
     assert Image.open(chart).size[0] > 500
-    again = subprocess.run([*command, "--read", str(figures)], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    again = run_python(*command, "--read", str(figures), timeout=60)
     assert again.stdout == done.stdout
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ranks import run_python
 
 from benchmarks.startup import COMPOSER, FIRST_STEP, RECIPES, TORCH, Case, cases_of, over_torch, run, table
 
@@ -34,17 +34,14 @@ def report(**cpu_s: list[float]) -> dict[str, Any]:
 def test_a_quick_run_measures_all_of_it(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     figures = tmp_path / "figures.json"
-    command = [sys.executable, "-m", "benchmarks.startup"]
-    done = subprocess.run(
-        [*command, "--quick", "--recipes", "digits_medium", "--json", str(figures)],
-        cwd=ROOT, capture_output=True, text=True, timeout=280,
-    )  # fmt: skip
+    command = ["-m", "benchmarks.startup"]
+    done = run_python(*command, "--quick", "--recipes", "digits_medium", "--json", str(figures), timeout=280)
     assert done.returncode == 0, done.stderr
     cases = json.loads(figures.read_text())["cases"]
     assert list(cases) == [case.name for case in cases_of(["digits_medium"], tmp_path)]
     assert all(len(case["cpu_s"]) == len(case["wall_s"]) == 1 for case in cases.values())
     assert cases["run.py --help"]["cpu_s"] < cases[TORCH]["cpu_s"] < cases[COMPOSER]["cpu_s"]
-    again = subprocess.run([*command, "--read", str(figures)], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    again = run_python(*command, "--read", str(figures), timeout=60)
     assert again.stdout == done.stdout
 
 

@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from ranks import run_python
 
 from benchmarks.time_to_accuracy import HELD_OUT_SHARE, curve, difference, make_scenes, table, train_for, verdict
 from data.sources import digits, folder
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_quick_run_trains_both_recipes_on_both_data_sets(tmp_path: Path) -> None:
     figures, chart = tmp_path / "deep" / "figures.json", tmp_path / "chart.png"
-    command = [sys.executable, "-m", "benchmarks.time_to_accuracy"]
-    done = subprocess.run(
-        [*command, "--quick", "--seeds", "3", "--cache", str(tmp_path / "cache"), "--json", str(figures)],
-        cwd=ROOT, capture_output=True, text=True, timeout=280,
-    )  # fmt: skip
+    command = ["-m", "benchmarks.time_to_accuracy"]
+    options = ["--quick", "--seeds", "3", "--cache", str(tmp_path / "cache"), "--json", str(figures)]
+    done = run_python(*command, *options, timeout=280)
     assert done.returncode == 0, done.stderr
     report = json.loads(figures.read_text())
     assert set(report) == {"date", "hardware", "versions", "settings", "data"}
@@ -40,9 +35,7 @@ def test_a_quick_run_trains_both_recipes_on_both_data_sets(tmp_path: Path) -> No
             assert len(one["curve"]) == one["epochs"]
             assert one["curve"][-1] == pytest.approx([one["cpu_s"], one["top1"]], abs=0.01)
         assert f"{medium['top1']:.2%}" in done.stdout
-    again = subprocess.run(
-        [*command, "--read", str(figures), "--chart", str(chart)], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
+    again = run_python(*command, "--read", str(figures), "--chart", str(chart), timeout=60)
     assert again.stdout == done.stdout
     assert Image.open(chart).size[0] > 1000
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import re
 import signal
 import subprocess
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from composer.core import Callback
+from ranks import run_python
 from torch import nn
 
 from models import registry as models
@@ -144,19 +144,9 @@ def test_sigkill_in_mid_epoch_then_the_same_command_again(
     script = tmp_path / "killed.py"
     script.write_text(KILL)
     arguments = ["-f", "yamls/digits_medium.yaml", *overrides, "run_name=killed", "autoresume=true"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    killed = subprocess.run(
-        [sys.executable, str(script), *arguments],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
+    killed = run_python(str(script), *arguments, timeout=100)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    again = subprocess.run(
-        [sys.executable, "run.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=100
-    )
+    again = run_python("run.py", *arguments, timeout=100)
     assert again.returncode == 0, again.stderr
     assert "continuing after epoch" in again.stdout
     assert_same_state(final_state(whole.run_dir), final_state(whole.run_dir.with_name("killed")))

@@ -2,8 +2,8 @@
 
     python -m training.engines.compare -f yamls/vit_cifar100_deepspeed.yaml --ranks 8
 
-Each engine trains a few steps in fresh processes (training/engines/probe.py). An engine that is not installed, or that
-refuses the recipe, is reported and left out.
+Each engine trains a few steps in processes of its own (training/engines/probe.py). An engine that is not installed, or
+that refuses the recipe, is reported and left out.
 
 The formulas are those of training.engines.memory.expected_bytes. Engines deviate from them: sharded tensors are padded
 to N equal parts, ZeRO-2 also holds the full gradient of a weight split between two ranks, and ZeRO-3 shards no weight
@@ -13,19 +13,16 @@ with fewer elements than zero_optimization.stage3_param_persistence_threshold (1
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import json
 import os
 import platform
 import signal
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -34,6 +31,7 @@ from typing import Any
 import torch
 
 from training.engines.memory import FLOAT32_BYTES, PARTS, expected_bytes, state_bytes_per_parameter
+from training.engines.ranks import local_ranks
 from training.plan import per_device_batch_size
 from training.recipe import Recipe, RecipeError, load_recipe
 from training.results.summary import write_json
@@ -176,6 +174,7 @@ def plot_costs(costs: Sequence[Cost], path: Path, *, title: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     options = _parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, _exit)
     try:
         recipe = load_recipe(options.file, options.overrides)
         load = os.getloadavg()[0]  # before our own processes add to it
@@ -190,12 +189,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"compare_engines: {error}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, SystemExit) as stop:
-        # Composer turns SIGINT and SIGTERM into an exit with 128 + the signal's number.
         print("compare_engines: stopped; its processes are ended, and nothing is written", file=sys.stderr)
         return stop.code if isinstance(stop, SystemExit) and isinstance(stop.code, int) else 128 + signal.SIGINT
     print(text)
     print(f"written: {prefix}.md, .json, .png")
     return 0
+
+
+def _exit(signum: int, frame: object) -> None:
+    raise SystemExit(128 + signum)
 
 
 class _LeftOutError(Exception):
@@ -208,10 +210,12 @@ def _run(
     """Start the ranks and wait for them; returns each rank's measurements."""
     folder.mkdir()
     (folder / "given.json").write_text(json.dumps({"recipe": given, "steps": steps}))
-    with _ranks(folder, ranks, threads=_threads(of)) as processes:
+    logs = [folder / f"{rank}.log" for rank in range(ranks)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(_threads(of))}
+    with local_ranks(_measure, folder, outputs=logs, environment=environment) as processes:
         deadline = time.monotonic() + timeout
-        while any(process.poll() is None for process in processes):
-            if any(process.poll() not in (None, 0) for process in processes):
+        while any(process.exitcode is None for process in processes):
+            if any(process.exitcode not in (None, 0) for process in processes):
                 break  # the other ranks would wait for it until the timeout
             if time.monotonic() > deadline:
                 raise _LeftOutError(f"was not done after {timeout:g} s (--timeout)")
@@ -221,42 +225,15 @@ def _run(
     if refused is not None:
         raise _LeftOutError(refused)
     if None in found:
-        log = (folder / f"{found.index(None)}.log").read_text(errors="replace").strip().splitlines()
+        log = logs[found.index(None)].read_text(errors="replace").strip().splitlines()
         raise _LeftOutError(f"failed: {log[-1] if log else 'ended without a word'}")
     return [one for one in found if one is not None]
 
 
-@contextlib.contextmanager
-def _ranks(folder: Path, ranks: int, *, threads: int) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """Processes of training.engines.probe; any exit from the block kills them and their children."""
-    common = {
-        **os.environ, "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "NODE_RANK": "0",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "OMP_NUM_THREADS": str(threads),
-    }  # fmt: skip
-    processes: list[subprocess.Popen[bytes]] = []
-    try:
-        for rank in range(ranks):
-            command = [
-                sys.executable,
-                "-m",
-                "training.engines.probe",
-                str(folder / "given.json"),
-                f"{folder}/{rank}.json",
-            ]
-            with open(folder / f"{rank}.log", "wb") as log:
-                environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-                processes.append(
-                    subprocess.Popen(
-                        command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-                        cwd=Path(__file__).parents[1],
-                    )
-                )  # fmt: skip
-        yield processes
-    finally:
-        for process in processes:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+def _measure(folder: Path) -> int:
+    from training.engines.probe import main as measure  # imports Composer, which only the ranks need
+
+    return measure([str(folder / "given.json"), str(folder / f"{os.environ['RANK']}.json")])
 
 
 def _cost(
@@ -348,12 +325,6 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 def _threads(ranks: int) -> int:
     return max(1, (os.cpu_count() or 1) // ranks)
-
-
-def _free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return listening.getsockname()[1]
 
 
 def _hardware() -> str:

@@ -1,0 +1,7 @@
+"""Importing this module imports what every rank needs; a fork server does so once for all ranks that it starts."""
+
+from training.engines.lean_import import import_lean
+
+import_lean()
+
+import training.engines.probe  # noqa: E402, F401  Composer, torchvision, and our own modules
