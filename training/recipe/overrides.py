@@ -13,6 +13,9 @@ from omegaconf.errors import OmegaConfBaseException
 from training.recipe.schema import RecipeError
 
 
+_NAMED = ("model", "optimizer", "data", "data.source")  # an override of one of them can bring a bare name
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The file as plain data. Raises RecipeError."""
     try:
@@ -42,8 +45,9 @@ def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, 
     try:
         merged = OmegaConf.create(_with_names(raw))
         for override in overrides:  # in turn: algorithms=null algorithms.mixup.alpha=0.1 leaves only MixUp on
-            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
-            merged = OmegaConf.create(_with_names(OmegaConf.to_container(merged)))
+            merged.merge_with(OmegaConf.from_dotlist([override]))
+            if override.partition("=")[0] in _NAMED:
+                merged = OmegaConf.create(_with_names(OmegaConf.to_container(merged)))
         return OmegaConf.to_container(merged, resolve=True)  # pyright: ignore
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise RecipeError("", _one_line(error)) from None
