@@ -1,16 +1,22 @@
-"""For all tests: one thread per process, and this checkout's packages in every process that a test starts.
+"""For all tests, in variables that every process of a test inherits, set before torch is imported.
 
-The networks are so small that threads wait for each other longer than they work, and on a busy machine their spinning
-makes a run a hundred times slower. This is set before torch is imported, and every process of a test inherits it.
+One thread per process: the networks are so small that threads wait for each other longer than they work, and on a busy
+machine their spinning makes a run a hundred times slower. Likewise torch's compiler compiles in the process itself: its
+own processes take seven seconds to start. What a test starts finds this checkout's packages.
 """
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
+HERE = Path(__file__).parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+if shutil.which("g++") and shutil.which("flock"):
+    os.environ.setdefault("CXX", str(HERE / "precompiling" / "g++"))
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
 
 
 @pytest.hookimpl(trylast=True)
