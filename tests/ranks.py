@@ -9,7 +9,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from training.engines import ranks as forked
@@ -29,7 +31,8 @@ def run_ranks(ranks: int, *arguments: str, timeout: float, statuses: Sequence[in
     """
     with tempfile.TemporaryDirectory() as folder:
         said = Path(folder, "said")
-        ended = _run(ranks, arguments, said, None, os.environ, timeout)
+        with start_ranks(*arguments, outputs=[said] * ranks) as processes:
+            ended = _statuses(processes, timeout)
         text = said.read_text(errors="replace")
     assert ended == list(statuses or [0] * ranks), f"{text}\nended with {ended}"
     return text
@@ -45,33 +48,44 @@ def run_python(
     """
     with tempfile.TemporaryDirectory() as folder:
         stdout, stderr = Path(folder, "stdout"), Path(folder, "stderr")
-        (status,) = _run(1, arguments, stdout, stderr, {**os.environ, **(environment or {})}, timeout)
+        environment = {**os.environ, **(environment or {})}
+        with _start(arguments, stderr, None, outputs=[stdout], environment=environment) as processes:
+            (status,) = _statuses(processes, timeout)
         texts = [path.read_text(errors="replace") for path in (stdout, stderr)]
     assert status is not None, f"{arguments} was not done after {timeout:g} s:\n{texts[1]}"
     return subprocess.CompletedProcess(arguments, status, *texts)
 
 
-def _run(
-    ranks: int, arguments: Sequence[str], stdout: Path, stderr: Path | None, environment: Mapping[str, str],
-    timeout: float,
-) -> list[int | None]:  # fmt: skip
-    """What each rank ended with; None if it was still running after `timeout` seconds."""
-    with forked.local_ranks(
-        _python, arguments, stderr, outputs=[stdout] * ranks, environment=environment, also_import=_ALSO_IMPORT
-    ) as processes:
-        end = time.monotonic() + timeout
-        for process in processes:
-            process.join(max(0.0, end - time.monotonic()))
-        return [process.exitcode for process in processes]
+def start_ranks(
+    *arguments: str, outputs: Sequence[Path], before: Callable[[], None] | None = None
+) -> AbstractContextManager[list[BaseProcess]]:
+    """`python arguments...` as one rank for each of `outputs`, until the block ends; each calls `before` first."""
+    return _start(arguments, None, before, outputs=outputs, environment=os.environ)
 
 
-def _python(arguments: Sequence[str], stderr: Path | None) -> int:
+def _start(
+    *given: object, outputs: Sequence[Path], environment: Mapping[str, str]
+) -> AbstractContextManager[list[BaseProcess]]:
+    return forked.local_ranks(_python, *given, outputs=outputs, environment=environment, also_import=_ALSO_IMPORT)
+
+
+def _statuses(processes: Sequence[BaseProcess], timeout: float) -> list[int | None]:
+    """What each ends with; None for one that is still running after `timeout` seconds."""
+    end = time.monotonic() + timeout
+    for process in processes:
+        process.join(max(0.0, end - time.monotonic()))
+    return [process.exitcode for process in processes]
+
+
+def _python(arguments: Sequence[str], stderr: Path | None, before: Callable[[], None] | None) -> int:
     """What the interpreter does with its arguments, to the functions that are due at its exit."""
     if stderr is not None:  # nobody launched this process
         with open(stderr, "wb") as file:
             os.dup2(file.fileno(), sys.stderr.fileno())
         for name in _OF_A_LAUNCHER:
             del os.environ[name]
+    if before is not None:
+        before()
     os.chdir(ROOT)
     os.environ["PYTHONPATH"] = os.pathsep.join(PATHS)
     first, *rest = arguments

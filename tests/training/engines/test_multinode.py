@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import shutil
-import signal
 import subprocess
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
-from ranks import ROOT, rank_environment, run_ranks
+from ranks import run_ranks, start_ranks
 
 from training.engines.peers import Silence, describe_lost_rank
 
+CLONE_NEWNET = 0x40000000
 PORT = 29500  # within the namespaces, which nothing else lives in
 SHORT = ["-f", "yamls/digits_medium.yaml", "algorithms=null", "schedule.warmup_epochs=0", "parallelism.strategy=ddp"]
 needs_root = pytest.mark.skipif(
@@ -36,7 +39,7 @@ class Hosts:
 
     def __init__(self) -> None:
         self.names = [f"brisk{os.getpid()}{letter}" for letter in "ab"]
-        self.processes: list[subprocess.Popen[str]] = []
+        self._running = contextlib.ExitStack()
 
     def __enter__(self) -> Hosts:
         try:
@@ -53,33 +56,47 @@ class Hosts:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for process in self.processes:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.communicate(timeout=20)
+        self._running.close()
         for name in self.names:
             subprocess.run(["ip", "netns", "delete", name], capture_output=True, timeout=20)
 
-    def start(self, *arguments: str) -> list[subprocess.Popen[str]]:
-        """One rank a host, which find each other by the environment, over TCP."""
-        started = []
-        for rank, name in enumerate(self.names):
-            environment = {
-                **rank_environment(rank, 2, port=PORT), "MASTER_ADDR": "10.99.0.1", "GLOO_SOCKET_IFNAME": "veth0",
-                "NODE_RANK": str(rank), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
-            }  # fmt: skip
-            started.append(start(["ip", "netns", "exec", name, sys.executable, "run.py", *arguments], environment))
-        self.processes += started
-        return started
+    def start(self, folder: Path, *arguments: str) -> list[Host]:
+        """run.py as one rank a host, which find each other by the environment, over TCP."""
+        outputs = [folder / f"said by {name}" for name in self.names]
+        for output in outputs:
+            output.write_text("")
+        ranks = start_ranks("run.py", *arguments, outputs=outputs, before=partial(enter, self.names))
+        return [Host(*one) for one in zip(self._running.enter_context(ranks), outputs, strict=True)]
 
     def cut_the_cable(self) -> None:
         ip("-n", self.names[1], "link", "set", "veth0", "down")
 
 
-def start(command: list[str], environment: dict[str, str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True,
+class Host(NamedTuple):
+    """The rank on one of the hosts, and the file with what it says."""
+
+    process: BaseProcess
+    output: Path
+
+    def wait(self, seconds: float) -> str:
+        """What it said, once it has ended."""
+        self.process.join(seconds)
+        assert self.process.exitcode is not None, f"still running after {seconds:g} s: {self.said()}"
+        return self.said()
+
+    def said(self) -> str:
+        return self.output.read_text()
+
+
+def enter(namespaces: Sequence[str]) -> None:
+    """Move this rank to its namespace; every host calls its rank its first."""
+    name = namespaces[int(os.environ["RANK"])]
+    with open(f"/run/netns/{name}") as file:  # os.setns is in Python 3.12
+        if ctypes.CDLL(None, use_errno=True).setns(file.fileno(), CLONE_NEWNET) != 0:
+            raise OSError(ctypes.get_errno(), f"setns to {name}")
+    os.environ.update(
+        NODE_RANK=os.environ["RANK"], LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", MASTER_ADDR="10.99.0.1",
+        MASTER_PORT=str(PORT), GLOO_SOCKET_IFNAME="veth0",
     )  # fmt: skip
 
 
@@ -94,10 +111,10 @@ def losses(run_dir: Path) -> np.ndarray:
         return file["step_loss"]
 
 
-def wait_for(path: Path, *, seconds: float) -> None:
+def wait_until(holds: Callable[[], bool], *, seconds: float) -> None:
     end = time.monotonic() + seconds
-    while not path.exists():
-        assert time.monotonic() < end, f"{path} did not appear"
+    while not holds():
+        assert time.monotonic() < end, f"not so after {seconds:g} s"
         time.sleep(0.1)
 
 
@@ -106,7 +123,7 @@ def wait_for(path: Path, *, seconds: float) -> None:
 @pytest.mark.timeout(280)
 def test_two_hosts_train_what_two_local_ranks_do(hosts: Hosts, tmp_path: Path) -> None:
     common = [*SHORT, "duration.epochs=1", f"results_dir={tmp_path}", f"data.cache_dir={tmp_path / 'cache'}"]
-    over_tcp = [process.communicate(timeout=130) for process in hosts.start(*common, "run_name=hosts")]
+    over_tcp = [host.wait(130) for host in hosts.start(tmp_path, *common, "run_name=hosts")]
     assert (tmp_path / "hosts" / "metrics.npz").exists(), over_tcp
     run_ranks(2, "run.py", *common, "run_name=local", timeout=130)
     assert len(losses(tmp_path / "local")) == 22
@@ -120,29 +137,25 @@ def test_two_hosts_train_what_two_local_ranks_do(hosts: Hosts, tmp_path: Path) -
 def test_losing_a_host_ends_the_other_and_the_same_command_goes_on(hosts: Hosts, tmp_path: Path, loss: str) -> None:
     common = [*SHORT, f"results_dir={tmp_path}", f"data.cache_dir={tmp_path / 'cache'}", "run_name=run",
               "autoresume=true", "checkpoints.every_steps=5"]  # fmt: skip
-    first, second = hosts.start(*common, "duration.epochs=4000")
-    wait_for(tmp_path / "run" / "checkpoints" / "latest.pt", seconds=130)
+    first, second = hosts.start(tmp_path, *common, "duration.epochs=4000")
+    wait_until((tmp_path / "run" / "checkpoints" / "latest.pt").exists, seconds=130)
     if loss == "process killed":
-        os.killpg(second.pid, signal.SIGKILL)
+        second.process.kill()
     else:
         hosts.cut_the_cable()
-    _, said = first.communicate(timeout=60)
-    assert first.returncode == 1, said
+    said = first.wait(60)
+    assert first.process.exitcode == 1, said
     message = [line for line in said.splitlines() if line.startswith("run.py: ")]
     assert len(message) == 1, said
     assert "Traceback" not in said
     assert "autoresume=true" in message[0]
     if loss == "cable cut":
-        _, said = second.communicate(timeout=60)
-        assert second.returncode == 1
+        said = second.wait(60)
+        assert second.process.exitcode == 1
         assert "has heard nothing from rank 0" in said
         ip("-n", hosts.names[1], "link", "set", "veth0", "up")
-    else:
-        second.communicate(timeout=10)
-    again = hosts.start(*common, "duration.epochs=4000")
-    output = again[0].stdout
-    assert output is not None
-    assert "continuing after epoch" in output.readline()
+    again, _ = hosts.start(tmp_path, *common, "duration.epochs=4000")
+    wait_until(lambda: "continuing after epoch" in again.said(), seconds=130)
 
 
 def test_silence_is_measured_by_change_and_not_by_clocks() -> None:
