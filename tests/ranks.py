@@ -18,7 +18,10 @@ from training.engines import ranks as forked
 
 ROOT = Path(__file__).parents[1]
 PATHS = tuple(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "algos")))
-_ALSO_IMPORT = ("matplotlib.figure", "pytorch_optimizer", "sklearn.datasets", "training.cli")
+_ALSO_IMPORT = (
+    "composer.algorithms", "deepspeed.runtime.zero.muon.original_muon", "matplotlib.figure", "pytorch_optimizer",
+    "sklearn.datasets", "training.cli",
+)  # fmt: skip
 _OF_A_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 

@@ -5,18 +5,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from ranks import run_python
 
 from data.beton.format import Beton, sidecar_path
 
-pytestmark = pytest.mark.timeout(240)  # up to five processes in a row, each of which imports torch
+pytestmark = pytest.mark.timeout(240)  # up to five processes in a row
 
-ROOT = Path(__file__).parents[2]
 # Takes one pass over a file, as a run does. The alarm ends the process if it waits for ever.
 TAKE_A_PASS = """
 import signal, sys
@@ -34,8 +32,7 @@ except (ValueError, FileNotFoundError) as error:
 
 
 def take_a_pass(path: Path | str, num_classes: int = 10) -> str:
-    arguments = [sys.executable, "-c", TAKE_A_PASS, str(path), str(num_classes)]
-    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=50)
+    done = run_python("-c", TAKE_A_PASS, str(path), str(num_classes), timeout=50)
     assert done.returncode == 0, f"ended by {done.returncode}: {done.stderr}"
     (line,) = done.stdout.splitlines()
     return line

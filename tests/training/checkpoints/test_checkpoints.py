@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from composer import Evaluator, Trainer
 from composer.core import Callback
 from composer.models import ComposerModel
 from composer.utils import checkpoint, dist
+from ranks import run_python
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -240,8 +239,10 @@ class TestFailures:
         assert names(tmp_path) == set()
 
     def test_latest_is_whole_after_a_kill_and_the_next_start_cleans_up(self, tmp_path):
-        code = f"import {Path(__file__).stem} as tests; tests.train_and_die({str(tmp_path)!r}, step=8)"
-        killed = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, check=False, timeout=100)
+        here = Path(__file__)
+        code = f"import sys; sys.path.insert(0, {str(here.parent)!r})\n"
+        code += f"import {here.stem} as tests; tests.train_and_die({str(tmp_path)!r}, step=8)"
+        killed = run_python("-c", code, timeout=100)
         assert killed.returncode == -signal.SIGKILL
         assert names(tmp_path) == {"latest.pt", "best.pt", ".checkpoint-latest.tmp"}
         assert saved_step(tmp_path / "latest.pt") == 4

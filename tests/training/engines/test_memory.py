@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import run_python
 from torch import nn
 
 from models.resnet import resnet_digits
@@ -19,10 +18,12 @@ from training.engines.memory import forget, free_bytes, is_out_of_memory, step_b
 ROOT = Path(__file__).parents[3]
 # Beyond what the process has after its imports; much, beside the address space that threads and libraries reserve.
 ROOM_BYTES = 2_000_000_000
+M_ARENA_MAX = -8  # glibc's malloc.h
 LIMITED = f"""
-import resource, sys
+import ctypes, resource, sys
 import training.cli, training.session
 from training.engines.memory import _field_bytes
+ctypes.CDLL(None).mallopt({M_ARENA_MAX}, 1)  # an arena a thread reserves 64 MB each
 resource.setrlimit(resource.RLIMIT_AS, (_field_bytes("/proc/self/status", "VmSize") + {ROOM_BYTES},) * 2)
 sys.exit(training.cli.main(sys.argv[1:]))
 """
@@ -40,10 +41,7 @@ def train_in_little_memory(folder: Path, microbatch_size: int | None) -> tuple[i
     microbatch = "null" if microbatch_size is None else microbatch_size
     given = [*RECIPE, f"data.train.per_device_microbatch_size={microbatch}",
              f"results_dir={folder}", f"data.cache_dir={folder / 'cache'}"]  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-c", LIMITED, *given], cwd=ROOT, capture_output=True, text=True, timeout=180,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "MALLOC_ARENA_MAX": "1"},  # an arena a thread reserves 64 MB each
-    )  # fmt: skip
+    done = run_python("-c", LIMITED, *given, timeout=180)
     return done.returncode, done.stderr
 
 
