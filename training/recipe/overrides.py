@@ -12,7 +12,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from training.recipe.schema import RecipeError
 
-
 _NAMED = ("model", "optimizer", "data", "data.source")  # an override of one of them can bring a bare name
 
 
