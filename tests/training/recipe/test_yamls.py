@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 import yaml
 
 from algos.framework.protocols import LearningRateModifier
@@ -70,12 +69,7 @@ def test_smoke(path: Path, tmp_path: Path) -> None:
     assert recipe.model["name"] == whole.model["name"]
     assert list(recipe.algorithms) == list(whole.algorithms)
     assert recipe.optimizer["name"] == whole.optimizer["name"]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        result = train(recipe, say=lambda text: None)
-    finally:
-        torch.set_num_threads(threads)
+    result = train(recipe, say=lambda text: None)
     stages = whole.algorithms.get("progressive_resizing", {}).get("stages") or ()
     assert len(result.history.epochs) == recipe.epochs == max(2, len(stages))
     assert all(math.isfinite(epoch["train_loss"]) for epoch in result.history.epochs)
