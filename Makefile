@@ -17,8 +17,8 @@ setup: .venv/.ready
 demo: setup
 	@$(PY) run.py -f yamls/digits_medium.yaml --compare $(ARGS)
 
-# Two at a time: a test runs on one thread (tests/conftest.py), some on two ranks.
-PYTEST := $(PY) -m pytest --numprocesses 2 --dist loadgroup
+# Three at a time on two cores: a test runs on one thread (tests/conftest.py), and ranks wait for each other.
+PYTEST := $(PY) -m pytest --numprocesses 3 --dist loadgroup
 
 test: setup
 	@$(PYTEST) $(ARGS)
