@@ -231,9 +231,10 @@ def _run(
 
 
 def _measure(folder: Path) -> int:
-    from training.engines.probe import main as measure  # imports Composer, which only the ranks need
+    # Here, since only the ranks need Composer; where ranks are forked, it is imported already.
+    from training.engines.preload import probe
 
-    return measure([str(folder / "given.json"), str(folder / f"{os.environ['RANK']}.json")])
+    return probe.main([str(folder / "given.json"), str(folder / f"{os.environ['RANK']}.json")])
 
 
 def _cost(

@@ -4,4 +4,6 @@ from training.engines.lean_import import import_lean
 
 import_lean()
 
-import training.engines.probe  # noqa: E402, F401  Composer, torchvision, and our own modules
+from training.engines import probe  # noqa: E402  Composer, torchvision, and our own modules
+
+__all__ = ["probe"]

@@ -10,14 +10,10 @@ import pytest
 import torch
 from composer import Evaluator, Trainer
 from composer.core import Callback
-from composer.models import ComposerModel
 from composer.utils import checkpoint, dist
 from ranks import run_python
-from torch import nn
-from torch.nn import functional as F
+from tiny_model import Interrupt, TinyModel
 from torch.utils.data import DataLoader, TensorDataset
-from torchmetrics import MeanMetric
-from torchmetrics.classification import MulticlassAccuracy
 
 from training.checkpoints.saving import Checkpoints, find_latest
 from training.results.recorder import Recorder
@@ -25,43 +21,6 @@ from training.results.recorder import Recorder
 pytestmark = pytest.mark.timeout(120)
 
 BATCHES_PER_EPOCH = 4
-
-
-class TinyModel(ComposerModel):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.module = nn.Linear(6, 3)
-
-    def forward(self, batch):
-        return self.module(batch[0])
-
-    def loss(self, outputs, batch):
-        return F.cross_entropy(outputs, batch[1])
-
-    def eval_forward(self, batch, outputs=None):
-        return self.forward(batch) if outputs is None else outputs
-
-    def get_metrics(self, is_train=False):
-        top1 = MulticlassAccuracy(num_classes=3, average="micro")
-        return {"top1": top1} if is_train else {"top1": top1, "loss": MeanMetric()}
-
-    def update_metric(self, batch, outputs, metric):
-        if isinstance(metric, MeanMetric):
-            metric.update(F.cross_entropy(outputs, batch[1], reduction="none"))
-        else:
-            metric.update(outputs, batch[1])
-
-
-class Interrupt(Callback):
-    """Stands in for a kill: raises right after the given step."""
-
-    def __init__(self, *, after_step: int) -> None:
-        self.after_step = after_step
-
-    def batch_start(self, state, logger):
-        if int(state.timestamp.batch) == self.after_step:
-            raise KeyboardInterrupt
 
 
 class FakedTop1(Callback):

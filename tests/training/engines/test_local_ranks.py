@@ -65,7 +65,11 @@ def gone(number: int, *, seconds: float) -> bool:
 
 
 @pytest.mark.timeout(100)
-def test_a_rank_has_its_environment_its_output_and_its_status(tmp_path: Path) -> None:
+@pytest.mark.parametrize("has_gpu", [False, True], ids=["forked", "fresh"])
+def test_a_rank_has_its_environment_its_output_and_its_status(
+    has_gpu: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)  # in this process, which chooses how they start
     outputs = [tmp_path / "0", tmp_path / "1"]
     environment = {**os.environ, "GIVEN": "so", "OMP_NUM_THREADS": "2"}
     with local_ranks(describe, tmp_path, outputs=outputs, environment=environment) as processes:

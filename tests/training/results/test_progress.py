@@ -10,12 +10,9 @@ import pytest
 import torch
 from composer import Trainer
 from composer.core import Callback
-from composer.models import ComposerModel
 from composer.utils import dist
-from torch import nn
-from torch.nn import functional as F
+from tiny_model import Interrupt, TinyModel
 from torch.utils.data import DataLoader, TensorDataset
-from torchmetrics.classification import MulticlassAccuracy
 
 from training.checkpoints.saving import Checkpoints
 from training.results.progress import ProgressBar
@@ -23,28 +20,6 @@ from training.results.progress import ProgressBar
 pytestmark = pytest.mark.timeout(120)
 
 STEPS_PER_EPOCH, BATCH_SIZE = 4, 8
-
-
-class TinyModel(ComposerModel):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.module = nn.Linear(6, 3)
-
-    def forward(self, batch):
-        return self.module(batch[0])
-
-    def loss(self, outputs, batch):
-        return F.cross_entropy(outputs, batch[1])
-
-    def eval_forward(self, batch, outputs=None):
-        return self.forward(batch) if outputs is None else outputs
-
-    def get_metrics(self, is_train=False):
-        return {} if is_train else {"top1": MulticlassAccuracy(num_classes=3, average="micro")}
-
-    def update_metric(self, batch, outputs, metric):
-        metric.update(outputs, batch[1])
 
 
 class SizedLoader(DataLoader):
@@ -67,15 +42,6 @@ class Spend(Callback):
 
     def batch_start(self, state, logger):
         self.clock.now += self.seconds[int(state.timestamp.epoch)]
-
-
-class Interrupt(Callback):
-    def __init__(self, *, after_step: int, error: type[BaseException] = KeyboardInterrupt) -> None:
-        self.after_step, self.error = after_step, error
-
-    def batch_start(self, state, logger):
-        if int(state.timestamp.batch) == self.after_step:
-            raise self.error("stopped")
 
 
 class Terminal(io.StringIO):

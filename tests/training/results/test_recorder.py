@@ -10,15 +10,12 @@ import pytest
 import torch
 from composer import Evaluator, Trainer
 from composer.core import Callback
-from composer.models import ComposerModel
 from composer.optim import LinearScheduler
 from composer.utils import dist
 from ranks import run_ranks
-from torch import nn
+from tiny_model import Interrupt, TinyModel
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
-from torchmetrics import MeanMetric
-from torchmetrics.classification import MulticlassAccuracy
 
 from training.checkpoints.saving import Checkpoints
 from training.results.history import EPOCH_COLUMNS, STEP_COLUMNS, read_metrics
@@ -33,35 +30,6 @@ pytestmark = [
 BATCH_SIZE, IMAGES = 8, 28  # four steps an epoch, the last with half a batch
 STEPS_PER_EPOCH = 4
 TIMES = ("images_per_second", "train_seconds")
-
-
-class TinyModel(ComposerModel):
-    def __init__(self, *, measured: bool = True) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.module = nn.Linear(6, 3)
-        self.measured = measured
-
-    def forward(self, batch):
-        return self.module(batch[0])
-
-    def loss(self, outputs, batch):
-        return F.cross_entropy(outputs, batch[1])
-
-    def eval_forward(self, batch, outputs=None):
-        return self.forward(batch) if outputs is None else outputs
-
-    def get_metrics(self, is_train=False):
-        top1 = MulticlassAccuracy(num_classes=3, average="micro")
-        if not self.measured:
-            return {} if is_train else {"loss": MeanMetric()}
-        return {"top1": top1} if is_train else {"top1": top1, "loss": MeanMetric()}
-
-    def update_metric(self, batch, outputs, metric):
-        if isinstance(metric, MeanMetric):
-            metric.update(F.cross_entropy(outputs, batch[1], reduction="none"))
-        else:
-            metric.update(outputs, batch[1])
 
 
 class ResizingLoader(DataLoader):
@@ -97,15 +65,6 @@ class CountSteps(Callback):
                 "learning_rate": state.optimizers[0].param_groups[0]["lr"],
             }
         )
-
-
-class Interrupt(Callback):
-    def __init__(self, *, after_step: int) -> None:
-        self.after_step = after_step
-
-    def batch_start(self, state, logger):
-        if int(state.timestamp.batch) == self.after_step:
-            raise KeyboardInterrupt
 
 
 def make_trainer(
