@@ -12,11 +12,12 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SCRIPTS = sorted(EXAMPLES.glob("*.py"))
-NEEDS = {"lightning_fabric": "lightning_fabric", "accelerate_loop": "accelerate", "plain_pytorch": "torchvision"}
+NEEDS = {"accelerate_loop": "accelerate", "fabric_loop": "lightning_fabric", "plain_pytorch": "torchvision"}
 
-# Runs a script where nothing can import Composer.
+# Runs a script where nothing can import Composer, and its folder comes first, as for `python SCRIPT`.
 RUN = """
-import runpy, sys
+import pathlib, runpy, sys
+sys.path[0] = str(pathlib.Path(sys.argv[1]).parent)
 class Block:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] == "composer":
