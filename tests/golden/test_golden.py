@@ -11,14 +11,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from ranks import run_python
 
+ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).with_name("golden.json")
 STEPS = 50
 RUNS = {
@@ -49,7 +52,10 @@ def run(name: str, folder: Path) -> dict[str, Any]:
         f"data.cache_dir={folder / 'cache'}",
         "device=cpu",
     ]
-    done = run_python("run.py", "-f", f"yamls/{name}.yaml", *given, environment={"OMP_NUM_THREADS": "1"}, timeout=280)
+    command = [sys.executable, "run.py", "-f", f"yamls/{name}.yaml", *given]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=280
+    )
     assert done.returncode == 0, done.stderr
     (out,) = (path for path in folder.iterdir() if path.name.startswith("golden"))
     metrics = np.load(out / "metrics.npz")

@@ -156,6 +156,7 @@ def test_losing_a_host_ends_the_other_and_the_same_command_goes_on(hosts: Hosts,
         ip("-n", hosts.names[1], "link", "set", "veth0", "up")
     again, _ = hosts.start(tmp_path, *common, "duration.epochs=4000")
     wait_until(lambda: "continuing after epoch" in again.said(), seconds=130)
+    assert "loss" not in again.said().partition("continuing after epoch")[0]  # it trained nothing before
 
 
 def test_silence_is_measured_by_change_and_not_by_clocks() -> None:
