@@ -143,11 +143,11 @@ def translate_names(state: StateDict) -> StateDict:
     """Rename Hugging Face's and timm's ViT parameters to torchvision's names; others keep theirs.
 
     Query, key and value are joined into the single matrix of torch's attention; Hugging Face's pooler, which no
-    classifier here has, is left out.
+    classifier here has, is left out. transformers 5 has names of its own for a model in memory and writes files with
+    those of transformers 4; both are known.
     """
-    names = _HUGGING_FACE_NAMES if any(".attention.attention.query." in name for name in state) else None
-    if any(".attn.qkv." in name for name in state):
-        names = _TIMM_NAMES
+    known = (names for sign, names in _NAMES_BY_SIGN.items() if any(sign in name for name in state))
+    names = next(known, None)
     if names is None:
         return state
     translated: StateDict = {}
@@ -169,15 +169,27 @@ _HUGGING_FACE_NAMES = (
     (r"^embeddings\.cls_token$", "class_token"),
     (r"^embeddings\.position_embeddings$", "encoder.pos_embedding"),
     (r"^embeddings\.patch_embeddings\.projection\.", "conv_proj."),
-    (r"^encoder\.layer\.(\d+)\.", r"encoder.layers.encoder_layer_\1."),
+    (r"^(encoder\.layer|layers)\.(\d+)\.", r"encoder.layers.encoder_layer_\2."),
     (r"\.layernorm_before\.", ".ln_1."),
     (r"\.layernorm_after\.", ".ln_2."),
+    (r"^layernorm\.", "encoder.ln."),
+    (r"^classifier\.", "heads.head."),
+)
+_TRANSFORMERS_4_NAMES = (
+    *_HUGGING_FACE_NAMES,
     (r"\.attention\.attention\.", ".self_attention."),
     (r"\.attention\.output\.dense\.", ".self_attention.out_proj."),
     (r"\.intermediate\.dense\.", ".mlp.0."),
     (r"\.output\.dense\.", ".mlp.3."),
-    (r"^layernorm\.", "encoder.ln."),
-    (r"^classifier\.", "heads.head."),
+)
+_TRANSFORMERS_5_NAMES = (
+    *_HUGGING_FACE_NAMES,
+    (r"\.attention\.q_proj\.", ".self_attention.query."),
+    (r"\.attention\.k_proj\.", ".self_attention.key."),
+    (r"\.attention\.v_proj\.", ".self_attention.value."),
+    (r"\.attention\.o_proj\.", ".self_attention.out_proj."),
+    (r"\.mlp\.fc1\.", ".mlp.0."),
+    (r"\.mlp\.fc2\.", ".mlp.3."),
 )
 _TIMM_NAMES = (
     (r"^cls_token$", "class_token"),
@@ -193,6 +205,12 @@ _TIMM_NAMES = (
     (r"^norm\.", "encoder.ln."),
     (r"^head\.", "heads.head."),
 )
+# What only these names contain -> the names.
+_NAMES_BY_SIGN = {
+    ".attention.attention.query.": _TRANSFORMERS_4_NAMES,
+    ".attention.q_proj.": _TRANSFORMERS_5_NAMES,
+    ".attn.qkv.": _TIMM_NAMES,
+}
 
 
 def _build(*, image_size: int, patch_size: int, dropout: float, attention_dropout: float, **shape: int) -> nn.Module:

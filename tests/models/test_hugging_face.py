@@ -112,8 +112,9 @@ def refused(folder, said: str) -> None:
 
 def test_pickled_weights_are_not_read(tmp_path) -> None:
     model = tiny("vit")
-    model.save_pretrained(tmp_path, safe_serialization=False)
-    assert (tmp_path / "pytorch_model.bin").is_file()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     refused(tmp_path, "cannot be built: .*model.safetensors")
 
 
@@ -133,7 +134,7 @@ def test_weights_that_leave_parameters_out_are_refused(tmp_path) -> None:
     tiny("vit").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
-    refused(tmp_path, "its weights leave 16 parameters of ViTForImageClassification out .vit.encoder.layer.2")
+    refused(tmp_path, "its weights leave 16 parameters of ViTForImageClassification out .vit.(encoder.)?layers?.2")
 
 
 def test_what_is_no_image_classifier_is_refused(tmp_path) -> None:

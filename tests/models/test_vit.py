@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import torchvision
 import transformers
@@ -64,6 +65,33 @@ def test_equals_transformers_with_translated_names() -> None:
     ours.load_state_dict(translate_names(theirs.state_dict()))
     images = torch.randn(3, 3, 32, 32)
     torch.testing.assert_close(ours(images), theirs(images).logits, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_names_in_memory_and_in_files_lead_to_the_same_weights(tmp_path) -> None:
+    """transformers 5 renames the parameters, and writes files with transformers 4's names."""
+    theirs = tiny_hugging_face()
+    theirs.save_pretrained(tmp_path)
+    in_memory, in_file = theirs.state_dict(), safetensors.torch.load_file(tmp_path / "model.safetensors")
+    assert any(".attention.attention.query." in name for name in in_file)
+    renamed = {_as_transformers_5(name): value for name, value in in_file.items()}
+    assert in_memory.keys() in (in_file.keys(), renamed.keys())
+    expected = translate_names(in_file)
+    for state in (in_memory, renamed):
+        translated = translate_names(state)
+        assert translated.keys() == expected.keys() == vit_digits(num_classes=10).state_dict().keys()
+        for name, value in expected.items():
+            assert torch.equal(translated[name], value), name
+
+
+def _as_transformers_5(name: str) -> str:
+    for before, after in {
+        "encoder.layer.": "layers.", "attention.attention.query": "attention.q_proj",
+        "attention.attention.key": "attention.k_proj", "attention.attention.value": "attention.v_proj",
+        "attention.output.dense": "attention.o_proj", "intermediate.dense": "mlp.fc1", "output.dense": "mlp.fc2",
+    }.items():  # fmt: skip
+        name = name.replace(before, after)
+    return name
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from algos.framework.protocols import CropSwitchingLoader, ResizableLoader
 from data import FFCVLoader, Loader, TorchLoader, digits
 from data.beton.write import write_beton
 from data.decoding.crops import center_crops
+from data.loading import torch_loader
 from data.sources import ArraySource
 
 pytestmark = pytest.mark.timeout(60)
@@ -236,15 +237,30 @@ def test_wrong_settings_are_refused(make: Make, settings: dict, message: str):
 
 
 @pytest.mark.parametrize("crop_ratio", [None, 0.875])
-def test_the_two_loaders_agree(digits_beton: Path, crop_ratio: float | None):
-    """Bilinear enlargement by OpenCV and by torchvision: the same up to rounding."""
+def test_both_loaders_are_within_one_level_of_exact_enlargement(
+    digits_beton: Path, crop_ratio: float | None, monkeypatch: pytest.MonkeyPatch
+):
+    """Bilinear enlargement in float64, rounded to the nearest level.
+
+    Both loaders compute in fixed point. How torchvision rounds depends on its version: of the values here, 0.32 %
+    differ from the exact ones by one level with 0.22, 9.3 % with 0.29, and so the two loaders by two levels at most.
+    """
     settings = {"per_device_batch_size": 128, "image_size": 20, "train": True, "seed": 9, "num_workers": 0}
     settings["crop_ratio"] = crop_ratio
     ffcv, torchs = FFCVLoader(digits_beton, **settings), TorchLoader(digits(), **settings)
     assert (ffcv.mean, ffcv.std) == (torchs.mean, torchs.std)
-    for (images, labels), (other_images, other_labels) in zip(ffcv, torchs, strict=True):
-        assert torch.equal(labels, other_labels)
-        assert (images.int() - other_images.int()).abs().max() <= 1
+    batches, other_batches = list(ffcv), list(torchs)
+    monkeypatch.setattr(torch_loader.functional, "resized_crop", exactly_resized_crop)
+    for (exact, labels), *others in zip(TorchLoader(digits(), **settings), batches, other_batches, strict=True):
+        for images, other_labels in others:
+            assert torch.equal(labels, other_labels)
+            assert (images.int() - exact.int()).abs().max() <= 1
+
+
+def exactly_resized_crop(pixels, top, left, height, width, size, *, antialias):
+    """torchvision's `resized_crop` of an image [3, H, W], in float64."""
+    crop = pixels[None, :, top : top + height, left : left + width].double()
+    return torch.nn.functional.interpolate(crop, size, mode="bilinear", antialias=antialias)[0].round().byte()
 
 
 @pytest.mark.parametrize("image_size", [160, 64, 32, 16])
