@@ -95,7 +95,9 @@ def build_hugging_face(
     if gradient_checkpointing:
         if not model.supports_gradient_checkpointing:
             raise ValueError(f"gradient_checkpointing is true and {type(model).__name__} has none; set it to false")
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers 5 has another name for it, and warns about this one.
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
     return HuggingFaceClassifier(model)
 
 
