@@ -196,7 +196,7 @@ def _plan_max_pools(model: nn.Module, settings: _Settings) -> _Changes:
 def _plan_residual_block(block: Any, settings: _Settings, changes: _Changes) -> None:
     convolutions = [getattr(block, name) for name in ("conv1", "conv2", "conv3") if hasattr(block, name)]
     _blur_behind_activation(convolutions, settings, changes)
-    shortcut = block.downsample[0] if isinstance(block.downsample, nn.Sequential) else None
+    shortcut: Any = block.downsample[0] if isinstance(block.downsample, nn.Sequential) else None
     if shortcut in _strided_convolutions(block, settings) and _is_pointwise(shortcut):
         changes[shortcut] = _blur_then_pointwise(shortcut, settings)
 

@@ -9,11 +9,10 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 
@@ -230,7 +229,7 @@ def _perturb(parameters: Sequence[Tensor], *, rho: float, adaptive: bool) -> lis
 
 def _shards(tensors: Sequence[Tensor]) -> list[Tensor]:
     # Functions on lists do not accept DTensors (torch 2.7); elementwise operations need only the shards.
-    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+    return [tensor.to_local() if _is_sharded(tensor) else tensor for tensor in tensors]
 
 
 def _norm(tensors: Sequence[Tensor]) -> Tensor:
@@ -238,7 +237,7 @@ def _norm(tensors: Sequence[Tensor]) -> Tensor:
     norms = []
     for tensor in tensors:
         norm = torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
-        norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        norms.append(norm.full_tensor() if _is_sharded(norm) else norm)
     return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
 
 
@@ -356,3 +355,7 @@ def _set_random_state(model: nn.Module, state: _RandomState) -> None:
         torch.mps.set_rng_state(state.generators[1])
     for draws, of_rows in state.draws:
         draws.of_rows = of_rows
+
+
+def _is_sharded(tensor: Any) -> TypeGuard[Any]:
+    return hasattr(tensor, "full_tensor")  # a DTensor, whose class takes a second to import

@@ -11,17 +11,15 @@ import math
 import pickle
 import re
 from collections.abc import Mapping
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.torch_version import TorchVersion
 
 from .checkpointing import checkpoint_blocks
+from .data_only import data_only, named_by
 
 log = logging.getLogger(__name__)
 
@@ -30,8 +28,6 @@ StateDict = dict[str, Tensor]
 POSITIONS = "encoder.pos_embedding"  # torchvision's name of a ViT's position embeddings, [1, 1 + g², D]
 # Keys under which training scripts store weights; Composer's checkpoints, and so this project's, use state.model.
 _WRAPPERS = ("state", "state_dict", "model", "model_state_dict")
-# What Composer's checkpoints hold besides tensors and plain containers: random states, versions, times. None runs code.
-_COMPOSERS = [np.ndarray, np.dtype, np.empty(0).__reduce__()[0], type(np.dtype(np.uint32)), TorchVersion, timedelta]
 _PREFIXES = ("module.", "_orig_mod.")  # of parameters under DistributedDataParallel and torch.compile
 # Heads that torchvision's GoogLeNet and Inception have in training only.
 _AUXILIARY = re.compile(r"(aux1|aux2|AuxLogits)\.")
@@ -63,14 +59,17 @@ def finish(
     return checkpoint_blocks(model) if gradient_checkpointing else model
 
 
-def read_weights(weights: str, *, architecture: str | None = None) -> StateDict:
-    """The tensors that `weights` names, on the CPU; see `load_weights`."""
+def read_weights(weights: str, *, architecture: str | None = None, trust: bool = False) -> StateDict:
+    """The tensors that `weights` names, on the CPU; see `load_weights`.
+
+    trust: read a file with Python's unrestricted unpickler, which runs what the file says.
+    """
     names = _torchvision_names(architecture)
     if weights in names:
         return _unwrap(_download(weights, architecture), weights)
     path = Path(weights).expanduser()
     if path.is_file():
-        return _unwrap(_read_file(path), weights)
+        return _unwrap(_read_file(path, trust), weights)
     near = difflib.get_close_matches(weights, names, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     known = f", or one of torchvision's for {architecture}: {', '.join(names)}" if names else ""
@@ -147,20 +146,22 @@ def _download(name: str, architecture: str | None) -> Any:
         ) from None
 
 
-def _read_file(path: Path) -> Any:
+def _read_file(path: Path, trust: bool) -> Any:
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
             return load_file(path)
-        with torch.serialization.safe_globals(_COMPOSERS):
+        if trust:
+            return torch.load(path, map_location="cpu", weights_only=False)
+        with data_only():
             return torch.load(path, map_location="cpu", weights_only=True)
     except ModuleNotFoundError:
         raise ValueError(f"reading {path} needs safetensors: pip install 'brisk-vision[hf]'") from None
-    except pickle.UnpicklingError:
+    except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} holds more than tensors, which only an unpickler that runs a stranger's code could read; save the "
-            "state dict alone: torch.save(model.state_dict(), path)"
+            f"{path} holds more than tensors ({named_by(error, path)}), which only an unpickler that runs a stranger's "
+            "code could read; save the state dict alone: torch.save(model.state_dict(), path)"
         ) from None
     except Exception as error:  # torch and safetensors raise many kinds of errors for truncated or foreign files
         reason = " ".join(str(error).split())[:200]

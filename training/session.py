@@ -13,6 +13,7 @@ import yaml
 from composer.utils import dist
 
 from training.build import build_loaders, build_test_loader
+from training.checkpoints.reading import check_checkpoint
 from training.checkpoints.saving import find_latest
 from training.checkpoints.sharded import is_sharded
 from training.checkpoints.zero import is_zero
@@ -32,8 +33,8 @@ log = logging.getLogger(__name__)
 
 # Keys that may differ between a run and its continuation: they do not change what is computed.
 _FREE_ON_RESUME = (
-    "load", "autoresume", "logging", "results_dir", "checkpoints", "device", "compile", "data.cache_dir",
-    "parallelism.strategy", "parallelism.fsdp", "parallelism.lost_rank_timeout_seconds",
+    "load", "autoresume", "trust_checkpoint", "logging", "results_dir", "checkpoints", "device", "compile",
+    "data.cache_dir", "parallelism.strategy", "parallelism.fsdp", "parallelism.lost_rank_timeout_seconds",
 )  # fmt: skip
 _FREE_ON_RESUME_ENDINGS = (".num_workers", ".loader", ".path")
 
@@ -148,6 +149,8 @@ def _prepare_run_dir(recipe: Recipe, say: Callable[[str], None]) -> str | None:
             f"is {load_path}, which deepspeed wrote; continue with parallelism.strategy=deepspeed, or start from its "
             "weights: python -m training.checkpoints.export, then model.weights",
         )
+    if load_path is not None and not recipe.trust_checkpoint:
+        check_checkpoint(load_path)
     if load_path is not None and Path(load_path).parent.parent == run_dir:
         _refuse_another_recipe(recipe, load_path)
     dist.barrier()  # every rank has checked before rank 0 moves anything

@@ -20,8 +20,14 @@ _ANSWERS: dict[tuple[str, str], Callable[..., Any]] = {
     (_COMPILER, "disable"): lambda function, *args, **kwargs: function,
     (_SHAPES, "_advise_is_size"): lambda size: None,
     (_SHAPES, "expect_true"): lambda condition, *args, **kwargs: condition,
+    (_SHAPES, "guard_or_false"): lambda condition: condition,
+    (_SHAPES, "guard_or_true"): lambda condition: condition,
     (_SHAPES, "guard_size_oblivious"): lambda condition: condition,
     (_SHAPES, "is_nested_int"): lambda size: False,
+    (_SHAPES, "statically_known_true"): lambda condition: condition,
+    (_SHAPES, "sym_and"): lambda *conditions: all(conditions),
+    (_SHAPES, "sym_eq"): lambda left, right: left == right,
+    (_SHAPES, "sym_or"): lambda *conditions: any(conditions),
     (_ALGEBRA, "Basic"): type("Basic", (), {}),
 }
 

@@ -3,13 +3,15 @@
     .metadata, __0_0.distcp, __1_0.distcp ...   the tensors, in torch's distributed format
     state.pt                                    the rest of the run's state, and every rank's random state
 
-Any number of ranks can read it, under any engine. Neither writing nor reading gathers the tensors in one place.
+Any number of ranks can read it, under any engine. Neither writing nor reading gathers the tensors in one place. The
+first and the last are pickles: read them within training.checkpoints.reading, which makes torch.load read data only.
 """
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
+import pickle
+from pathlib import Path, PosixPath
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist, reproducibility
 from torch import distributed
+from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict import (
@@ -57,11 +60,12 @@ class LoadShards(Callback):
 
     Afterwards `rng_state` holds the random states, which the Trainer restores at its first step.
 
-    state.pt and .metadata are pickles: load only checkpoints that you trust as you trust code.
+    trust: read .metadata with the unrestricted unpickler, which runs what it says.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, trust: bool = False) -> None:
         self._path = Path(path)
+        self._reader = reader_of(trust)
         self.rng_state: list[dict[str, Any]] | None = None
 
     def before_load(self, state: State, logger: Logger) -> None:
@@ -79,7 +83,7 @@ class LoadShards(Callback):
             "optimizer": get_optimizer_state_dict(state.model, optimizer)["state"],
         }
         try:
-            load(tensors, storage_reader=FileSystemReader(self._path), no_dist=not distributed.is_initialized())
+            load(tensors, storage_reader=self._reader(self._path), no_dist=not distributed.is_initialized())
         except CheckpointException as error:
             reasons = sorted({str(failure).splitlines()[0] for failure, _ in error.failures.values()})
             raise ValueError(f"{self._path} is of another network or optimizer: {'; '.join(reasons)}") from error
@@ -87,6 +91,43 @@ class LoadShards(Callback):
         set_model_state_dict(state.model, tensors["model"], options=options)
         loaded: Any = {"state": tensors["optimizer"], "param_groups": param_groups}
         set_optimizer_state_dict(state.model, optimizer, loaded, options=options)
+
+
+def reader_of(trust: bool) -> type[FileSystemReader]:
+    """DCP's own reader for a checkpoint that is trusted, and DataOnlyReader for all others."""
+    return FileSystemReader if trust else DataOnlyReader
+
+
+class DataOnlyReader(FileSystemReader):
+    """Reads .metadata without running what it names: anything but DCP's own records raises pickle.UnpicklingError."""
+
+    def read_metadata(self, *args: Any, **settings: Any) -> metadata.Metadata:
+        with open(Path(self.path) / _METADATA, "rb") as file:
+            read = _MetadataUnpickler(file).load()
+        read.storage_meta = getattr(read, "storage_meta", None) or metadata.StorageMeta()
+        read.storage_meta.load_id = self.load_id  # as in FileSystemReader
+        return read
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module_name: str, global_name: str, /) -> Any:
+        if module_name == "torch" and isinstance(getattr(torch, global_name, None), torch.dtype):
+            return getattr(torch, global_name)
+        if (module_name, global_name) not in _IN_METADATA:
+            raise pickle.UnpicklingError(f"GLOBAL {module_name}.{global_name} is no part of DCP's metadata")
+        return _IN_METADATA[module_name, global_name]
+
+
+# What .metadata names: records, paths, and a function that makes a layout out of its name.
+_RECORDS: tuple[Any, ...] = (
+    metadata.BytesStorageMetadata, metadata.ChunkStorageMetadata, metadata.Metadata, metadata.MetadataIndex,
+    metadata.StorageMeta, metadata.TensorProperties, metadata.TensorStorageMetadata, metadata._MEM_FORMAT_ENCODING,
+    filesystem._StorageInfo, torch.serialization._get_layout, torch.Size,
+)  # fmt: skip
+_IN_METADATA = {
+    **{(record.__module__, record.__qualname__): record for record in _RECORDS},
+    **{(module, "PosixPath"): PosixPath for module in ("pathlib", "pathlib._local")},  # the latter is Python 3.13's
+}
 
 
 def state_without_tensors(state: State) -> dict[str, Any]:

@@ -4,8 +4,8 @@
     zero/            DeepSpeed's own files: each rank's part of the weights and of the optimizer's state
     state.pt         the rest of the run's state, and every rank's random state
 
-DeepSpeed reads its files with torch's unrestricted unpickler, and state.pt is a pickle too: load only checkpoints that
-you trust as you trust code.
+DeepSpeed reads its files with torch's unrestricted unpickler: read them within training.checkpoints.reading, which
+makes torch.load read data and `classes_in_zero` only.
 """
 
 from __future__ import annotations
@@ -29,6 +29,15 @@ _WRITER, _TAG, _STATE = "deepspeed.json", "zero", "state.pt"
 def is_zero(path: str | os.PathLike[str]) -> bool:
     """Whether `path` is a checkpoint of a DeepSpeed run."""
     return (Path(path) / _WRITER).is_file()
+
+
+def classes_in_zero() -> tuple[Any, ...]:
+    """The classes of DeepSpeed that its files name. None of them runs code when it is created."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address
 
 
 def save_zero(engine: Any, state: State, folder: Path, *, settings: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from composer.utils import reproducibility
 
 from training.build import build_algorithms, build_data_specs, build_model, build_optimizer_of
 from training.callbacks import build_callbacks, is_complete
+from training.checkpoints.reading import reading
 from training.checkpoints.sharded import LoadShards, is_sharded
 from training.engines.parallel import LikeDDP, fsdp_config
 from training.plan import Plan
@@ -54,29 +56,31 @@ def build_trainer(
     train, evaluation = build_data_specs(plan, loaders)
     sharding = recipe.parallelism.strategy == "fsdp"
     callbacks = [*([LikeDDP()] if sharding else []), *callbacks]
-    shards = LoadShards(load_path) if load_path is not None and is_sharded(load_path) else None
-    trainer = Trainer(
-        model=model,
-        train_dataloader=train,
-        eval_dataloader=Evaluator(label="eval", dataloader=evaluation),
-        eval_interval=f"{recipe.data.eval.every_epochs}ep",
-        max_duration=f"{recipe.epochs}ep",
-        algorithms=list(build_algorithms(plan).values()),
-        optimizers=build_optimizer_of(model, plan),
-        callbacks=callbacks if shards is None else [shards, *callbacks],
-        parallelism_config=fsdp_config(recipe.parallelism.fsdp, network) if sharding else None,
-        run_name=recipe.run_name,
-        progress_bar=False,
-        load_path=load_path if shards is None else None,
-        # The loaders can start at any batch of any epoch; spinning would decode and drop the batches already trained.
-        spin_dataloaders=False,
-        device=plan.place.device,
-        precision=recipe.precision,
-        compile_config=_compile_settings() if recipe.compile else None,
-        device_train_microbatch_size=recipe.data.train.per_device_microbatch_size,
-        seed=recipe.seed,
-        auto_log_hparams=False,
-    )
+    trust = recipe.trust_checkpoint
+    shards = LoadShards(load_path, trust=trust) if load_path is not None and is_sharded(load_path) else None
+    with reading(load_path, trust=trust) if load_path is not None else nullcontext():
+        trainer = Trainer(
+            model=model,
+            train_dataloader=train,
+            eval_dataloader=Evaluator(label="eval", dataloader=evaluation),
+            eval_interval=f"{recipe.data.eval.every_epochs}ep",
+            max_duration=f"{recipe.epochs}ep",
+            algorithms=list(build_algorithms(plan).values()),
+            optimizers=build_optimizer_of(model, plan),
+            callbacks=callbacks if shards is None else [shards, *callbacks],
+            parallelism_config=fsdp_config(recipe.parallelism.fsdp, network) if sharding else None,
+            run_name=recipe.run_name,
+            progress_bar=False,
+            load_path=load_path if shards is None else None,
+            # The loaders can start at any batch of any epoch; spinning would decode and drop those already trained.
+            spin_dataloaders=False,
+            device=plan.place.device,
+            precision=recipe.precision,
+            compile_config=_compile_settings() if recipe.compile else None,
+            device_train_microbatch_size=recipe.data.train.per_device_microbatch_size,
+            seed=recipe.seed,
+            auto_log_hparams=False,
+        )
     if shards is not None:
         trainer._rng_state = shards.rng_state
     return trainer

@@ -27,6 +27,7 @@ from algos import apply_channels_last
 from algos.framework.base import SpeedUp
 from training.build import build_algorithms, build_data_specs, build_model, build_optimizer_of
 from training.callbacks import build_callbacks, is_complete
+from training.checkpoints.reading import reading
 from training.checkpoints.zero import load_zero, save_zero
 from training.engines.deepspeed_settings import deepspeed_config, zero_stage
 from training.engines.parallel import LikeDDP
@@ -118,7 +119,8 @@ class DeepSpeedRun:
 
     def load(self, folder: Path) -> None:
         """Resume from the checkpoint in `folder`. Raises RecipeError if another engine wrote it."""
-        load_zero(self.engine, self.state, self._logger, folder, settings=self._settings)
+        with reading(folder, trust=self._plan.recipe.trust_checkpoint):
+            load_zero(self.engine, self.state, self._logger, folder, settings=self._settings)
 
     def close(self) -> None:
         """Release the engine; no training is possible afterwards."""

@@ -158,4 +158,5 @@ class RecipeKeys:
     results_dir: str = "results"
     load: str | None = None  # latest, or a checkpoint's path
     autoresume: bool = False
+    trust_checkpoint: bool = False
     smoke: bool = False  # the same run at small scale, on synthetic images; see training/recipe/smoke.py

@@ -39,6 +39,7 @@ class Recipe:
     results_dir: Path
     load: str | None
     autoresume: bool
+    trust_checkpoint: bool
 
     @property
     def run_dir(self) -> Path:
@@ -90,6 +91,7 @@ def _recipe(top: dict[str, Any]) -> Recipe:
         results_dir=Path(top["results_dir"]),
         load=top["load"],
         autoresume=top["autoresume"],
+        trust_checkpoint=top["trust_checkpoint"],
     )
 
 

@@ -1,0 +1,108 @@
+"""Reads what torch.save wrote without running code that the file names.
+
+A pickle can name any function and have it called. torch's restricted unpickler creates tensors, plain values and the
+classes that it is told to allow, and refuses the rest before anything runs.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.torch_version import TorchVersion
+
+_reconstruct = np.empty(0).__reduce__()[0]
+# What Composer's checkpoints hold besides tensors and plain containers: random states, versions, times. These are the
+# classes that Composer allows itself since pull request 3937, which is in no release. None of them runs code.
+COMPOSERS: tuple[Any, ...] = (
+    np.ndarray,
+    np.dtype,
+    type(np.dtype(np.uint32)),
+    _reconstruct,
+    (_reconstruct, "numpy.core.multiarray._reconstruct"),  # its name in files that were written with NumPy 1
+    TorchVersion,
+    timedelta,
+)
+_FORCED, _FORBIDDEN = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+
+
+@contextmanager
+def data_only(*allowed: Any) -> Iterator[None]:
+    """Within this context every torch.load reads data only, whoever calls it and whatever it asks for.
+
+    allowed: further classes and functions that files may name, or pairs of one and its full name in files.
+
+    What a file names beyond them raises pickle.UnpicklingError, before it runs; `named_by` tells what it was. The
+    context holds for the whole process, in all threads: use it around reading only.
+    """
+    before = {name: os.environ.pop(name, None) for name in (_FORCED, _FORBIDDEN)}
+    os.environ[_FORCED] = "1"  # torch's own switch, which also reaches Composer and DeepSpeed
+    try:
+        with torch.serialization.safe_globals([*COMPOSERS, *allowed]):
+            yield
+    finally:
+        del os.environ[_FORCED]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
+
+
+def named_by(error: pickle.UnpicklingError, path: str | os.PathLike[str]) -> str:
+    """What the file at `path` names that was refused with `error`, like posix.system, or what else torch said."""
+    told = re.search(r"GLOBAL (\S+)", str(error))
+    name = told[1] if told else _first_unknown_name(Path(path))
+    return name or " ".join(str(error).split())[:200]
+
+
+def _first_unknown_name(path: Path) -> str | None:
+    """For pickles of protocols that torch's unpickler does not read, and so does not name anything of."""
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                entry = next(name for name in archive.namelist() if name.endswith("data.pkl"))
+                with archive.open(entry) as file:
+                    return _NameFinder(file).find()
+        with open(path, "rb") as file:
+            return _NameFinder(file).find()
+    except (OSError, StopIteration, zipfile.BadZipFile):
+        return None
+
+
+class _Found(Exception):
+    pass
+
+
+class _NameFinder(pickle.Unpickler):
+    """Creates nothing but `_Anything`, and stops at the first name that is no known class of data."""
+
+    def find(self) -> str | None:
+        try:
+            self.load()
+        except _Found as found:
+            return str(found)
+        except Exception:  # a damaged pickle can raise anything
+            return None
+        return None
+
+    def find_class(self, module_name: str, global_name: str, /) -> Callable[..., Any]:
+        if module_name.partition(".")[0] not in ("torch", "numpy", "collections", "datetime"):
+            raise _Found(f"{module_name}.{global_name}")
+        return _Anything
+
+    def persistent_load(self, pid: Any) -> Any:
+        return _Anything()
+
+
+class _Anything(dict[Any, Any]):
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__()
+
+    def __setstate__(self, state: Any) -> None:
+        """Nothing is kept."""
