@@ -5,4 +5,4 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
 command -v "$python" >/dev/null 2>&1 || { echo "gpu_kit.sh: $python is not there; run make setup first, or set PYTHON=/path/to/python3" >&2; exit 2; }
-exec "$python" -m benchmarks.gpu_kit "$@"
+exec "$python" -m benchmarks.gpu_machine.kit "$@"

@@ -25,17 +25,17 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CONSTRAINTS = ROOT / "constraints" / "newest.txt"
 SCHEMA = 1  # of kit.json
 MOST_BYTES = 40 * 2**20
 TRAIN_PHOTOS, VAL_PHOTOS = 160, 32  # of about 110 kB; the check repeats their entries until they fill an epoch
 # What the machine is taken to have. The kit is refused if one of its wheels needs a package that is on neither list.
-HAS = frozenset(
-    """anyio click filelock huggingface-hub matplotlib numpy packaging pillow protobuf psutil pygments python-dateutil pyyaml
-    requests rich safetensors scikit-image scikit-learn six torch torchmetrics torchvision tqdm transformers
-    typing-extensions urllib3 yarl""".split()
-)
+HAS = {
+    "anyio", "click", "filelock", "huggingface-hub", "matplotlib", "numpy", "packaging", "pillow", "protobuf", "psutil",
+    "pygments", "python-dateutil", "pyyaml", "requests", "rich", "safetensors", "scikit-image", "scikit-learn", "six",
+    "torch", "torchmetrics", "torchvision", "tqdm", "transformers", "typing-extensions", "urllib3", "yarl",
+}  # fmt: skip
 # What Composer, recipes and the tests need beside `HAS`. Where the machine has one too, the kit's comes first.
 WHEELS = (
     "annotated-types", "antialiased-cnns", "argcomplete", "arrow", "backoff", "coolname", "gql", "graphql-core",
@@ -105,7 +105,9 @@ def _make(options: argparse.Namespace) -> int:
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    _say(f"{options.out}: {size / 2**20:.1f} MiB; copy it into a checkout on the GPU machine, then scripts/gpu_check.sh")
+    _say(
+        f"{options.out}: {size / 2**20:.1f} MiB; copy it into a checkout on the GPU machine, then scripts/gpu_check.sh"
+    )
     return 0
 
 
@@ -207,7 +209,8 @@ def build_native(folder: Path) -> list[str]:
     _say("building the native decoder")
     folder.mkdir()
     with tempfile.TemporaryDirectory() as scratch:
-        done = _run([sys.executable, "setup.py", "--quiet", "build_ext", "--build-lib", scratch, "--build-temp", scratch])
+        where = ["--build-lib", scratch, "--build-temp", scratch]
+        done = _run([sys.executable, "setup.py", "--quiet", "build_ext", *where], LDFLAGS="-s")  # no debug symbols
         built = list(Path(scratch).rglob("_native_decode*.so"))
         if not built:
             raise KitError(f"the native decoder was not built; it needs g++ and libjpeg's headers: {_last_line(done)}")
@@ -291,8 +294,8 @@ def repeat_entries(path: Path, out: Path, *, times: int) -> None:
     sidecar_path(out).write_text(json.dumps(about))
 
 
-def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+def _run(command: Sequence[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environment})
 
 
 def _last_line(done: subprocess.CompletedProcess[str]) -> str:
