@@ -181,7 +181,7 @@ def check_recipe(check: Check) -> Iterator[Row]:
         if on_gpu:
             yield from _recipe_rows(check, precision)
         else:
-            yield Row("recipe", precision, "skipped", note="not possible on the CPU: Composer trains in it on a GPU alone")
+            yield Row("recipe", precision, "skipped", note="not possible on the CPU: Composer does it on GPUs alone")
     if not on_gpu:
         yield from _recipe_rows(check, "fp32")
 

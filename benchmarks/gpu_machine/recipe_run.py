@@ -16,6 +16,7 @@ from typing import Any
 
 def main(arguments: Sequence[str]) -> int:
     """Run the recipe of `arguments[1:]`; write its phases to `arguments[0]`."""
+    started = time.monotonic()
     from training.engines.lean_import import import_lean
 
     import_lean()  # as the command line does, before Composer is imported for the first time
@@ -29,7 +30,6 @@ def main(arguments: Sequence[str]) -> int:
         return [*build_callbacks(*given, **named), meter]
 
     engine.build_callbacks = with_meter
-    started = time.monotonic()
     status = cli.main(arguments[1:])
     about = {"seconds": time.monotonic() - started, "until_first_step_seconds": meter.began - started}
     Path(arguments[0]).write_text(json.dumps({**about, "phases": phases(meter.epochs)}))

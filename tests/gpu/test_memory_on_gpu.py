@@ -1,0 +1,102 @@
+"""Microbatches that fit by themselves, and what is said when memory runs out, on a GPU most of which is taken."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(180)]
+
+BATCH_SIZE = 1024
+FREE_BYTES = 2_000_000_000  # less than a batch needs, and more than its weights do
+RECIPE = (
+    "parallelism.strategy=none", "algorithms=null", "duration.epochs=1", "schedule.warmup_epochs=0",
+    "data.train.image_size=64", f"data.train.global_batch_size={BATCH_SIZE}", "data.eval.per_device_batch_size=20",
+    "data.train.num_workers=1", "data.eval.num_workers=1",
+)  # fmt: skip
+
+
+@contextlib.contextmanager
+def little_memory(device: torch.device) -> Iterator[None]:
+    """Holds all but FREE_BYTES of the GPU: allocated, not written, so it takes no time. Nothing on the CPU.
+
+    Not torch's own limit per process: what the driver tells of free memory does not know about it.
+    """
+    held = []
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info(device)
+        if free <= FREE_BYTES:
+            pytest.skip(f"the GPU has {free / 1e9:.1f} GB left, and the test needs more")
+        held.append(torch.empty(free - FREE_BYTES, dtype=torch.uint8, device=device))
+    try:
+        yield
+    finally:
+        held.clear()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def train(recipe: Any) -> Any:
+    from gpu_runs import quiet
+
+    from training import session
+
+    return session.train(recipe, say=quiet)
+
+
+def test_auto_finds_a_microbatch_that_fits(device: torch.device, digits: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from training.engines import composer as engine
+
+    trainers: list[Any] = []
+    build = engine.build_trainer
+    monkeypatch.setattr(engine, "build_trainer", lambda *a, **k: trainers.append(build(*a, **k)) or trainers[-1])
+    microbatch = "auto" if device.type == "cuda" else 256
+    expected = train(digits("run_name=expected", *RECIPE, "data.train.per_device_microbatch_size=64")).history
+    with little_memory(device):
+        found = train(digits("run_name=auto", *RECIPE, f"data.train.per_device_microbatch_size={microbatch}")).history
+    size = trainers[-1].state.device_train_microbatch_size
+    assert 1 <= size < BATCH_SIZE
+    assert len(found.steps["loss"]) == len(expected.steps["loss"]) >= 1
+    # Batch norm sees microbatches, so that their size shows in the loss, but not much.
+    assert found.steps["loss"][0] == pytest.approx(expected.steps["loss"][0], abs=0.2)
+    assert all(math.isfinite(loss) for loss in found.steps["loss"])
+
+
+@pytest.mark.usefixtures("only_on_gpu")
+def test_the_batch_that_is_named_fits_and_twice_as_many_do_not(device: torch.device, digits: Any) -> None:
+    with little_memory(device):
+        with pytest.raises(ValueError, match="out of memory") as refused:
+            train(digits("run_name=whole", *RECIPE))
+        told = str(refused.value)
+        named = re.search(
+            rf"out of memory with {BATCH_SIZE} images a rank .*; set data\.train\.per_device_microbatch_size=(\d+)",
+            told,
+        )
+        assert named, told
+        assert "or data.train.per_device_microbatch_size=auto" in told
+        largest = int(named[1])
+        assert 16 < largest < BATCH_SIZE
+        del refused
+        train(digits("run_name=named", *RECIPE, f"data.train.per_device_microbatch_size={largest}"))
+        with pytest.raises(ValueError, match="out of memory"):
+            train(digits("run_name=twice", *RECIPE, f"data.train.per_device_microbatch_size={2 * largest}"))
+    train(digits("run_name=freed", *RECIPE))  # with all of the memory, what failed before does not
+
+
+def test_a_steps_bytes_are_what_a_larger_batch_takes(device: torch.device) -> None:
+    """c + a b, measured on a few images, against the peak of a batch of 64; on the CPU only that it is measured."""
+    from models.resnet import resnet_digits
+    from training.engines.memory import _peak_bytes, step_bytes
+
+    network = resnet_digits(num_classes=10)
+    constant, per_image = step_bytes(network, image_size=64, device=device)
+    peak = _peak_bytes(network, torch.rand(64, 3, 64, 64, device=device), "fp32")
+    assert per_image > 0
+    assert peak == pytest.approx(constant + 64 * per_image, rel=0.35)
