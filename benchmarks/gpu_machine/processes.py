@@ -25,6 +25,7 @@ class Ended:
     told: str
     seconds: float
     lines: list[str]
+    timed_out: bool = False
 
 
 def run(command: Sequence[str], *, limit_seconds: float, environment: Mapping[str, str] | None = None) -> Ended:
@@ -40,16 +41,17 @@ def run(command: Sequence[str], *, limit_seconds: float, environment: Mapping[st
             env={**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})},
             start_new_session=True,  # a group of its own, which is ended as a whole
         )
+        timed_out = False
         try:
             status = process.wait(timeout=limit_seconds)
             told = f"ended with status {status}"
         except subprocess.TimeoutExpired:
-            status, told = 124, f"did not end within {limit_seconds:.0f} s"
+            status, told, timed_out = 124, f"did not end within {limit_seconds:.0f} s", True
         finally:
             _end_group(process)
         said.seek(0)
         lines = said.read().decode(errors="replace").splitlines()
-    return Ended(status, told, round(time.monotonic() - begun, 1), lines[-_KEPT_LINES:])
+    return Ended(status, told, round(time.monotonic() - begun, 1), lines[-_KEPT_LINES:], timed_out)
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:

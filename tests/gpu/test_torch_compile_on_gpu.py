@@ -12,14 +12,14 @@ pytestmark = [pytest.mark.gpu, pytest.mark.timeout(240)]
 
 
 class Graphs:
-    """A backend that runs what was captured without compiling it, and keeps the image sizes of every graph."""
+    """A backend that runs what was captured without compiling it, and keeps the image size of every graph."""
 
     def __init__(self) -> None:
-        self.sizes: list[tuple[int, bool]] = []  # image size, and whether gradients are asked for
+        self.sizes: list[int] = []
 
     def __call__(self, graph: Any, inputs: Any) -> Any:
         images = [one for one in inputs if isinstance(one, torch.Tensor) and one.ndim == 4 and one.shape[1] == 3]
-        self.sizes.append((int(images[-1].shape[-1]), torch.is_grad_enabled()))
+        self.sizes.append(int(images[-1].shape[-1]))
         return graph.forward
 
 
@@ -38,8 +38,8 @@ def test_resnet50_with_all_algorithms_is_one_graph_per_size(device: torch.device
     config = {"backend": graphs, "dynamic": False, "fullgraph": True}  # which raises at the first graph break
     fit(make_trainer(device, network, names(), image_size=64, steps=2, compile_config=config))
     assert not counters["graph_break"], dict(counters["graph_break"])
-    assert {size for size, _ in graphs.sizes} == {12, 16}  # the stages of the example settings
-    print(graphs.sizes)
+    # The stages of the example settings, and FixRes's last epoch, which freezes most of the network.
+    assert graphs.sizes == [12, 16, 16]
 
 
 def test_compiled_kernels_train_as_others_do(device: torch.device, digits: Any) -> None:
