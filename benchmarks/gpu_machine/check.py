@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
 import os
 import signal
 import subprocess
@@ -99,6 +100,7 @@ def collect(parts: Sequence[tuple[str, Callable[[Check], Iterator[Row]]]], check
             rows.append(Row(name, name, "skipped", note=STOPPED))
             continue
         begun, before = time.monotonic(), len(rows)
+        print(f"[gpu check] {name}", flush=True)
         try:
             for row in part(check):
                 rows.append(row)
@@ -225,7 +227,10 @@ def _test_row(name: str, line: dict[str, Any]) -> Row:
 
 
 def _item(name: str) -> str:
-    return name.removeprefix("tests/gpu/")
+    """The test without what all of their names share; the file alone for one that cannot be imported."""
+    file, _, test = name.removeprefix("tests/gpu/test_").partition("::")
+    file = file.removesuffix(".py").removesuffix("_on_gpu")
+    return f"{file}: {test.removeprefix('test_')}" if test else file
 
 
 def overrides(device: str, *, train: Path, val: Path, num_train: int, scratch: Path, cores: int) -> list[str]:
@@ -251,6 +256,7 @@ def overrides(device: str, *, train: Path, val: Path, num_train: int, scratch: P
         f"data.eval.every_epochs={3 * epochs}",
         f"data.eval.num_workers={workers}",
         f"algorithms.progressive_resizing.stages=[{stages}]",
+        "optimizer.learning_rate_per_256_images=0.05",  # a few steps of warm-up bear no more
         f"algorithms.fixres={{epochs: {epochs}, image_size: {sizes[-1]}, learning_rate: 4.0e-3}}",
         f"schedule.warmup_epochs={epochs / 2}",
         f"duration.epochs={3 * epochs}",
@@ -262,6 +268,7 @@ def overrides(device: str, *, train: Path, val: Path, num_train: int, scratch: P
 
 def _recipe_rows(check: Check, precision: str) -> Iterator[Row]:
     from data.beton.format import Beton
+    from training.results.history import read_metrics
 
     train, figures = check.scratch / "train.beton", check.scratch / f"{precision}.json"
     given = overrides(
@@ -278,8 +285,11 @@ def _recipe_rows(check: Check, precision: str) -> Iterator[Row]:
         item = f"{precision} {phase['image_size']} px, batch {phase['batch_size']}"
         seconds = phase["train_seconds"]
         yield Row("recipe", item, "passed", seconds, _phase_note(phase), figures={"precision": precision, **phase})
-    until = measured["until_first_step_seconds"]
-    yield Row("recipe", f"{precision} in all", "passed", ended.seconds, f"{until:.1f} s until the first step")
+    last = read_metrics(check.scratch / precision / "resnet50_medium" / "metrics.csv")[-1]
+    status = "passed" if math.isfinite(last["train_loss"]) and math.isfinite(last["eval_loss"]) else "failed"
+    note = f"{measured['until_first_step_seconds']:.1f} s until the first step, training loss {last['train_loss']:.3f}"
+    whole = {"precision": precision, **{key: last[key] for key in ("train_loss", "eval_loss", "eval_top1")}}
+    yield Row("recipe", f"{precision} in all", status, ended.seconds, note, figures=whole)
 
 
 def _phase_note(phase: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -104,7 +105,7 @@ def table(report: dict[str, Any]) -> str:
     """The report as text: a line per row, below a failure its last lines, and the sums at the end."""
     lines = [("part", "item", "result", "seconds", "note")]
     errors: list[list[str]] = [[]]
-    for row in report["rows"]:
+    for row in _together(report["rows"]):
         seconds = "" if row["seconds"] is None else f"{row['seconds']:.1f}"
         lines.append((row["part"], row["item"], row["status"], seconds, _short(row["note"])))
         errors.append(row["error"] if row["status"] == "failed" else [])
@@ -143,6 +144,24 @@ def _wrong_keys(value: Any, keys: dict[str, Any], path: str) -> list[str]:
         if key in value and (is_number or not isinstance(value[key], kinds)):
             wrong.append(f"{path}.{key} is {value[key]!r}, of another type")
     return wrong
+
+
+def _together(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows, with the tests that were skipped for one reason as one row in the place of the first."""
+    skipped = Counter(row["note"] for row in rows if _is_skipped_test(row))
+    found, seen = [], set()
+    for row in rows:
+        count = skipped[row["note"]] if _is_skipped_test(row) else 1
+        if count == 1:
+            found.append(row)
+        elif row["note"] not in seen:
+            seen.add(row["note"])
+            found.append({**row, "item": f"{count} tests", "seconds": None})
+    return found
+
+
+def _is_skipped_test(row: dict[str, Any]) -> bool:
+    return row["part"] == "tests" and row["status"] == "skipped"
 
 
 def _short(text: str) -> str:

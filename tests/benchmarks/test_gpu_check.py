@@ -85,6 +85,11 @@ def test_the_table() -> None:
     assert lines[2].split(maxsplit=3)[3] == "no CUDA device"
     assert lines[3].split()[:4] == ["recipe", "fp32", "failed", "3.0"]
     assert lines[4:6] == ["    | Traceback", "    | ValueError: no"]
+    several = [Row("tests", name, "skipped", note="no CUDA device") for name in "abc"]
+    lines_of_tests = table(report(PASSED, *several, FAILED)).splitlines()[1:4]
+    assert [line.split()[:4] for line in lines_of_tests] == [
+        ["tests", "one", "passed", "0.5"], ["tests", "3", "tests", "skipped"], ["recipe", "fp32", "failed", "3.0"],
+    ]  # fmt: skip
     assert lines[-1] == "1 passed, 1 failed, 1 skipped in 12 s on cpu; stopped before its end"
 
 
@@ -129,7 +134,7 @@ def test_a_test_that_ends_pytest_fails_and_the_rest_is_run_anew() -> None:
     ]
     rows, rest = check.test_rows(lines, Ended(-6, "ended with status -6", 2.0, ["Aborted"]))
     assert [(row.item, row.status) for row in rows] == [
-        ("test_a.py::a", "skipped"), ("test_a.py::b", "failed"), ("test_a.py::c", "failed"),
+        ("a: a", "skipped"), ("a: b", "failed"), ("a: c", "failed"),
     ]  # fmt: skip
     assert rows[0].note == "no CUDA device"
     assert rows[1].note == "ValueError: no"
@@ -155,13 +160,14 @@ def test_outcomes_are_written_as_they_come(tmp_path: Path) -> None:
     command += ["-p", "no:cacheprovider", "--continue-on-collection-errors", "--rootdir", str(tmp_path)]
     ended = run(command, limit_seconds=50, environment={VARIABLE: str(lines)})
     rows, rest = check.test_rows([json.loads(line) for line in lines.read_text().splitlines()], ended)
-    notes = {row.item.rpartition("::")[2]: (row.status, row.note) for row in rows}
-    assert notes.pop("test_broken.py")[1] == "ModuleNotFoundError: No module named 'no_such_module'"
+    notes = {row.item.rpartition(": ")[2]: (row.status, row.note) for row in rows}
+    (broken,) = [name for name in notes if name.endswith("test_broken")]
+    assert notes.pop(broken) == ("failed", "ModuleNotFoundError: No module named 'no_such_module'")
     assert notes == {
-        "test_good": ("passed", ""),
-        "test_bad": ("failed", "assert 1 == 2"),
-        "test_left_out": ("skipped", "no CUDA device"),
-        "test_deadly": ("failed", "no outcome: pytest ended with status 7"),
+        "good": ("passed", ""),
+        "bad": ("failed", "assert 1 == 2"),
+        "left_out": ("skipped", "no CUDA device"),
+        "deadly": ("failed", "no outcome: pytest ended with status 7"),
     }
     assert [name.rpartition("::")[2] for name in rest] == ["test_after"]
 

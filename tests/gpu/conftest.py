@@ -60,10 +60,23 @@ def deterministic() -> Iterator[None]:
     """torch raises for an operation whose result depends on the order of threads."""
     import torch
 
+    benchmark = torch.backends.cudnn.benchmark
     torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.benchmark = False  # which would choose an algorithm by its time
     yield
     torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.benchmark = benchmark
+
+
+@pytest.fixture
+def no_tf32() -> Iterator[None]:
+    """Whole float32 in convolutions and products: ten bits of mantissa would hide a difference that matters."""
+    import torch
+
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 @pytest.fixture(scope="session")

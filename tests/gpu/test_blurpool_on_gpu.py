@@ -27,11 +27,12 @@ def pad_and_convolve(images: torch.Tensor, taps: Any, stride: Any, pad: str) -> 
 
 SIZES = [(4, 5), (9, 12), (56, 56)]
 TAPS = [(3, 3), (2, 2), (5, 7), (4, 1)]
+FORMATS = [torch.contiguous_format, torch.channels_last]
 STRIDES = [(1, 1), (2, 2), (3, 1)]
 
 
 @pytest.mark.parametrize("pad", PADS)
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("memory_format", FORMATS, ids=["nchw", "nhwc"])
 def test_derivatives_are_those_of_padding_and_convolving(pad: str, memory_format: Any, device: torch.device) -> None:
     torch.manual_seed(0)
     close = functools.partial(torch.testing.assert_close, rtol=0, atol=1e-12)
@@ -49,11 +50,9 @@ def test_derivatives_are_those_of_padding_and_convolving(pad: str, memory_format
 
 
 @pytest.mark.usefixtures("deterministic")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_the_derivative_is_deterministic_and_right_in_the_precisions_of_training(
-    dtype: Any, memory_format: Any, device: torch.device
-) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("memory_format", FORMATS, ids=["nchw", "nhwc"])
+def test_the_derivative_is_deterministic_and_right(dtype: Any, memory_format: Any, device: torch.device) -> None:
     torch.manual_seed(0)
     images = torch.randn(4, 16, 28, 28, device=device).to(dtype).contiguous(memory_format=memory_format)
     blur = functools.partial(convolve, kernel=binomial_kernel((3, 3), like=images), stride=(2, 2), pad="reflect")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -67,11 +68,10 @@ def test_values_are_those_of_the_other_format(model: str, device: torch.device) 
     network = apply_blurpool(registry.find(model)(num_classes=4)).to(device).double().eval()
     images = torch.randn(2, 3, 32, 32, device=device, dtype=torch.float64)
     results = []
-    for changed in (network, apply_channels_last(network)):
-        network.zero_grad()
+    for changed in (network, apply_channels_last(copy.deepcopy(network))):
         output = changed(images)
         output.square().sum().backward()
-        gradients = [parameter.grad.clone() for parameter in network.parameters() if parameter.grad is not None]
+        gradients = [parameter.grad.clone() for parameter in changed.parameters() if parameter.grad is not None]
         results.append([output.detach(), *gradients])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10)

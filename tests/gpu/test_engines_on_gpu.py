@@ -15,16 +15,7 @@ STEPS = 12  # to compare: later ones drift apart by rounding
 TOLERANCE = 2e-3
 
 
-@pytest.fixture
-def _no_tf32() -> Any:
-    # Ten bits of mantissa would hide what an engine changes.
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
-
-
-@pytest.mark.usefixtures("_no_tf32")
+@pytest.mark.usefixtures("no_tf32")
 @pytest.mark.parametrize("engine", ["ddp", "fsdp 1", "fsdp 2"])
 def test_an_engine_on_one_gpu_trains_as_none_does(engine: str, device: torch.device, digits: Any) -> None:
     from gpu_runs import quiet
