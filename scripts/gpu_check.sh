@@ -23,8 +23,9 @@ if ! "$python" -m pip install --quiet --no-index --no-deps --no-compile --no-cac
     fail "the kit's wheels do not fit $("$python" --version); make a kit with scripts/gpu_kit.sh --python X.Y"
 fi
 export PYTHONPATH="$PWD:$site${PYTHONPATH:+:$PYTHONPATH}"
-# What Python finds for a package's extension stands in its folder; git ignores it there, and it goes at the end.
-if ! compgen -G "data/decoding/_native_decode*.so" >/dev/null; then
+# Python finds an extension in its package's folder; git ignores it there, and it goes at the end. One that was built
+# for this very Python has another name, and goes first.
+if [ ! -e "$decoder" ]; then
     placed=$decoder
     cp "$kit/native/_native_decode.abi3.so" "$decoder"
 fi

@@ -70,7 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     started, began = datetime.datetime.now(datetime.timezone.utc), time.monotonic()
     with tempfile.TemporaryDirectory(prefix="gpu_check.") as scratch:
         check = Check(options.kit, Path(scratch), began + ALL_SECONDS)
-        rows, stopped = collect([(part, _PARTS[part]) for part in PARTS if part in chosen], check)
+        # The environment always: the other parts ask it for the device.
+        rows, stopped = collect([(part, _PARTS[part]) for part in PARTS if part in ("environment", *chosen)], check)
     report = make_report(
         rows,
         started=started.isoformat(timespec="seconds"),

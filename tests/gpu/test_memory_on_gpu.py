@@ -24,24 +24,30 @@ RECIPE = (
 
 
 @contextlib.contextmanager
-def little_memory(device: torch.device) -> Iterator[None]:
-    """Holds all but FREE_BYTES of the GPU: allocated, not written, so it takes no time. Nothing on the CPU.
+def little_memory(device: torch.device, how: str = "taken") -> Iterator[None]:
+    """Leaves FREE_BYTES of the GPU, which takes no time; nothing on the CPU.
 
-    Not torch's own limit per process: what the driver tells of free memory does not know about it.
+    how: "taken" allocates the rest, as another process would; "limited" has torch refuse it to this process.
     """
+    if device.type == "cpu":
+        yield
+        return
+    gc.collect()
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    if free <= FREE_BYTES:
+        pytest.skip(f"the GPU has {free / 1e9:.1f} GB left, and the test needs more")
     held = []
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        free, _ = torch.cuda.mem_get_info(device)
-        if free <= FREE_BYTES:
-            pytest.skip(f"the GPU has {free / 1e9:.1f} GB left, and the test needs more")
+    if how == "taken":
         held.append(torch.empty(free - FREE_BYTES, dtype=torch.uint8, device=device))
+    else:
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(device) + FREE_BYTES) / total, device)
     try:
         yield
     finally:
         held.clear()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        torch.cuda.empty_cache()
 
 
 def train(recipe: Any) -> Any:
@@ -74,8 +80,11 @@ def test_auto_finds_a_microbatch_that_fits(device: torch.device, digits: Any, mo
 
 
 @pytest.mark.usefixtures("only_on_gpu")
-def test_the_batch_that_is_named_fits_and_twice_as_many_do_not(device: torch.device, digits: Any) -> None:
-    with little_memory(device):
+@pytest.mark.parametrize("how", ["taken", "limited"])
+def test_the_batch_that_is_named_fits_and_twice_as_many_do_not(how: str, device: torch.device, digits: Any) -> None:
+    if how == "limited" and not hasattr(torch.cuda, "get_per_process_memory_fraction"):
+        pytest.skip("this torch does not tell its limit")
+    with little_memory(device, how):
         with pytest.raises(ValueError, match="out of memory") as refused:
             train(digits("run_name=whole", *RECIPE))
         told = str(refused.value)
