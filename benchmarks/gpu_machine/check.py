@@ -184,7 +184,7 @@ def check_recipe(check: Check) -> Iterator[Row]:
 
     on_gpu = check.device == "cuda"
     for split in ("train", "val"):
-        times = 64 if on_gpu and split == "train" else 1
+        times = 48 if on_gpu and split == "train" else 1
         repeat_entries(check.kit / "photos" / f"{split}.beton", check.scratch / f"{split}.beton", times=times)
     for precision in ("amp_fp16", "amp_bf16"):
         if on_gpu:
@@ -236,7 +236,7 @@ def _item(name: str) -> str:
 
 def overrides(device: str, *, train: Path, val: Path, num_train: int, scratch: Path, cores: int) -> list[str]:
     """The keys that make `RECIPE` small: all of its phases, on photos from .beton files."""
-    sizes, batches, epochs = ((128, 224, 288), (512, 320, 256), 2) if device == "cuda" else ((32, 48, 64), (32,) * 3, 1)
+    sizes, batches, epochs = ((128, 224, 288), (512, 320, 256), 2) if device == "cuda" else ((32, 48, 64), (16,) * 3, 1)
     stages = ",".join(
         f"{{epochs: {epochs}, image_size: {size}, per_device_batch_size: {batch}}}"
         for size, batch in zip(sizes, batches, strict=True)

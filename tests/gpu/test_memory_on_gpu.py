@@ -110,6 +110,7 @@ def test_a_steps_bytes_are_what_a_larger_batch_takes(device: torch.device) -> No
 
     network = resnet_digits(num_classes=10)
     constant, per_image = step_bytes(network, image_size=64, device=device)
+    assert all(parameter.grad is None for parameter in network.parameters())
     peak = _peak_bytes(network, torch.rand(64, 3, 64, 64, device=device), "fp32")
     assert per_image > 0
     # Convolutions take other amounts of scratch memory for other batches.

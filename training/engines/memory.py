@@ -177,7 +177,9 @@ def _peak_bytes(network: nn.Module, images: torch.Tensor, precision: str) -> int
         torch.cuda.reset_peak_memory_stats(images.device)
         before = torch.cuda.memory_allocated(images.device)
         _forward_and_backward(network, images, precision)
-        return torch.cuda.max_memory_allocated(images.device) - before
+        peak = torch.cuda.max_memory_allocated(images.device) - before
+        network.zero_grad(set_to_none=True)
+        return peak
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # otherwise it warns that there is no GPU
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         _forward_and_backward(network, images, precision)
