@@ -258,7 +258,8 @@ def overrides(device: str, *, train: Path, val: Path, num_train: int, scratch: P
         f"data.eval.num_workers={workers}",
         f"algorithms.progressive_resizing.stages=[{stages}]",
         "optimizer.learning_rate_per_256_images=0.05",  # a few steps of warm-up bear no more
-        f"algorithms.fixres={{epochs: {epochs}, image_size: {sizes[-1]}, learning_rate: 4.0e-3}}",
+        # The recipe's rate per image: its 8 devices have 2,048 images at 4e-3.
+        f"algorithms.fixres={{epochs: {epochs}, image_size: {sizes[-1]}, learning_rate: {2e-6 * batches[-1]:.2e}}}",
         f"schedule.warmup_epochs={epochs / 2}",
         f"duration.epochs={3 * epochs}",
         f"checkpoints={{every_epochs: {3 * epochs}, keep_best: false}}",
