@@ -84,7 +84,8 @@ def free_bytes(device: torch.device) -> int:
     """Memory that this process can still allocate on `device`: a GPU's, or this machine's within its limits."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info(device)[0]
+        free, total = torch.cuda.mem_get_info(device)
+        return max(0, min(free, _unreserved_bytes(device, total)))
     rooms = (_field_bytes("/proc/meminfo", "MemAvailable"), _control_group_bytes(), _address_space_bytes())
     return min((room for room in rooms if room is not None), default=0)
 
@@ -176,7 +177,9 @@ def _peak_bytes(network: nn.Module, images: torch.Tensor, precision: str) -> int
         torch.cuda.reset_peak_memory_stats(images.device)
         before = torch.cuda.memory_allocated(images.device)
         _forward_and_backward(network, images, precision)
-        return torch.cuda.max_memory_allocated(images.device) - before
+        peak = torch.cuda.max_memory_allocated(images.device) - before
+        network.zero_grad(set_to_none=True)
+        return peak
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # otherwise it warns that there is no GPU
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         _forward_and_backward(network, images, precision)
@@ -198,6 +201,12 @@ def _forward_and_backward(network: nn.Module, images: torch.Tensor, precision: s
     with get_precision_context(precision):
         loss = network(images).float().logsumexp(dim=1).mean()
     loss.backward()
+
+
+def _unreserved_bytes(device: torch.device, total: int) -> int:
+    """What torch.cuda.set_per_process_memory_fraction leaves this process, which the driver does not know."""
+    fraction = getattr(torch.cuda, "get_per_process_memory_fraction", None)  # torch 2.6 does not tell it
+    return total if fraction is None else int(total * fraction(device)) - torch.cuda.memory_reserved(device)
 
 
 def _address_space_bytes() -> int | None:

@@ -89,6 +89,24 @@ def test_free_memory_is_no_more_than_the_machine_has() -> None:
     assert 0 < free_bytes(torch.device("cpu")) <= pages
 
 
+def test_a_limit_of_the_process_on_a_gpu_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {
+        "empty_cache": None,
+        "mem_get_info": (60, 100),
+        "memory_reserved": 5,
+        "get_per_process_memory_fraction": 1.0,
+    }
+    for name, value in told.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value, raising=False)
+    assert free_bytes(torch.device("cuda")) == 60
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 0.3)
+    assert free_bytes(torch.device("cuda")) == 25
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 40)
+    assert free_bytes(torch.device("cuda")) == 0
+    monkeypatch.delattr(torch.cuda, "get_per_process_memory_fraction")
+    assert free_bytes(torch.device("cuda")) == 60
+
+
 def test_forgetting_an_error_frees_what_its_frames_hold() -> None:
     freed = []
 
