@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Sequence
 
+from training.composer_shim import describe_mismatch, describe_missing, quiet_composer
 from training.engines.lean_import import import_lean
 
 _PAUSE_FOR_RANK_0_SECONDS = 10.0
@@ -60,7 +61,7 @@ def _run(options: argparse.Namespace) -> int:
     try:
         from training.recipe import RecipeError, load_recipe
     except ModuleNotFoundError as error:
-        return _complain(f"{error.name} is not installed: pip install 'brisk-vision[train]'")
+        return _complain(describe_missing(error))
     try:
         recipe = load_recipe(options.file, options.overrides)
         logging.getLogger().setLevel(recipe.logging.level.upper())
@@ -88,6 +89,14 @@ def _run(options: argparse.Namespace) -> int:
         return _complain(f"{error} (logging.level=debug shows where)", status=1)
     except RuntimeError as error:
         return _lost_rank(error)
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "composer":
+            return _complain(describe_missing(error))
+        text = describe_mismatch(error)
+        if text is None:
+            raise
+        logging.getLogger(__name__).debug("raised here", exc_info=True)
+        return _complain(f"{text} (logging.level=debug shows where)", status=1)
     return 0
 
 
@@ -119,16 +128,10 @@ def _limit_spinning() -> None:
 
 
 def _quiet_libraries() -> None:
-    """Let through what a user can act on. Each entry names who warns, and why it is of no use here."""
-    for message in (
-        "pkg_resources is deprecated",  # some of Composer's dependencies
-        ".*invalid escape sequence.*",
-        # DDP, on channels-last 1x1 convolutions: their strides can be told in two ways that mean the same memory
-        "Grad strides do not match bucket view strides",
-        # Composer, of callbacks that have no state, when another engine wrote the checkpoint
-        "(LoadShards|LikeDDP) is not in the state_dict",
-    ):
-        warnings.filterwarnings("ignore", message=message)
+    """Let through what a user can act on."""
+    quiet_composer()
+    # DDP, on channels-last 1x1 convolutions: their strides can be told in two ways that mean the same memory.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
 
 
