@@ -57,8 +57,8 @@ def describe_mismatch(error: Exception) -> str | None:
     if here in tried:
         return None
     return (
-        f"Composer {_installed(_COMPOSER)} failed with torch {here} ({type(error).__name__}: {error}). This project was "
-        f"tried with torch {', '.join(sorted(tried)) or 'none'}. Install what it was tried with: {_INSTALL}"
+        f"Composer {_installed(_COMPOSER)} failed with torch {here} ({type(error).__name__}: {error}). It was tried "
+        f"with torch {', '.join(sorted(tried)) or '(none)'}. Install what it was tried with: {_INSTALL}"
     )
 
 
