@@ -30,3 +30,19 @@ def pytest_collection_finish(session: pytest.Session) -> None:
             raise pytest.UsageError(
                 f"pytest {pytest.__version__} ignores xdist_group, for one in {apart[0]}; use pytest<9.2"
             )
+
+
+# Each algorithm, each engine, resumption and the loaders: what another stack breaks first.
+_QUARTER = (
+    "algos/test_every.py::test_two_ranks_train_what_one_process_does", "algos/test_sam.py", "algos/test_ema.py",
+    "data/loading", "models/test_vit.py", "models/test_weights.py", "models/test_hugging_face.py",
+    "training/checkpoints", "training/engines/test_fsdp.py", "training/test_session.py",
+    "training/test_composer_shim.py", "training/test_startup.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of `make test-quarter`."""
+    for item in items:
+        if item.nodeid.removeprefix("tests/").startswith(_QUARTER):
+            item.add_marker("quarter")
