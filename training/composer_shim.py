@@ -19,7 +19,7 @@ _OF_ANOTHER_VERSION = (AttributeError, ImportError, NameError, TypeError)
 
 # Each warning that Composer causes and no user can act on: how it starts, and why.
 _OF_NO_USE = (
-    # Composer 0.32.1 asks FSDP1 for its state in torch's old way, which works and is deprecated since torch 2.5.
+    # Composer 0.32.1 asks FSDP1 for its state in torch's old way, which works and is deprecated.
     "FSDP.state_dict_type\\(\\) and FSDP.set_state_dict_type\\(\\) are being deprecated",
     # Composer makes a scaler for fp16 on CPU runs too, where it does nothing.
     "torch.cuda.amp.GradScaler is enabled, but CUDA is not available",
@@ -28,7 +28,7 @@ _OF_NO_USE = (
     # Callbacks that have no state are missing in a checkpoint that another engine wrote.
     "(LoadShards|LikeDDP) is not in the state_dict",
     "pkg_resources is deprecated",  # some of Composer's dependencies
-    ".*invalid escape sequence.*",  # torch_optimizer and coolname, on Python 3.12 and newer
+    ".*invalid escape sequence.*",  # likewise
 )
 
 
