@@ -217,7 +217,7 @@ def _pad(images: Tensor, rows: _Axis, columns: _Axis) -> Tensor:
         images = F.pad(images, (columns.before, columns.after, 0, 0), mode=columns.mode)
         images = F.pad(images, (0, 0, rows.before, rows.after), mode=rows.mode)
     # Reflection keeps the format on CPU but not everywhere; if a compiler assumes otherwise, a norm after it gets the
-    # wrong gradient (torch 2.7.0, aot_eager, GroupNorm).
+    # wrong gradient (seen with aot_eager before a GroupNorm).
     return to_channels_last(images) if channels_last else images
 
 

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from .framework.base import Contract, Event, Logger, Resource, SpeedUp, State, world_size
+from .framework.shards import is_sharded, local_part
 
 Average = Mapping[str, Tensor]  # name of a parameter or a buffer -> its average
 
@@ -38,11 +39,11 @@ def ema_update(average: nn.Module | Average, model: nn.Module, *, decay: float) 
     moving = [name for name, tensor in averages.items() if tensor.is_floating_point()]
     with torch.no_grad():
         if moving:
-            into = [_local(averages[name]) for name in moving]
-            towards = [_local(current[name]).to(one) for name, one in zip(moving, into, strict=True)]
+            into = [local_part(averages[name]) for name in moving]
+            towards = [local_part(current[name]).to(one) for name, one in zip(moving, into, strict=True)]
             get_ema_multi_avg_fn(decay)(into, towards, 0)
         for name in averages.keys() - moving:
-            _local(averages[name]).copy_(_local(current[name]))
+            local_part(averages[name]).copy_(local_part(current[name]))
 
 
 @contextlib.contextmanager
@@ -264,7 +265,7 @@ def _put(model: nn.Module, values: nn.Module | Average) -> dict[str, Tensor]:
     values, current = _matched(values, model)
     before = {name: tensor.clone() for name, tensor in current.items()}
     for name, tensor in current.items():
-        _local(tensor).copy_(_local(values[name]))
+        local_part(tensor).copy_(local_part(values[name]))
     return before
 
 
@@ -276,7 +277,7 @@ def _broadcast_buffers(average: Average, model: nn.Module) -> None:
     if world_size() == 1:
         return
     for name in sorted(average.keys() - {_bare(name) for name, _ in _unwrapped(model).named_parameters()}):
-        if not _is_sharded(average[name]):
+        if not is_sharded(average[name]):
             torch.distributed.broadcast(average[name], src=0)
 
 
@@ -286,26 +287,17 @@ def _like_model(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Te
     _check_match({name: tensor.shape for name, tensor in tensors.items()}, average)
     for name, tensor in average.items():
         whole = tensors[name]
-        if _is_sharded(tensor):
+        if is_sharded(tensor):
             from torch.distributed.tensor import distribute_tensor
 
             sharded: Any = tensor
             whole = distribute_tensor(whole.to(sharded.to_local()), sharded.device_mesh, sharded.placements)
-        _local(tensor).copy_(_local(whole))
+        local_part(tensor).copy_(local_part(whole))
     return average
 
 
 def _whole(tensor: Any) -> Tensor:
-    return tensor.full_tensor().cpu() if _is_sharded(tensor) else tensor
-
-
-def _local(tensor: Any) -> Tensor:
-    # All operations on averages are elementwise, so each rank can apply them to its shard.
-    return tensor.to_local() if _is_sharded(tensor) else tensor
-
-
-def _is_sharded(tensor: Tensor) -> bool:
-    return hasattr(tensor, "full_tensor")  # a DTensor; checking its class would import torch.distributed.tensor
+    return tensor.full_tensor().cpu() if is_sharded(tensor) else tensor
 
 
 def _refuse_other_averages(algorithm: EMA, state: State) -> None:

@@ -9,7 +9,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from .framework.base import (
 )
 from .framework.batches import count_samples
 from .framework.randomness import MicrobatchDraws, microbatch_draws
+from .framework.shards import is_sharded, local_part
 
 Perturbation = Literal["global", "per_rank"]
 
@@ -228,8 +229,8 @@ def _perturb(parameters: Sequence[Tensor], *, rho: float, adaptive: bool) -> lis
 
 
 def _shards(tensors: Sequence[Tensor]) -> list[Tensor]:
-    # Functions on lists do not accept DTensors (torch 2.7); elementwise operations need only the shards.
-    return [tensor.to_local() if _is_sharded(tensor) else tensor for tensor in tensors]
+    # Elementwise operations need only the shards, and functions on lists do not take all kinds of DTensors.
+    return [local_part(tensor) for tensor in tensors]
 
 
 def _norm(tensors: Sequence[Tensor]) -> Tensor:
@@ -237,7 +238,7 @@ def _norm(tensors: Sequence[Tensor]) -> Tensor:
     norms = []
     for tensor in tensors:
         norm = torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
-        norms.append(norm.full_tensor() if _is_sharded(norm) else norm)
+        norms.append(norm.full_tensor() if is_sharded(norm) else norm)
     return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
 
 
@@ -355,7 +356,3 @@ def _set_random_state(model: nn.Module, state: _RandomState) -> None:
         torch.mps.set_rng_state(state.generators[1])
     for draws, of_rows in state.draws:
         draws.of_rows = of_rows
-
-
-def _is_sharded(tensor: Any) -> TypeGuard[Any]:
-    return hasattr(tensor, "full_tensor")  # a DTensor, whose class takes a second to import

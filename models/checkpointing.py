@@ -113,7 +113,7 @@ def _checkpointed_class(cls: type[nn.Module]) -> type[nn.Module]:
 
     functions = {
         "_checkpoint": staticmethod(checkpoint),
-        # Dynamo (torch 2.7) does not support context_fn, so such a block runs uncompiled.
+        # Dynamo does not support context_fn, so such a block runs uncompiled.
         "_checkpoint_with_norms": staticmethod(torch.compiler.disable(_checkpoint_with_norms)),
     }
     return type(f"Checkpointed{cls.__name__}", (_Checkpointed, cls), {"__module__": __name__, **functions})

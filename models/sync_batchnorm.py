@@ -63,7 +63,7 @@ def _moments_over_ranks(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 # A custom operator, so that torch.compile sees one graph: if it breaks at a collective, an in-place activation after
-# the batch norm changes what the convolution in the next graph has saved, and backward fails (torch 2.7.0).
+# the batch norm changes what the convolution in the next graph has saved, and backward fails.
 @torch.library.custom_op("brisk::sum_over_ranks", mutates_args=())
 def _sum_over_ranks(values: Tensor) -> Tensor:
     """Sum over ranks; the gradient is summed as well."""

@@ -87,9 +87,9 @@ def build_trainer(
 
 
 def _compile_settings() -> dict[str, Any]:
-    # One set of kernels per shape: dynamic shapes give slower kernels, and torch 2.7.0 fails on them at the second
-    # image size. Stages, an epoch's last batch and evaluation make more shapes than the default limit of eight, beyond
-    # which torch runs uncompiled.
+    # One set of kernels per shape: dynamic shapes give slower kernels, and can fail at the second image size. Stages,
+    # an epoch's last batch and evaluation make more shapes than the default limit of eight, beyond which torch runs
+    # uncompiled.
     torch._dynamo.config.cache_size_limit = 64
     return {"dynamic": False}
 

@@ -205,7 +205,7 @@ def _forward_and_backward(network: nn.Module, images: torch.Tensor, precision: s
 
 def _unreserved_bytes(device: torch.device, total: int) -> int:
     """What torch.cuda.set_per_process_memory_fraction leaves this process, which the driver does not know."""
-    fraction = getattr(torch.cuda, "get_per_process_memory_fraction", None)  # torch 2.6 does not tell it
+    fraction = getattr(torch.cuda, "get_per_process_memory_fraction", None)  # not every torch tells it
     return total if fraction is None else int(total * fraction(device)) - torch.cuda.memory_reserved(device)
 
 

@@ -11,11 +11,11 @@ from composer.loggers import Logger
 from composer.utils import dist
 from composer.utils.parallelism import FSDP2Config, FSDPConfig
 from torch import Tensor, nn
-from torch.distributed import ReduceOp
 from torch.distributed.fsdp import FSDPModule
 
 from models.sharding import sharding_units
 from training.engines.deepspeed_settings import check_deepspeed
+from training.engines.torch_trials import fsdp2_runs_on_cpu, gloo_averages, reduce_scatter_sums
 from training.plan import Place
 from training.recipe import FSDP, Recipe, RecipeError
 
@@ -79,8 +79,8 @@ class HybridFSDP2Config(FSDP2Config):
 class LikeDDP(Callback):
     """Makes FSDP2 and DeepSpeed match DDP: mean gradients on gloo (FSDP2), and the same buffers on all ranks.
 
-    Gradients: in torch 2.7 a reduce-scatter with ReduceOp.AVG on gloo sums (pytorch#162338). If a trial shows that,
-    every reduced gradient is divided by the number of ranks; otherwise nothing is done.
+    Gradients: if a trial shows that a reduce-scatter sums where it should average, every reduced gradient is divided by
+    the number of ranks; otherwise nothing is done.
 
     Buffers: before each step every rank takes rank 0's, so that the evaluation, and a run resumed from rank 0's
     checkpoint, do not depend on the rank.
@@ -88,12 +88,12 @@ class LikeDDP(Callback):
 
     def before_load(self, state: State, logger: Logger) -> None:
         units = [module for module in state.model.modules() if isinstance(module, FSDPModule)]
-        if units and _gradients_are_summed(next(state.model.parameters()).device):
+        if units and reduce_scatter_sums(next(state.model.parameters()).device):
             for unit in units:
                 unit.set_all_reduce_hook(_divide_by_ranks)
         for optimizer in state.optimizers:
             for group in optimizer.param_groups:
-                # LearningRate adds it at the first step; loading a full state fails on a missing key (torch 2.7).
+                # LearningRate adds it at the first step; loading a full state fails on a missing key.
                 group.setdefault("initial_lr", group["lr"])
 
     def batch_start(self, state: State, logger: Logger) -> None:
@@ -129,10 +129,16 @@ def _check_fsdp(recipe: Recipe, *, device: str, world_size: int) -> None:
             "parallelism.fsdp.replicas",
             f"is {fsdp.replicas}, which does not divide the {world_size} ranks; give a divisor, or 1",
         )
-    if fsdp.replicas > 1 and device == "cpu":
+    if device == "cpu" and not fsdp2_runs_on_cpu():
+        raise RecipeError(
+            "parallelism.strategy",
+            f"is fsdp, which torch {torch.__version__} runs on GPUs alone; use ddp, or install torch 2.7 or newer",
+        )
+    if fsdp.replicas > 1 and device == "cpu" and not gloo_averages():
         raise RecipeError(
             "parallelism.fsdp.replicas",
-            f"is {fsdp.replicas}, and torch 2.7 trains replicas of shards on GPUs alone; set it to 1",
+            f"is {fsdp.replicas}, and torch {torch.__version__} trains replicas of shards on GPUs alone; set it to 1, "
+            "or install torch 2.15",
         )
     if fsdp.version == 2:
         for name in recipe.algorithms.keys() & _NOT_UNDER_FSDP2.keys():
@@ -158,13 +164,6 @@ def _fsdp1_strategy(settings: FSDP) -> dict[str, Any]:
         "sharding_strategy": "HYBRID_SHARD" if settings.reshard_after_forward else "_HYBRID_SHARD_ZERO2",
         "data_parallel_replicate_degree": settings.replicas,
     }
-
-
-def _gradients_are_summed(device: torch.device) -> bool:
-    """Whether a reduce-scatter with ReduceOp.AVG over all ranks returns the sum."""
-    ones, mean = torch.ones(dist.get_world_size(), device=device), torch.empty(1, device=device)
-    torch.distributed.reduce_scatter_tensor(mean, ones, op=ReduceOp.AVG)
-    return mean.item() != 1
 
 
 def _divide_by_ranks(gradients: Tensor) -> None:

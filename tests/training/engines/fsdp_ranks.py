@@ -31,6 +31,9 @@ RESUMED = ["parallelism.strategy=fsdp", "duration.epochs=2", "algorithms.progres
            "algorithms.fixres=null", "algorithms.mixup=null", "algorithms.ema={half_life_steps: 10}",
            "data.train.image_size=12", "checkpoints.every_steps=10", "checkpoints.keep_every_epochs=1"]  # fmt: skip
 STOP_AT_STEP = 30
+# The digits recipe at one image size, with its batch norm over ranks.
+FIXED = ["algorithms.progressive_resizing=null", "algorithms.fixres=null", "data.train.image_size=12",
+         "data.eval.image_size=12", "parallelism.sync_batchnorm=true"]  # fmt: skip
 
 
 def recipe_of(folder: Path, run_name: str, *overrides: str) -> Recipe:
@@ -55,11 +58,9 @@ def compare_with_ddp(folder: Path) -> None:
 
 def compare_compiled(folder: Path) -> None:
     """The digits recipe at one image size with its batch norm over ranks: plain, and compiled under both engines."""
-    fixed = ["algorithms.progressive_resizing=null", "algorithms.fixres=null", "data.train.image_size=12",
-             "data.eval.image_size=12", "parallelism.sync_batchnorm=true"]  # fmt: skip
     for run_name, strategy, compiled in (("plain", "ddp", "false"), ("compiled_ddp", "ddp", "true"),
                                          ("compiled_fsdp", "fsdp", "true")):  # fmt: skip
-        overrides = [*fixed, f"parallelism.strategy={strategy}", f"compile={compiled}"]
+        overrides = [*FIXED, f"parallelism.strategy={strategy}", f"compile={compiled}"]
         session.train(recipe_of(folder, run_name, *overrides), say=_quiet)
 
 
@@ -81,7 +82,7 @@ def resume_here(folder: Path) -> None:
 
 
 def shard_replicas(folder: Path) -> None:
-    """HSDP as far as CPU ranks go, which torch 2.7 does not train on: how it shards, and its checkpoint read back."""
+    """How HSDP shards, and its checkpoint read back, which needs no reduction between replicas."""
     from composition import arranged, furthest, make_trainer, weights
 
     def hybrid(*callbacks: Callback) -> Trainer:
@@ -103,6 +104,15 @@ def shard_replicas(folder: Path) -> None:
         "fresh": furthest(weights(hybrid()), weights(made)),
     }
     folder.with_name(f"hybrid.{dist.get_global_rank()}.json").write_text(json.dumps(found))
+
+
+def train_replicas(folder: Path) -> None:
+    """The digits recipe under DDP, and as two copies of the network, each sharded over two ranks; SAM and EMA on."""
+    engines = {"ddp_of_4": ["parallelism.strategy=ddp"],
+               "replicas": ["parallelism.strategy=fsdp", "parallelism.fsdp.replicas=2"]}  # fmt: skip
+    for run_name, engine in engines.items():
+        ema = "algorithms.ema={half_life_steps: 5}"
+        session.train(recipe_of(folder, run_name, *FIXED, ema, *engine), say=_quiet)
 
 
 class _Stop(Exception):

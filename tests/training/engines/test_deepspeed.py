@@ -104,12 +104,8 @@ def test_algorithms_do_what_they_do_under_ddp(runs: Path, algorithm: str) -> Non
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("stage", MICROBATCHED)
 def test_accumulated_gradients_are_the_whole_batchs(runs: Path, stage: int) -> None:
-    # Rounding depends on the size of the batch that a kernel sees. AdamW widens that: with torch 2.15 from the tenth
-    # step on, to 1e-4 at the last. Gradients of another batch would show at the second step.
     in_parts, at_once = (runs / f"zero{stage}_{how}" for how in ("in_parts", "at_once"))
-    first, expected = (record(run)["step_loss"][:10] for run in (in_parts, at_once))
-    np.testing.assert_allclose(first, expected, atol=TOLERANCE, rtol=0)
-    assert_same_losses(in_parts, at_once, steps=STEPS_AN_EPOCH, tolerance=1e-3)
+    assert_same_losses(in_parts, at_once, steps=STEPS_AN_EPOCH)
 
 
 @pytest.mark.slow

@@ -15,8 +15,10 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from training import session
 from training.build import build_loaders
+from training.engines import parallel
 from training.engines.composer import build_trainer
 from training.engines.parallel import check_parallelism
+from training.engines.torch_trials import gloo_averages
 from training.plan import Place, plan_run
 from training.recipe import RecipeError
 
@@ -138,12 +140,22 @@ def test_replicas_of_shards_are_made_and_read_back(four_ranks: Path) -> None:
         assert found["fresh"] == pytest.approx(1)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(not gloo_averages(), reason="this torch does not train replicas of shards on a CPU")
+def test_replicas_of_shards_train_as_ddp_does(tmp_path: Path) -> None:
+    run_ranks(4, SCRIPT, str(tmp_path), "train_replicas", timeout=280)
+    found, expected = record(tmp_path / "replicas"), record(tmp_path / "ddp_of_4")
+    assert len(expected["step_loss"]) > 10
+    for column in ("step_loss", "eval_loss"):
+        np.testing.assert_allclose(found[column], expected[column], atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("overrides", "device", "ranks", "says"),
     [
         (["parallelism.strategy=none"], "cpu", 2, "is none, and 2 processes were started"),
         (["parallelism.strategy=fsdp", "parallelism.fsdp.version=1"], "cpu", 2, "is 1, which needs GPUs"),
-        (["parallelism.strategy=fsdp", "parallelism.fsdp.replicas=2"], "cpu", 2, "GPUs alone"),
         (["parallelism.strategy=fsdp", "parallelism.fsdp.replicas=3"], "gpu", 4, "does not divide the 4 ranks"),
         (["parallelism.strategy=fsdp"], "mps", 1, "does not run on mps"),
         (["checkpoints.sharded=true"], "gpu", 2, "is ddp, which has no shards"),
@@ -171,3 +183,12 @@ def test_running_out_of_memory_names_the_settings(tmp_path: Path, monkeypatch: p
         session.train(recipe_of(tmp_path, "large", "algorithms=null"), say=lambda text: None)
     assert "data.train.per_device_microbatch_size=32" in str(error.value)
     assert "model.gradient_checkpointing=true" in str(error.value)
+
+
+@pytest.mark.parametrize("trial", ["fsdp2_runs_on_cpu", "gloo_averages"])
+def test_what_this_torch_lacks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trial: str) -> None:
+    recipe = recipe_of(tmp_path, "refused", "parallelism.strategy=fsdp", "parallelism.fsdp.replicas=2")
+    monkeypatch.setattr(parallel, trial, lambda: False)
+    with pytest.raises(RecipeError, match="GPUs alone"):
+        check_parallelism(recipe, Place("cpu", 2))
+    check_parallelism(recipe, Place("gpu", 2))
