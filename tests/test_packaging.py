@@ -7,6 +7,8 @@ neither a download nor a copy of torch is needed.
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import subprocess
 import sys
 import zipfile
@@ -75,6 +77,38 @@ def test_what_the_wheel_puts_into_site_packages(wheel: Path) -> None:
 def test_the_checkouts_python_is_one_that_the_package_asks_for() -> None:
     asked = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
     assert Requirement(f"x{asked}").specifier.contains(".".join(map(str, sys.version_info[:2])))
+
+
+def commands_without_make() -> list[str]:
+    """The commands for somebody's own environment, as the documentation gives them."""
+    text = (ROOT / "docs" / "installation.md").read_text().partition("## Without make")[2].partition("\n## ")[0]
+    return re.findall(r"(?:^    |`)((?:uv )?pip install [^`\n]+)", text, re.MULTILINE)
+
+
+@pytest.mark.timeout(150)
+def test_the_documented_commands_find_versions_that_fit_together(tmp_path: Path) -> None:
+    """Each in an empty environment, as far as uv decides what it would install; pip reads no overrides."""
+    empty = tmp_path / "empty"
+    uv = [sys.executable, "-m", "uv"]
+    subprocess.run([*uv, "venv", "--quiet", "--python", sys.executable, str(empty)], check=True, timeout=60)
+    commands = commands_without_make()
+    assert len(commands) == 4
+    found = []
+    for command in commands:
+        _, install, arguments = command.partition("pip install ")
+        alone = [] if command.startswith("uv ") else ["--no-config"]
+        there = ["--dry-run", "--python", str(empty / "bin" / "python")]
+        done = subprocess.run(
+            [*uv, *install.split(), *alone, *there, *shlex.split(arguments)],
+            cwd=ROOT, capture_output=True, text=True, timeout=100,
+        )  # fmt: skip
+        assert done.returncode == 0, f"{command}\n{done.stderr}"
+        found.append(dict(re.findall(r"^ \+ ([\w-]+)==(\S+)", done.stderr, re.MULTILINE)))
+    train, composer, both, composers_own = found
+    assert "mosaicml" not in train
+    assert composer.keys() == {"mosaicml"}
+    assert both["mosaicml"] == composers_own["mosaicml"] == composer["mosaicml"]
+    assert both["torch"] == train["torch"] != composers_own["torch"]
 
 
 FUNCTIONAL = """

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+from typing import Any
 
 import torch
 from torch import distributed
@@ -27,7 +28,8 @@ def gloo_averages() -> bool:
     """Whether an all-reduce on gloo takes ReduceOp.AVG, as replicas of shards need: 2.15 does, 2.7 raises."""
     if not distributed.is_gloo_available():
         return False
-    alone = distributed.ProcessGroupGloo(distributed.HashStore(), 0, 1, datetime.timedelta(seconds=10))
+    store = distributed.HashStore()  # pyright: ignore[reportPrivateImportUsage]: documented, not listed
+    alone: Any = distributed.ProcessGroupGloo(store, 0, 1, datetime.timedelta(seconds=10))
     options = distributed.AllreduceOptions()
     options.reduceOp = ReduceOp.AVG
     try:
