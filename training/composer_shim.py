@@ -5,6 +5,7 @@ Checkpoints: Composer asks torch.load to run what a file says; training/checkpoi
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import traceback
 import warnings
@@ -50,8 +51,7 @@ def describe_mismatch(error: Exception) -> str | None:
 
     Which versions it was tried with is read from the checkout's constraints/.
     """
-    frames = traceback.extract_tb(error.__traceback__)
-    if not isinstance(error, _OF_ANOTHER_VERSION) or not any("/composer/" in frame.filename for frame in frames):
+    if not isinstance(error, _OF_ANOTHER_VERSION) or not _is_from_composer(error):
         return None
     here, tried = _installed("torch"), _tried("torch")
     if here in tried:
@@ -60,6 +60,13 @@ def describe_mismatch(error: Exception) -> str | None:
         f"Composer {_installed(_COMPOSER)} failed with torch {here} ({type(error).__name__}: {error}). It was tried "
         f"with torch {', '.join(sorted(tried)) or '(none)'}. Install what it was tried with: {_INSTALL}"
     )
+
+
+def _is_from_composer(error: Exception) -> bool:
+    spec = importlib.util.find_spec("composer")
+    homes = tuple(spec.submodule_search_locations or ()) if spec else ()
+    return any(Path(frame.filename).is_relative_to(home) for frame in traceback.extract_tb(error.__traceback__)
+               for home in homes)  # fmt: skip
 
 
 def _installed(name: str) -> str:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 
+import composer
 import pytest
 
 from training import cli, composer_shim, session
 from training.composer_shim import describe_mismatch, describe_missing, quiet_composer
 
+COMPOSER = Path(composer.__file__).parent
 
-def error_within(folder: str, error: Exception) -> Exception:
+
+def error_within(folder: Path, error: Exception) -> Exception:
     """`error`, raised by code of a file in `folder`."""
-    code = compile("def fail():\n    raise error", f"/site-packages/{folder}/trainer.py", "exec")
+    code = compile("def fail():\n    raise error", str(folder / "trainer.py"), "exec")
     scope = {"error": error}
     exec(code, scope)
     with pytest.raises(type(error)) as raised:
@@ -27,7 +31,7 @@ def another_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("another_torch")
 def test_an_error_of_composers_under_an_untried_torch_says_what_to_install() -> None:
-    said = describe_mismatch(error_within("composer", AttributeError("torch has no _six")))
+    said = describe_mismatch(error_within(COMPOSER, AttributeError("torch has no _six")))
     assert said is not None
     assert said.startswith("Composer 0.32.1 failed with torch 9.9.0 (AttributeError: torch has no _six). ")
     assert "tried with torch 2.14.1, 2.15.0, 2.6.0, 2.7.0" in said
@@ -36,18 +40,18 @@ def test_an_error_of_composers_under_an_untried_torch_says_what_to_install() -> 
 
 @pytest.mark.usefixtures("another_torch")
 def test_others_errors_are_left_alone() -> None:
-    assert describe_mismatch(error_within("timm", AttributeError("x"))) is None
-    assert describe_mismatch(error_within("composer", ZeroDivisionError("x"))) is None
+    assert describe_mismatch(error_within(Path("/home/me/composer"), AttributeError("x"))) is None
+    assert describe_mismatch(error_within(COMPOSER, ZeroDivisionError("x"))) is None
 
 
 def test_under_a_torch_that_it_was_tried_with_an_error_is_a_fault() -> None:
-    assert describe_mismatch(error_within("composer", AttributeError("x"))) is None
+    assert describe_mismatch(error_within(COMPOSER, AttributeError("x"))) is None
 
 
 @pytest.mark.usefixtures("another_torch")
 def test_the_command_line_says_it_in_one_line(short_recipe, overrides, monkeypatch, capsys) -> None:
     def train(recipe, say):
-        raise error_within("composer", ImportError("cannot import name 'gone' from 'torch'"))
+        raise error_within(COMPOSER, ImportError("cannot import name 'gone' from 'torch'"))
 
     monkeypatch.setattr(session, "train", train)
     assert cli.main(["-f", "yamls/digits_medium.yaml", *overrides]) == 1

@@ -63,7 +63,7 @@ def run(*commands: list[str], **environment: str) -> list[dict[str, Any]]:
     inherited = {name: value for name, value in os.environ.items() if name not in WAITING}
     done = subprocess.run(
         [sys.executable, "-c", RUN, json.dumps([commands, WATCHED])],
-        cwd=ROOT, env={**inherited, **environment}, capture_output=True, text=True, timeout=60,
+        cwd=ROOT, env={**inherited, **environment}, capture_output=True, text=True, timeout=110,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
