@@ -14,8 +14,12 @@ from contextlib import AbstractContextManager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from training.engines import ranks as forked
+import pytest
 
+from training.engines import ranks as forked
+from training.engines.torch_trials import fsdp2_runs_on_cpu
+
+needs_fsdp = pytest.mark.skipif(not fsdp2_runs_on_cpu(), reason="this torch runs FSDP2 on GPUs alone")
 ROOT = Path(__file__).parents[1]
 PATHS = tuple(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "algos")))
 _ALSO_IMPORT = (

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import needs_fsdp, run_ranks
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -355,6 +355,7 @@ def norm_free():
     return nn.Sequential(nn.Flatten(), nn.Linear(192, 6), nn.Tanh(), nn.Linear(6, 4)).double()
 
 
+@needs_fsdp
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["full", "sharded"])
 def test_sharded_models_average_evaluate_save_and_resume(kind, tmp_path):

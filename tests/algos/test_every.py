@@ -26,7 +26,7 @@ from composition import (
     train_applied_twice,
     train_interrupted,
 )
-from ranks import run_ranks
+from ranks import needs_fsdp, run_ranks
 
 from algos.framework.registry import find, names
 
@@ -103,13 +103,13 @@ def test_listed_twice_it_is_refused(name: str) -> None:
         train_applied_twice([name])
 
 
-@pytest.fixture(scope="session", params=["ddp", "fsdp"])
+@pytest.fixture(scope="session", params=["ddp", pytest.param("fsdp", marks=needs_fsdp)])
 def two_ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """Every set trained by two gloo ranks in one launch: the strategy, and the folder with their weights."""
     return request.param, launch(request.param, "sets", tmp_path_factory.mktemp(request.param))
 
 
-@pytest.fixture(scope="session", params=["ddp", "fsdp"])
+@pytest.fixture(scope="session", params=["ddp", pytest.param("fsdp", marks=needs_fsdp)])
 def pairs_on_two_ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """The same of every pair."""
     return request.param, launch(request.param, "pairs", tmp_path_factory.mktemp(f"{request.param}_pairs"))

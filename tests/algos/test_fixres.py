@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from fake_loader import FakeLoader, FixedLoader
-from ranks import run_ranks
+from ranks import needs_fsdp, run_ranks
 from torch import nn
 from torch.nn import functional as F
 
@@ -366,6 +366,7 @@ def test_frozen_layers_stay_frozen_in_a_compiled_model_that_is_evaluated_in_betw
 # --- several ranks ---
 
 
+@needs_fsdp
 @pytest.mark.slow
 def test_two_ranks_freeze_alike_replicated_and_sharded(tmp_path):
     script, here = tmp_path / "rank.py", Path(__file__)

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import needs_fsdp, run_ranks
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -646,6 +646,7 @@ def train_ddp_ranks(folder):
     torch.save(found, f"{folder}/rank{dist.get_global_rank()}.pt")
 
 
+@needs_fsdp
 @pytest.mark.slow
 def test_sharded_weights_train_as_whole_ones_and_resume(tmp_path):
     first, second = on_two_ranks(tmp_path, "train_fsdp_ranks")

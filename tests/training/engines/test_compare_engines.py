@@ -21,6 +21,7 @@ from torch import nn
 from models.vit import vit_digits
 from training.engines.compare import main
 from training.engines.memory import PARTS, expected_bytes, state_bytes_per_parameter
+from training.engines.torch_trials import fsdp2_runs_on_cpu
 
 ROOT = Path(__file__).parents[3]
 COMMAND = [sys.executable, "-m", "training.engines.compare"]
@@ -49,6 +50,8 @@ def network() -> nn.Module:
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with the files of one comparison."""
+    if not fsdp2_runs_on_cpu():
+        pytest.skip("this torch runs FSDP2 on GPUs alone")
     folder = tmp_path_factory.mktemp("costs")
     assert main(arguments(folder, "none,ddp,fsdp,zero2,zero3")) == 0
     return folder

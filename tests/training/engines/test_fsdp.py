@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from fsdp_ranks import NETWORKS, RESUMED, STOP_AT_STEP, recipe_of
-from ranks import run_ranks
+from ranks import needs_fsdp, run_ranks
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from training import session
@@ -31,6 +31,8 @@ pytestmark = pytest.mark.xdist_group("fsdp")  # one worker of pytest-xdist has t
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every run of two ranks, from one start of them."""
+    if not fsdp2_runs_on_cpu():
+        pytest.skip("this torch runs FSDP2 on GPUs alone")
     folder = tmp_path_factory.mktemp("two_ranks")
     run_ranks(2, SCRIPT, str(folder), "compare_with_ddp", "resume", timeout=280)
     return folder
@@ -67,6 +69,7 @@ def test_losses_are_those_of_ddp(two_ranks: Path, network: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(560)
+@needs_fsdp
 def test_compiled_ranks_train_as_others_do(tmp_path: Path) -> None:
     run_ranks(2, SCRIPT, str(tmp_path), "compare_compiled", timeout=540)
     plain = record(tmp_path / "plain")

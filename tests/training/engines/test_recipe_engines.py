@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from ranks import ROOT, run_ranks
+from ranks import ROOT, needs_fsdp, run_ranks
 
 from training.checkpoints.zero import is_zero
 
@@ -26,7 +26,9 @@ ENGINES = {
 
 @pytest.mark.slow
 @pytest.mark.timeout(290)
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=needs_fsdp if engine == "fsdp" else ()) for name, engine in ENGINES.items()]
+)
 def test_runs_under_the_engine_that_it_names(name: str, tmp_path: Path) -> None:
     path = ROOT / "yamls" / f"{name}.yaml"
     given = ["smoke=true", f"results_dir={tmp_path}", f"data.cache_dir={tmp_path / 'cache'}"]
