@@ -18,7 +18,7 @@ from training.build import build_loaders
 from training.engines import parallel
 from training.engines.composer import build_trainer
 from training.engines.parallel import check_parallelism
-from training.engines.torch_trials import gloo_averages
+from training.engines.torch_trials import fsdp2_runs_on_cpu, gloo_averages
 from training.plan import Place, plan_run
 from training.recipe import RecipeError
 
