@@ -68,14 +68,20 @@ def averaged_state_dict(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     checkpoint: what torch.load returned for one file of Composer's Trainer.
     Raises ValueError when it holds no average.
     """
-    state = checkpoint["state"]
-    for name, saved in state.get("algorithms", ()):
-        if name == EMA.__qualname__ and saved["tensors"]:
-            averages = {key: tensor.to(state["model"][key]) for key, tensor in saved["tensors"].items()}
-            return {**state["model"], **averages}
+    model = checkpoint["state"]["model"]
+    if averages := averages_in(checkpoint):
+        return {**model, **{name: tensor.to(model[name]) for name, tensor in averages.items()}}
     raise ValueError(
         "the checkpoint holds no averaged weights; give one of a run with the algorithm ema, after its first update"
     )
+
+
+def averages_in(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The averages that a checkpoint holds, by the model's names; empty without `EMA`, or before its first update."""
+    for name, saved in checkpoint["state"].get("algorithms", ()):
+        if name == EMA.__qualname__:
+            return dict(saved["tensors"])
+    return {}
 
 
 class EMA(SpeedUp):

@@ -45,11 +45,13 @@ def data_only(*allowed: Any) -> Iterator[None]:
     context holds for the whole process, in all threads: use it around reading only.
     """
     before = {name: os.environ.pop(name, None) for name in (_FORCED, _FORBIDDEN)}
+    allowed_before = torch.serialization.get_safe_globals()
     os.environ[_FORCED] = "1"  # torch's own switch, which also reaches Composer and DeepSpeed
     try:
         with torch.serialization.safe_globals([*COMPOSERS, *allowed]):
             yield
     finally:
+        torch.serialization.add_safe_globals(allowed_before)  # safe_globals forgets those that it was given again
         del os.environ[_FORCED]
         os.environ.update({name: value for name, value in before.items() if value is not None})
 

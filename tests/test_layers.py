@@ -31,7 +31,7 @@ WINGS = {
         "checkpoints",
         "facts network",
         "plan",
-        "plan_text build callbacks",
+        "plan_text build callbacks trained",
         "engines",
         "session",
         "cli",

@@ -205,12 +205,12 @@ def per_device_batch_size(recipe: Recipe, *, world_size: int) -> int:
     return train.global_batch_size // world_size
 
 
-def network_as_trained(plan: Plan, *, shapes_only: bool = False) -> nn.Module:
-    """The plan's network as its algorithms change it. shapes_only: see `make_network`."""
-    algorithms, _ = _arrange_algorithms(plan.recipe)
+def network_as_trained(recipe: Recipe, *, num_classes: int, shapes_only: bool = False) -> nn.Module:
+    """The recipe's network as its algorithms change it. shapes_only: see `make_network`."""
+    algorithms, _ = _arrange_algorithms(recipe)
     shapes_only = shapes_only and shapes_suffice(algorithms)
-    network = make_network(plan.recipe, num_classes=plan.facts.num_classes, shapes_only=shapes_only)
-    return change_network(network, plan.recipe, algorithms)
+    network = make_network(recipe, num_classes=num_classes, shapes_only=shapes_only)
+    return change_network(network, recipe, algorithms)
 
 
 def without_algorithms(recipe: Recipe, run_name: str) -> Recipe:

@@ -21,7 +21,8 @@ def plan_text(recipe: Recipe) -> str:
     facts, (place, note) = planned_facts(recipe), _place(recipe)
     plan = make_plan(recipe, facts, place)
     baseline = make_plan(without_algorithms(recipe, recipe.run_name), facts, place)
-    network, size = network_as_trained(plan, shapes_only=True), recipe.data.train.image_size
+    network = network_as_trained(recipe, num_classes=plan.facts.num_classes, shapes_only=True)
+    size = recipe.data.train.image_size
     layers = summarize(network, image_size=size, num_images=plan.per_device_batch_size)
     return "\n\n".join([format_plan(plan, baseline), *note, layers])
 

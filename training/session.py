@@ -28,6 +28,7 @@ from training.results.figures import plot_curves
 from training.results.history import History, write_metrics
 from training.results.summary import summarize, write_json
 from training.results.text import format_summary
+from training.trained import Preprocessing, write_about
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +64,8 @@ def _carry_out(plan: Plan, say: Callable[[str], None]) -> Result:
     load_path = _prepare_run_dir(plan.recipe, say)
     rank = dist.get_global_rank()
     loaders, test_loader = build_loaders(plan, rank=rank, say=say), build_test_loader(plan, rank=rank, say=say)
+    if rank == 0:
+        _write_about(plan, loaders[0])
     engine, judge = train_composer, evaluate_composer
     if plan.recipe.parallelism.strategy == "deepspeed":
         from training.engines.deepspeed import evaluate_deepspeed as judge
@@ -83,6 +86,14 @@ def _carry_out(plan: Plan, say: Callable[[str], None]) -> Result:
     return result
 
 
+def _write_about(plan: Plan, train_loader: Any) -> None:
+    evaluation = plan.recipe.data.eval
+    preprocessing = Preprocessing(
+        evaluation.image_size, evaluation.crop_ratio, tuple(train_loader.mean), tuple(train_loader.std)
+    )
+    write_about(plan.recipe.run_dir, class_names=plan.facts.class_names, preprocessing=preprocessing)
+
+
 def _best_checkpoint(recipe: Recipe) -> Path:
     """best.pt, or latest.pt if no evaluation of this run beat that of the checkpoint it started from."""
     folder = recipe.run_dir / "checkpoints"
@@ -95,7 +106,7 @@ def _out_of_memory_text(plan: Plan, error: BaseException) -> str:
     fits = None
     if plan.place.device != "mps":  # which does not report its memory
         with contextlib.suppress(RuntimeError, MemoryError):  # the few images to measure may not fit either
-            fits = largest_batch(plan, network_as_trained(plan))
+            fits = largest_batch(plan, network_as_trained(plan.recipe, num_classes=plan.facts.num_classes))
     return describe_out_of_memory(plan, fits=fits)
 
 

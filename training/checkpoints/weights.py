@@ -1,0 +1,86 @@
+"""The network's weights in a checkpoint of any engine: a file, a folder of shards, or DeepSpeed's."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+from algos.ema import averages_in
+from models.weights import read_weights
+from training.checkpoints.reading import check_checkpoint, reading
+from training.checkpoints.sharded import is_sharded, reader_of
+from training.checkpoints.zero import is_zero, read_zero_weights
+
+_PREFIX = "module."  # of the network within ImageClassifier
+
+
+def find_checkpoint(source: str | os.PathLike[str], *, names: Sequence[str] = ("latest.pt",)) -> Path:
+    """A checkpoint: `source` itself, or the first of `names` that a run's folder `source` has.
+
+    Raises ValueError if there is none.
+    """
+    source = Path(source)
+    if not source.exists():
+        raise ValueError(f"{source} is not there; give results/RUN, or a checkpoint within it")
+    for path in (*(source / "checkpoints" / name for name in names), source):
+        if path.is_file() or (path.is_dir() and (is_zero(path) or is_sharded(path))):
+            return path
+    raise ValueError(f"{source} is no checkpoint, and no run's folder that holds one; give results/RUN")
+
+
+def read_network_weights(
+    checkpoint: Path, *, trust: bool = False, averaged: bool = True
+) -> tuple[dict[str, Tensor], bool]:
+    """The network's weights and buffers under its own names, contiguous; and whether they are EMA's averages.
+
+    trust: read with Python's unrestricted unpickler, which runs what the file says.
+    averaged: return the averages where the checkpoint has them, as the run's evaluations do.
+
+    Raises RecipeError for a checkpoint that is damaged or names code.
+    """
+    if not trust:
+        check_checkpoint(checkpoint)
+    with reading(checkpoint, trust=trust):
+        tensors = {name.removeprefix(_PREFIX): value for name, value in _read(checkpoint, trust).items()}
+        averages = _read_averages(checkpoint) if averaged else {}
+    kept = {name.removeprefix(_PREFIX): value for name, value in averages.items()}
+    for name in kept:
+        tensors[name] = kept[name].to(tensors[name])
+    return {name: value.contiguous() for name, value in tensors.items()}, bool(kept)
+
+
+def _read(checkpoint: Path, trust: bool) -> dict[str, Tensor]:
+    if is_zero(checkpoint):
+        return read_zero_weights(checkpoint)
+    if is_sharded(checkpoint):
+        return _read_shards(checkpoint, reader_of(trust))
+    return read_weights(str(checkpoint), trust=trust)
+
+
+def _read_averages(checkpoint: Path) -> dict[str, Tensor]:
+    """EMA's, by the Trainer's names; it keeps them whole on every rank. DeepSpeed does not run it."""
+    if is_zero(checkpoint):
+        return {}
+    file = checkpoint / "state.pt" if is_sharded(checkpoint) else checkpoint
+    if file.suffix == ".safetensors":
+        return {}
+    return averages_in(torch.load(file, map_location="cpu", weights_only=False, mmap=True))
+
+
+def _read_shards(folder: Path, reader: type[FileSystemReader]) -> dict[str, Tensor]:
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    entries = reader(folder).read_metadata().state_dict_metadata
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in entries.items()
+        if name.startswith("model.") and isinstance(entry, TensorStorageMetadata)
+    }
+    load(tensors, storage_reader=reader(folder), no_dist=True)
+    return {name.removeprefix("model."): value for name, value in tensors.items()}

@@ -1,0 +1,124 @@
+"""What a run has made: the network with its best weights, and all that a picture needs on its way into it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from data import normalize, prepare_image
+from training.checkpoints.weights import find_checkpoint, read_network_weights
+from training.plan import network_as_trained, without_weights
+from training.recipe import Recipe, RecipeError, load_recipe
+from training.results.summary import write_json
+
+MODEL_FILE = "model.json"  # beside a run's recipe.yaml
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """From an image of any size to what the network takes.
+
+    image_size: of the square that the network sees, in px.
+    crop_ratio: side of the centered square that is cut out, as a share of the image's shorter side.
+    mean, std: per channel, on the 0..255 scale.
+    """
+
+    image_size: int
+    crop_ratio: float
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def pixels(self, image: np.ndarray) -> torch.Tensor:
+        """An RGB image, uint8 [H, W, 3], as uint8 [3, image_size, image_size]: what the evaluation's loader gives."""
+        return prepare_image(image, image_size=self.image_size, crop_ratio=self.crop_ratio)
+
+    def normalized(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 [N, 3, S, S] -> float32, on the same device."""
+        return normalize(images, mean=self.mean, std=self.std)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The network of a run, ready for images.
+
+    network: in evaluation mode on the CPU, with the weights that the run's evaluations used.
+    averaged: whether these are the averages that EMA kept.
+    """
+
+    network: nn.Module
+    recipe: Recipe
+    class_names: tuple[str, ...]
+    preprocessing: Preprocessing
+    checkpoint: Path
+    averaged: bool
+
+    @property
+    def run_dir(self) -> Path:
+        """The run's folder."""
+        return self.checkpoint.parent.parent
+
+
+def load_trained(source: str | os.PathLike[str], *, trust_checkpoint: bool = False) -> Trained:
+    """Load what a run has trained.
+
+    source: a run's folder, for its best checkpoint (the newest if none is called best), or one of its checkpoints.
+    trust_checkpoint: read it with Python's unrestricted unpickler, which runs what the file says.
+
+    Raises ValueError if there is no such run or checkpoint, or it does not fit its recipe, and RecipeError for a
+    checkpoint that is damaged or names code.
+    """
+    checkpoint = find_checkpoint(source, names=("best.pt", "latest.pt"))
+    run_dir = checkpoint.parent.parent
+    recipe, about = _recipe_of(run_dir), _read_about(run_dir)
+    class_names = tuple(about["class_names"])
+    network = network_as_trained(without_weights(recipe), num_classes=len(class_names))
+    weights, averaged = read_network_weights(checkpoint, trust=trust_checkpoint)
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{checkpoint} does not hold the network of {run_dir / 'recipe.yaml'}: {reason}") from None
+    return Trained(network.eval(), recipe, class_names, about["preprocessing"], checkpoint, averaged)
+
+
+def write_about(run_dir: Path, *, class_names: Sequence[str], preprocessing: Preprocessing) -> None:
+    """Write model.json, which makes a run's checkpoints usable without its data."""
+    write_json({"class_names": list(class_names), **asdict(preprocessing)}, run_dir / MODEL_FILE)
+
+
+def _recipe_of(run_dir: Path) -> Recipe:
+    path = run_dir / "recipe.yaml"
+    if not path.is_file():
+        raise ValueError(
+            f"{run_dir} has no recipe.yaml, so it is no run's folder; give results/RUN, or a checkpoint within it"
+        )
+    try:
+        return load_recipe(path)
+    except RecipeError as error:
+        raise ValueError(f"{path} cannot be read as a recipe: {error}") from None
+
+
+def _read_about(run_dir: Path) -> dict[str, Any]:
+    path = run_dir / MODEL_FILE
+    try:
+        read = json.loads(path.read_text())
+        names = [str(name) for name in read.pop("class_names")]
+        made = Preprocessing(**{**read, "mean": tuple(read["mean"]), "std": tuple(read["std"])})
+    except FileNotFoundError:
+        raise ValueError(
+            f"{run_dir} has no {MODEL_FILE}, which training writes before its first step; continue that run with "
+            "load=latest to have it written"
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error!r}); continue that run with load=latest to have it written"
+        ) from None
+    return {"class_names": names, "preprocessing": made}
