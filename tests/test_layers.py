@@ -32,6 +32,7 @@ WINGS = {
         "facts network",
         "plan",
         "plan_text build callbacks trained",
+        "judging",
         "engines",
         "session",
         "cli",

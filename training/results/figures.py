@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-_TRAIN_COLOR, _EVAL_COLOR, _SPEED_COLOR = "#8aa4c8", "#c2410c", "#3f7d58"
-_TEXT_COLOR, _GRID_COLOR, _BOUNDARY_COLOR = "#333333", "#e9e9e9", "#a0a0a0"
+TRAIN_COLOR, EVAL_COLOR, _SPEED_COLOR = "#8aa4c8", "#c2410c", "#3f7d58"
+TEXT_COLOR, _GRID_COLOR, _BOUNDARY_COLOR = "#333333", "#e9e9e9", "#a0a0a0"
 _HEADROOM = 1.3  # room for the legend above the curves of the last panel
 _MOST_MARKERS = 40  # a curve of more points is drawn without markers
-_LEGEND_STYLE: dict[str, Any] = {"frameon": False, "fontsize": 8.5, "labelcolor": _TEXT_COLOR, "loc": "best"}
+_LEGEND_STYLE: dict[str, Any] = {"frameon": False, "fontsize": 8.5, "labelcolor": TEXT_COLOR, "loc": "best"}
 
 
 def plot_curves(history: History, path: str | os.PathLike[str], *, title: str | None = None) -> None:
@@ -29,9 +29,9 @@ def plot_curves(history: History, path: str | os.PathLike[str], *, title: str | 
 
     Faint vertical lines mark changes of the image size.
     """
-    figure = _new_figure(width_inches=11, height_inches=7)
+    figure = new_figure(width_inches=11, height_inches=7)
     if title:
-        figure.suptitle(title, fontsize=12, color=_TEXT_COLOR, x=0.01, ha="left")
+        figure.suptitle(title, fontsize=12, color=TEXT_COLOR, x=0.01, ha="left")
     panels = figure.subplots(2, 2, sharex=True)
     _plot_loss(panels[0, 0], history)
     _plot_top1(panels[0, 1], history)
@@ -43,55 +43,55 @@ def plot_curves(history: History, path: str | os.PathLike[str], *, title: str | 
         axes.xaxis.get_major_locator().set_params(integer=True)
         for boundary in _stage_boundaries(history):
             axes.axvline(boundary, color=_BOUNDARY_COLOR, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0.6)
-    _save_png(figure, Path(path))
+    save_png(figure, Path(path))
 
 
 def plot_comparison(histories: Mapping[str, History], path: str | os.PathLike[str]) -> None:
     """Draw the evaluated top-1 of two runs against their seconds of training, as one PNG. histories: label -> run."""
-    figure = _new_figure(width_inches=7.2, height_inches=4.4)
+    figure = new_figure(width_inches=7.2, height_inches=4.4)
     axes = figure.add_subplot()
-    _style(axes, title="Top-1 against training time", x_label="training time (s)", y_label="evaluated top-1 (%)")
-    for (label, history), color in zip(histories.items(), (_EVAL_COLOR, _TRAIN_COLOR), strict=True):
+    style_axes(axes, title="Top-1 against training time", x_label="training time (s)", y_label="evaluated top-1 (%)")
+    for (label, history), color in zip(histories.items(), (EVAL_COLOR, TRAIN_COLOR), strict=True):
         series = _Series(history, "eval_top1", scale=100, x=np.nancumsum(history.column("train_seconds")))
         _draw(axes, series, color=color, label=label, show=lambda value: f"{value:.2f} %")
     axes.set_xlim(left=0)
     _add_legend(axes)
-    _save_png(figure, Path(path))
+    save_png(figure, Path(path))
 
 
 def _plot_loss(axes: Axes, history: History) -> None:
-    _style(axes, title="Loss", y_label="loss (nats)")
-    for name, label, color in (("train_loss", "training", _TRAIN_COLOR), ("eval_loss", "evaluation", _EVAL_COLOR)):
+    style_axes(axes, title="Loss", y_label="loss (nats)")
+    for name, label, color in (("train_loss", "training", TRAIN_COLOR), ("eval_loss", "evaluation", EVAL_COLOR)):
         _draw(axes, _Series(history, name), color=color, label=label, show=lambda value: f"{value:.3f}")
     _add_legend(axes)
 
 
 def _plot_top1(axes: Axes, history: History) -> None:
-    _style(axes, title="Top-1 accuracy", y_label="top-1 (%)")
-    for name, label, color in (("train_top1", "training", _TRAIN_COLOR), ("eval_top1", "evaluation", _EVAL_COLOR)):
+    style_axes(axes, title="Top-1 accuracy", y_label="top-1 (%)")
+    for name, label, color in (("train_top1", "training", TRAIN_COLOR), ("eval_top1", "evaluation", EVAL_COLOR)):
         series = _Series(history, name, scale=100)
         _draw(axes, series, color=color, label=label, show=lambda value: f"{value:.2f} %")
     _add_legend(axes)
 
 
 def _plot_learning_rate(axes: Axes, history: History) -> None:
-    _style(axes, title="Learning rate", x_label="epoch", y_label="learning rate of each step")
+    style_axes(axes, title="Learning rate", x_label="epoch", y_label="learning rate of each step")
     rates = np.array([number_or_nan(value) for value in history.steps["learning_rate"]])
     positions = _step_positions(history)
     marker = "o" if len(rates) == 1 else None
-    axes.plot(positions, rates, color=_TEXT_COLOR, linewidth=1.4, marker=marker, markersize=3)
+    axes.plot(positions, rates, color=TEXT_COLOR, linewidth=1.4, marker=marker, markersize=3)
     axes.set_ylim(bottom=0)
 
 
 def _plot_size_and_speed(axes: Axes, history: History) -> None:
-    _style(axes, title="Image size and throughput", x_label="epoch", y_label="image size (px)")
+    style_axes(axes, title="Image size and throughput", x_label="epoch", y_label="image size (px)")
     epochs, sizes, rates = (history.column(name) for name in ("epoch", "image_size", "images_per_second"))
     if np.isfinite(sizes).any():  # each size holds for its whole epoch, from epoch - 1 to epoch
         edges = np.concatenate([epochs[:1] - 1, epochs])
-        axes.stairs(sizes, edges, baseline=None, color=_TEXT_COLOR, linewidth=1.6, label="image size")
+        axes.stairs(sizes, edges, baseline=None, color=TEXT_COLOR, linewidth=1.6, label="image size")
         axes.set_ylim(0, _HEADROOM * float(np.nanmax(sizes)))
     speed = axes.twinx()
-    _style(speed, y_label="training images/s")
+    style_axes(speed, y_label="training images/s")
     speed.grid(visible=False)
     speed.spines["right"].set_visible(True)
     speed.yaxis.label.set_color(_SPEED_COLOR)
@@ -153,11 +153,12 @@ def _add_legend(axes: Axes) -> None:
         axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color=_BOUNDARY_COLOR)
 
 
-def _style(axes: Axes, *, title: str = "", x_label: str = "", y_label: str = "") -> None:
-    axes.set_title(title, fontsize=10.5, color=_TEXT_COLOR, loc="left")
-    axes.set_xlabel(x_label, fontsize=9, color=_TEXT_COLOR)
-    axes.set_ylabel(y_label, fontsize=9, color=_TEXT_COLOR)
-    axes.tick_params(labelsize=8.5, colors=_TEXT_COLOR, length=3, color=_BOUNDARY_COLOR)
+def style_axes(axes: Axes, *, title: str = "", x_label: str = "", y_label: str = "") -> None:
+    """The look that all pictures share: quiet axes, titles at the left."""
+    axes.set_title(title, fontsize=10.5, color=TEXT_COLOR, loc="left")
+    axes.set_xlabel(x_label, fontsize=9, color=TEXT_COLOR)
+    axes.set_ylabel(y_label, fontsize=9, color=TEXT_COLOR)
+    axes.tick_params(labelsize=8.5, colors=TEXT_COLOR, length=3, color=_BOUNDARY_COLOR)
     axes.grid(visible=True, color=_GRID_COLOR, linewidth=0.8)
     axes.set_axisbelow(True)
     for side, spine in axes.spines.items():
@@ -165,7 +166,8 @@ def _style(axes: Axes, *, title: str = "", x_label: str = "", y_label: str = "")
         spine.set_color(_BOUNDARY_COLOR)
 
 
-def _new_figure(*, width_inches: float, height_inches: float) -> Figure:
+def new_figure(*, width_inches: float, height_inches: float) -> Figure:
+    """An empty figure on white."""
     # Without pyplot, which would choose a backend for the whole process and keep the figure alive.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -176,5 +178,6 @@ def _new_figure(*, width_inches: float, height_inches: float) -> Figure:
     return figure
 
 
-def _save_png(figure: Figure, path: Path) -> None:
+def save_png(figure: Figure, path: Path) -> None:
+    """Write `figure` as a PNG, whole or not at all."""
     replace_file(path, lambda file: figure.savefig(file, format="png", dpi=130))

@@ -27,7 +27,7 @@ def format_summary(summary: Mapping[str, Any]) -> str:
         ("seed", str(summary["seed"])),
         ("hardware", f"{device}, {processes} {'process' if processes == 1 else 'processes'}"),
     ]
-    return _align(lines)
+    return align(lines)
 
 
 def format_seconds(seconds: float | None) -> str:
@@ -83,6 +83,7 @@ def format_macs(value: float | None) -> str:
     return f"{value / 1000**power:.3g} {['', 'K', 'M', 'G', 'T', 'P', 'E'][power]}".rstrip()
 
 
-def _align(lines: Sequence[tuple[str, str]]) -> str:
+def align(lines: Sequence[tuple[str, str]]) -> str:
+    """Names and values as two columns."""
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name.ljust(width)}  {value}" for name, value in lines)
