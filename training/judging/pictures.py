@@ -64,6 +64,8 @@ def draw_calibration(bins: Sequence[Mapping[str, float]], error: float, path: Pa
     style_axes(counts, x_label="confidence (%)", y_label="images")
     counts.bar(confidence, [one["images"] for one in bins], width=4, color=TRAIN_COLOR)
     counts.set_yscale("log")
+    counts.yaxis.set_major_formatter("{x:,.0f}")
+    counts.yaxis.set_minor_formatter("")
     counts.set_xlim(0, 100)
     save_png(figure, path)
 

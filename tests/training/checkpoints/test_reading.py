@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,14 @@ def test_reading_is_for_data_whatever_a_library_asks_torch_for(tmp_path: Path, t
     assert os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1"
     assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
     assert not trace.exists()
+
+
+def test_reading_within_reading_forgets_nothing_that_was_allowed(tmp_path: Path) -> None:
+    torch.save(timedelta(1), tmp_path / "time.pt")
+    with data_only():
+        with data_only():
+            pass
+        assert torch.load(tmp_path / "time.pt") == timedelta(1)
 
 
 @pytest.mark.parametrize("content", [b"", b"no checkpoint at all", 0.5, 0.999])
