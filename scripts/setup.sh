@@ -67,7 +67,7 @@ say "creating $venv with $version and the versions of $constraints"
 "$python" -m venv "$venv" || fail "$version could not make a virtual environment; on Debian: apt-get install $version-venv"
 say "installing the project (about 6 GB of packages the first time; torch brings CUDA's libraries with it)"
 export PIP_DISABLE_PIP_VERSION_CHECK=1
-"$venv/bin/python" -m pip install --quiet --constraint "$constraints" uv setuptools
+"$venv/bin/python" -m pip install --quiet --constraint "$constraints" uv "setuptools>=77"
 "$venv/bin/uv" pip install --quiet --python "$venv/bin/python" --constraint "$constraints" --editable ".[${EXTRAS:-dev}]"
 if ! "$venv/bin/python" -c "from data.decoding.native_decode import NativeDecoder; NativeDecoder()" 2>/dev/null; then
     say "the native decoder was not built; another one stands in, at twice the CPU time. It needs g++ and libjpeg-turbo's headers; to see why: $venv/bin/uv pip install --python $venv/bin/python --no-deps --verbose --editable ."
