@@ -35,7 +35,8 @@ WINGS = {
         "judging",
         "engines",
         "session",
-        "cli",
+        "ablation",
+        "cli ablate",
     ],
 }
 
