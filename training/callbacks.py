@@ -46,7 +46,35 @@ def build_callbacks(
             device=plan.place.device,
             enabled=recipe.logging.progress_bar,
         ),
+        *_watching(plan, recorder),
     ]
+
+
+def _watching(plan: Plan, recorder: Recorder) -> list[Callback]:
+    """The callbacks of the section logging that are off unless asked for, and imported then."""
+    recipe, callbacks = plan.recipe, []
+    trackers = {name: settings for name, settings in recipe.logging.trackers.items() if settings is not None}
+    if trackers:
+        from training.results.tracking import Tracking, open_trackers
+
+        callbacks.append(
+            Tracking(
+                open_trackers(trackers, run_dir=recipe.run_dir),
+                recorder=recorder,
+                run_dir=recipe.run_dir,
+                interval_steps=recipe.logging.tracker_interval_steps,
+                work=work_of(plan),
+                device=plan.place.device,
+                settings=recipe.settings,
+            )
+        )
+    if recipe.logging.profile is not None:
+        from training.results.profile import Profile
+
+        first, last = recipe.logging.profile["steps"]
+        all_ranks = recipe.logging.profile["all_ranks"]
+        callbacks.append(Profile(recipe.run_dir / "profile", first=first, last=last, all_ranks=all_ranks))
+    return callbacks
 
 
 def work_of(plan: Plan) -> Work:

@@ -180,14 +180,14 @@ class TestWhatFits:
         assert _fitted(self.PARTS, columns=5) == "12:34:56<23:45:01"
 
     def test_a_bar_fits_its_terminal(self, monkeypatch):
-        for columns in (40, 80, 120):
+        for columns in (54, 80, 120):
             monkeypatch.setattr("training.results.progress.os.get_terminal_size", lambda _, c=columns: _Size(c))
             stream = Terminal()
             stream.fileno = lambda: 2
             train(callbacks=[ProgressBar(total_epochs=1, stream=stream)], epochs=1)
             last = frames(stream)[-1].rstrip()
             assert len(last) < columns
-            assert ("loss" in last, "top-1" in last, "wait" in last) == (True, columns > 40, columns > 80), last
+            assert ("loss" in last, "top-1" in last, "wait" in last) == (True, columns > 54, columns > 80), last
 
 
 class _Size:
