@@ -10,7 +10,7 @@ from omegaconf import MISSING
 
 from training.recipe.schema import RecipeError, parse, refuse_unknown
 
-_MOST_PROFILED_STEPS = 100  # of a ResNet-50, the trace of one step takes about a megabyte, compressed
+_MOST_PROFILED_STEPS = 100  # of the small ResNet on 8x8 digits, the trace of four takes 0.14 MB, compressed
 
 
 @dataclass
@@ -47,7 +47,7 @@ class MLflow:
 
 @dataclass
 class Profile:
-    """torch's profiler. steps: the first and the last one, from 1 on. all_ranks: a trace of each, not of rank 0 only."""
+    """torch's profiler. steps: the first and the last one, from 1 on. all_ranks: a trace of each rank, not of 0."""
 
     steps: tuple[int, int] = MISSING
     all_ranks: bool = False

@@ -82,9 +82,7 @@ class Profile(Callback):
         self._stop()
 
     def _start(self, *, warmup_steps: int) -> None:
-        os.environ.setdefault(
-            "KINETO_LOG_LEVEL", "5"
-        )  # else it prints its own starts and stops, and that no GPU is there
+        os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # else it prints its starts and stops, and that no GPU is there
         activities = [torch.profiler.ProfilerActivity.CPU]
         if torch.cuda.is_available():
             activities.append(torch.profiler.ProfilerActivity.CUDA)

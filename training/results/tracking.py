@@ -19,8 +19,8 @@ import inspect
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,7 +112,7 @@ class Tracking(Callback):
                 tracker = make(self._position)
                 if tracker is not None:
                     self._trackers[name] = tracker
-                    with _mlflow_run(self._position.mlflow_run_id):
+                    with _AROUND_INIT.get(name, nullcontext)(self._position):
                         tracker.init(state, logger)
             except Exception as error:  # whatever the service's own library raises, before the first step
                 text = " ".join(str(error).split()) or type(error).__name__
@@ -275,8 +275,10 @@ def _wandb(settings: Mapping[str, Any], position: Position, run_dir: Path) -> Lo
 
 
 def _mlflow(settings: Mapping[str, Any], position: Position, run_dir: Path) -> LoggerDestination:
+    import mlflow  # noqa: F401  (its import sets the level of its log)
     from composer.loggers import MLFlowLogger
 
+    logging.getLogger("mlflow").setLevel(logging.WARNING)  # else it tells of each table that it makes
     uri = settings["tracking_uri"] or os.environ.get("MLFLOW_TRACKING_URI")
     return MLFlowLogger(
         experiment_name=settings["experiment_name"],
@@ -302,17 +304,35 @@ def _wandb_id() -> str | None:
 
 
 @contextmanager
-def _mlflow_run(run_id: str | None):
-    """Inside the context, Composer's logger continues the MLflow run `run_id`: it takes it from this variable."""
+def _continue_mlflow_run(position: Position) -> Iterator[None]:
+    """Inside the context, Composer's logger continues the position's run: it takes the run's id from this variable."""
     name = "MLFLOW_RUN_ID"
-    if run_id is None or name in os.environ:
+    if position.mlflow_run_id is None or name in os.environ:
         yield
         return
-    os.environ[name] = run_id
+    os.environ[name] = position.mlflow_run_id
     try:
         yield
     finally:
         os.environ.pop(name, None)
+
+
+@contextmanager
+def _restore_wandb_get_url(position: Position) -> Iterator[None]:
+    """Inside the context, a W&B run has `get_url`: Composer 0.32.1 calls it, and W&B 0.31 has `url` only."""
+    from wandb.sdk.wandb_run import Run
+
+    if hasattr(Run, "get_url"):
+        yield
+        return
+    Run.get_url = lambda run: run.url  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        del Run.get_url  # pyright: ignore[reportAttributeAccessIssue]
+
+
+_AROUND_INIT = {"mlflow": _continue_mlflow_run, "wandb": _restore_wandb_get_url}
 
 
 def _flat(settings: Any, path: str = "") -> dict[str, Any]:
