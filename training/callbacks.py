@@ -12,6 +12,7 @@ from composer.loggers import Logger
 from training.checkpoints.saving import Checkpoints
 from training.checkpoints.sharded import save_shards
 from training.plan import Plan
+from training.results.meter import Work, device_peak_flops
 from training.results.progress import ProgressBar
 from training.results.recorder import Recorder
 
@@ -41,9 +42,48 @@ def build_callbacks(
         ProgressBar(
             epoch_costs=[epoch.total_macs for epoch in plan.epochs],
             total_epochs=recipe.epochs,
+            work=work_of(plan),
+            device=plan.place.device,
             enabled=recipe.logging.progress_bar,
         ),
+        *_watching(plan, recorder),
     ]
+
+
+def _watching(plan: Plan, recorder: Recorder) -> list[Callback]:
+    """The callbacks of the section logging that are off unless asked for, and imported then."""
+    recipe, callbacks = plan.recipe, []
+    trackers = {name: settings for name, settings in recipe.logging.trackers.items() if settings is not None}
+    if trackers:
+        from training.results.tracking import Tracking, open_trackers
+
+        callbacks.append(
+            Tracking(
+                open_trackers(trackers, run_dir=recipe.run_dir),
+                recorder=recorder,
+                run_dir=recipe.run_dir,
+                interval_steps=recipe.logging.tracker_interval_steps,
+                work=work_of(plan),
+                device=plan.place.device,
+                settings=recipe.settings,
+            )
+        )
+    if recipe.logging.profile is not None:
+        from training.results.profile import Profile
+
+        first, last = recipe.logging.profile["steps"]
+        all_ranks = recipe.logging.profile["all_ranks"]
+        callbacks.append(Profile(recipe.run_dir / "profile", first=first, last=last, all_ranks=all_ranks))
+    return callbacks
+
+
+def work_of(plan: Plan) -> Work:
+    """What an image of each epoch costs, and the peak of the run's devices."""
+    peak = device_peak_flops(plan.place.device, plan.recipe.precision)
+    return Work(
+        macs_per_image=[epoch.total_macs / max(1, epoch.images) for epoch in plan.epochs],
+        peak_flops=peak * plan.place.world_size if peak is not None else None,
+    )
 
 
 def is_complete(plan: Plan, done: Timestamp, say: Callable[[str], None]) -> bool:

@@ -26,8 +26,8 @@ _OF_NO_USE = (
     "torch.cuda.amp.GradScaler is enabled, but CUDA is not available",
     # Composer imports MosaicML's command line, whose dependency looks for an optional package.
     "SOCKS support in urllib3 requires the installation of optional dependencies",
-    # Callbacks that have no state are missing in a checkpoint that another engine wrote.
-    "(LoadShards|LikeDDP) is not in the state_dict",
+    # Callbacks that have no state are missing in a checkpoint of another engine, or of a run that had them off.
+    "(LoadShards|LikeDDP|Tracking|Profile) is not in the state_dict",
     "pkg_resources is deprecated",  # some of Composer's dependencies
     ".*invalid escape sequence.*",  # likewise
 )

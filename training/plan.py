@@ -24,6 +24,7 @@ from training.facts import DataFacts, data_facts
 from training.network import change_network, make_network, shapes_suffice
 from training.optimizers import peak_learning_rate
 from training.recipe import Recipe, RecipeError, users_mistake
+from training.recipe.watching import check_profiled_steps
 
 SCHEDULE = "learning_rate"  # an algorithm of every run; its settings are the recipe's section schedule
 _CLIPPING = "composer.gradient_clipping"  # what optimizer.clip_norm turns on
@@ -173,7 +174,7 @@ def make_plan(recipe: Recipe, facts: DataFacts, place: Place) -> Plan:
         size: _macs(network, size, _pass_sizes(batch, recipe, facts, place.world_size), recipe)
         for size, batch in sorted(set(shapes))
     }
-    return Plan(
+    plan = Plan(
         recipe=recipe,
         facts=facts,
         place=place,
@@ -189,6 +190,8 @@ def make_plan(recipe: Recipe, facts: DataFacts, place: Place) -> Plan:
             for index, shape in enumerate(shapes)
         ),
     )
+    check_profiled_steps(recipe.logging.profile, total_steps=plan.steps)
+    return plan
 
 
 def per_device_batch_size(recipe: Recipe, *, world_size: int) -> int:

@@ -22,7 +22,7 @@ from training.engines.memory import describe_out_of_memory, forget, is_out_of_me
 from training.engines.peers import PeerWatch
 from training.engines.start import start_distributed
 from training.plan import Plan, choose_place, network_as_trained, plan_run, without_algorithms
-from training.recipe import Recipe, RecipeError
+from training.recipe import Recipe, RecipeError, users_mistake
 from training.results.comparison import format_comparison, write_comparison
 from training.results.figures import plot_curves
 from training.results.history import History, write_metrics
@@ -54,10 +54,20 @@ def train(recipe: Recipe, *, say: Callable[[str], None] = print) -> Result:
     Raises RecipeError before the first step if the recipe, its data or its results folder make the run impossible.
     """
     place = choose_place(recipe)
+    _check_trackers(recipe)
     start_distributed(recipe, place)
     with PeerWatch(timeout_seconds=recipe.parallelism.lost_rank_timeout_seconds):
         plan = plan_run(recipe, place)
         return _carry_out(plan, say if dist.get_global_rank() == 0 else _silent)
+
+
+def _check_trackers(recipe: Recipe) -> None:
+    settings = recipe.logging.trackers.get("wandb")
+    if settings is not None:
+        from training.results.tracking import check_wandb_login
+
+        with users_mistake("logging.trackers.wandb"):
+            check_wandb_login(settings)
 
 
 def _carry_out(plan: Plan, say: Callable[[str], None]) -> Result:

@@ -15,6 +15,7 @@ from training.recipe.sections import (
     try_composers,
     try_settings,
 )
+from training.recipe.watching import parse_profile, parse_trackers
 
 
 def check(raw: dict[str, Any]) -> dict[str, Any]:
@@ -25,6 +26,8 @@ def check(raw: dict[str, Any]) -> dict[str, Any]:
     top = parse(RecipeKeys, raw, path="")
     top["data"]["source"] = parse_source(top["data"]["source"])
     top["algorithms"] = parse_algorithms(top["algorithms"])
+    top["logging"]["trackers"] = parse_trackers(top["logging"]["trackers"])
+    top["logging"]["profile"] = parse_profile(top["logging"]["profile"])
     top["schedule"] = parse(schema_of(LearningRate), top["schedule"], path="schedule")
     try_settings(LearningRate.for_planning, top["schedule"], path="schedule")
     try_settings(

@@ -130,10 +130,13 @@ class Checkpoints:
 
 @dataclass
 class Logging:
-    """What a run prints on standard error while it trains."""
+    """What a run shows while it trains: on standard error, in trackers, in a profile. See docs/tracking.md."""
 
     progress_bar: bool | None = None  # null: a bar on a terminal, otherwise one line per epoch
     level: Literal["debug", "info", "warning", "error"] = "warning"
+    trackers: Any = None  # {tensorboard: {}, wandb: {project: ...}, mlflow: {...}}; for settings see watching.py
+    tracker_interval_steps: Count = 10  # trackers get means over so many steps
+    profile: Any = None  # {steps: [100, 110]}: torch's profiler over these steps
 
 
 @dataclass

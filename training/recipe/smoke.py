@@ -8,8 +8,9 @@ the schedule. What shrinks:
     epochs      one per stage of progressive resizing, the last of them FixRes's; at least two
     batches     scaled by one factor, so that the smallest has 2 images per device; learning rates scale with them
     schedule    warm-up, milestones and points in proportion to the epochs
-    the rest    one checkpoint, at the end; new weights instead of downloaded ones; fp32 on the CPU unless the recipe
-                names another device; a single process runs without an engine
+    the rest    one checkpoint, at the end; no profile, whose steps are those of the whole run; new weights instead of
+                downloaded ones; fp32 on the CPU unless the recipe names another device; a single process runs without
+                an engine
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ def shrink(settings: dict[str, Any]) -> dict[str, Any]:
         "precision": "fp32" if device == "cpu" else settings["precision"],
         "device": device,
         "parallelism": {**settings["parallelism"], **({"strategy": "none"} if _world_size() == 1 else {})},
+        "logging": {**settings["logging"], "profile": None},
         "checkpoints": {"every_epochs": epochs, "keep_best": settings["data"]["test"] is not None},
     }
 

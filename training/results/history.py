@@ -18,6 +18,7 @@ import numpy as np
 from data.whole_files import replace_file
 
 # One row of metrics.csv. Top-1 is a fraction, the image size the side in px; images and seconds are those of training.
+# data_wait_share is the share of train_seconds spent waiting for batches; files of earlier versions lack it.
 EPOCH_COLUMNS = (
     "epoch",
     "train_loss",
@@ -29,6 +30,7 @@ EPOCH_COLUMNS = (
     "global_batch_size",
     "images_per_second",
     "train_seconds",
+    "data_wait_share",
 )
 STEP_COLUMNS = ("step", "epoch", "loss", "learning_rate")
 _WHOLE_NUMBERS = ("epoch", "image_size", "global_batch_size")

@@ -1,8 +1,12 @@
-"""One progress bar for the whole run, or one line per epoch without a terminal."""
+"""One progress bar for the whole run, or one line per epoch without a terminal.
+
+Both fit 120 columns and a narrower terminal: what matters least is left out first.
+"""
 
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -13,22 +17,35 @@ from composer.loggers import Logger
 from composer.utils import dist
 from tqdm import tqdm
 
-from training.results.recorder import Stopwatch
-from training.results.text import format_seconds
+from training.results.meter import Meter, Work, format_memory, memory_bytes
+from training.results.text import format_macs, format_seconds
 
 __all__ = ["ProgressBar"]
 
 _REFRESH_SECONDS = 0.2
+_COLUMNS = 120  # where the terminal's width is not known
+_BAR_COLUMNS = 18  # of "100% |##########| "
+_SMOOTHED_STEPS = 20  # the bar's loss is an average that forgets over about so many steps
+# What a line shows, in its order. Where it does not fit, the parts with the highest numbers are left out first.
+_RANKS = {
+    "time": 0, "epoch": 1, "image_size": 8, "loss": 2, "top1": 3, "rate": 4, "wait": 5, "speed": 6, "memory": 7,
+    "learning_rate": 9, "eta": 0,
+}  # fmt: skip
 
 
 class ProgressBar(Callback):
-    """Shows a run's progress on rank 0's stderr: epoch, image size, loss, evaluated top-1, images/s, elapsed, ETA.
+    """Shows a run's progress on rank 0's stderr.
+
+    Elapsed time, ETA, epoch, image size, loss (a running mean on the bar, the epoch's mean on a line), evaluated top-1,
+    images/s and share of time spent waiting for data (this epoch's), MFU or GMAC/s, memory of this rank, learning rate.
 
     The ETA assumes that time is proportional to `epoch_costs`: with progressive resizing, early epochs are cheaper than
     late ones, and counting epochs would be too optimistic.
 
     epoch_costs: cost of each epoch of the run in any unit, such as forward multiply-adds; None: all equal.
     total_epochs: epochs of the whole run, including those before a resumption.
+    work: what an image costs, for MFU or GMAC/s; None shows neither.
+    device: cpu, gpu or mps: whose memory is shown.
     enabled: None: a bar if stderr is a terminal, else a plain line after each epoch. True: a bar always. False: silent.
 
     Raises:
@@ -40,6 +57,8 @@ class ProgressBar(Callback):
         *,
         total_epochs: int,
         epoch_costs: Sequence[float] | None = None,
+        work: Work | None = None,
+        device: str = "cpu",
         enabled: bool | None = None,
         metric: str = "top1",
         evaluator: str = "eval",
@@ -49,6 +68,8 @@ class ProgressBar(Callback):
         if total_epochs < 1:
             raise ValueError(f"total_epochs={total_epochs}: a run has at least one epoch; set it to 1 or more")
         self._costs = _shares(epoch_costs, total_epochs=total_epochs)  # of the run's cost, summing to 1
+        self._work = work
+        self._device = device
         self._enabled = enabled
         self._metric = metric
         self._evaluator = evaluator
@@ -60,11 +81,11 @@ class ProgressBar(Callback):
         self._cost_at_start = 0.0  # what earlier sessions had done
         self._cost_done = 0.0
         self._drawn = -math.inf
-        self._stopwatch = Stopwatch(clock)
-        self._skipping_batches = False
+        self._meter = Meter(clock)
+        self._learning_rate: float | None = None
+        self._smoothed = _Smoothed()
         self._top1: float | None = None
         self._image_size: int | None = None
-        self._reset_epoch()
 
     def fit_start(self, state: State, logger: Logger) -> None:
         self.close(state, logger)
@@ -73,45 +94,40 @@ class ProgressBar(Callback):
         stream = self._stream or sys.stderr
         self._started = self._clock()
         self._cost_at_start = self._cost_done = self._cost_of(state)
-        self._stopwatch.stop()
-        # When resumed within an epoch, the Trainer draws that epoch's earlier batches and discards them.
-        self._skipping_batches = int(state.timestamp.batch_in_epoch) > 0
-        self._reset_epoch()
+        self._meter.fit_start(state)
+        self._smoothed = _Smoothed()
         if self._enabled or stream.isatty():
             self._bar = _new_bar(stream, initial=self._cost_done, text=self._bar_text(state))
         else:
             self._prints_lines = True
 
     def epoch_start(self, state: State, logger: Logger) -> None:
-        self._reset_epoch()
-        self._stopwatch.start()
+        self._meter.reset()
+        self._meter.epoch_start()
 
     def before_dataloader(self, state: State, logger: Logger) -> None:
-        if self._skipping_batches:
-            self._stopwatch.stop()
-        self._stopwatch.start()
+        self._meter.before_dataloader()
 
     def after_dataloader(self, state: State, logger: Logger) -> None:
-        self._skipping_batches = False
+        self._meter.after_dataloader()
+
+    def after_train_batch(self, state: State, logger: Logger) -> None:
+        # The last event before the optimizer's step. At BATCH_END the schedulers have moved on to the next step's rate.
+        self._learning_rate = float(state.optimizers[0].param_groups[0]["lr"])
 
     def batch_end(self, state: State, logger: Logger) -> None:
         if self._started is None:
             return
-        assert state.previous_timestamp is not None  # the Trainer sets it just before this event
-        images = int(state.timestamp.sample) - int(state.previous_timestamp.sample)
-        self._epoch_seconds += self._stopwatch.stop()
-        self._epoch_images += images
+        self._meter.batch_end(state)
         loss = state.total_loss_dict.get("loss/train/total")
         if loss is not None:
-            self._last_loss = float(loss)
-            self._loss_sum += self._last_loss * images
-        self._image_size = getattr(state.train_dataloader, "image_size", None)
-        self._cost_done = self._cost_of(state)
+            self._smoothed.add(float(loss))
         if self._clock() - self._drawn >= _REFRESH_SECONDS:
+            self._cost_done = self._cost_of(state)
             self._draw(state)
 
     def epoch_end(self, state: State, logger: Logger) -> None:
-        self._epoch_seconds += self._stopwatch.stop()
+        self._meter.epoch_end()
 
     def eval_end(self, state: State, logger: Logger) -> None:
         metric = state.eval_metrics.get(self._evaluator, {}).get(self._metric)
@@ -123,8 +139,8 @@ class ProgressBar(Callback):
         self._draw(state)
         if self._prints_lines:
             finished = int(state.timestamp.epoch)
-            loss = self._loss_sum / self._epoch_images if self._epoch_images else None
-            text = f"{self._text(finished, loss=loss)}  ETA {format_seconds(self._eta_seconds())}"
+            parts = self._parts(state, finished, loss=self._meter.peek().loss)
+            text = _fitted({**parts, "eta": f"ETA {format_seconds(self._eta_seconds())}"}, columns=_COLUMNS)
             print(text, file=self._stream or sys.stderr, flush=True)
         self._top1 = self._top1 if self._bar else None  # a line reports its own epoch's evaluation only
 
@@ -139,12 +155,6 @@ class ProgressBar(Callback):
         self._bar = None
         self._prints_lines = False
         self._started = None
-
-    def _reset_epoch(self) -> None:
-        self._epoch_images = 0
-        self._epoch_seconds = 0.0
-        self._loss_sum = 0.0
-        self._last_loss: float | None = None
 
     def _cost_of(self, state: State) -> float:
         """Share of the run's cost done so far; an unfinished epoch counts by its share of batches."""
@@ -170,23 +180,74 @@ class ProgressBar(Callback):
         self._drawn = self._clock()
 
     def _bar_text(self, state: State) -> str:
-        """Elapsed < ETA first, as in any tqdm bar: a narrow terminal cuts off the end."""
+        """Elapsed < ETA first, as in any tqdm bar."""
         assert self._started is not None
         elapsed, eta = format_seconds(self._clock() - self._started), format_seconds(self._eta_seconds())
         current = min(int(state.timestamp.epoch) + 1, len(self._costs))
-        return f"{elapsed}<{eta}  {self._text(current, loss=self._last_loss)}"
+        parts = self._parts(state, current, loss=self._smoothed.value)
+        columns = _width(self._stream or sys.stderr) - _BAR_COLUMNS
+        return _fitted({"time": f"{elapsed}<{eta}", **parts}, columns=columns)
 
-    def _text(self, epoch: int, *, loss: float | None) -> str:
-        parts = [f"epoch {epoch}/{len(self._costs)}"]
+    def _parts(self, state: State, epoch: int, *, loss: float | None) -> dict[str, str]:
+        """What a line says of `epoch` (from 1), by the names of `_RANKS`; what is not known is left out."""
+        parts = {"epoch": f"epoch {epoch}/{len(self._costs)}"}
+        image_size = getattr(state.train_dataloader, "image_size", None)
+        if image_size is not None and self._meter.peek().steps:
+            self._image_size = image_size
         if self._image_size is not None:
-            parts.append(f"{self._image_size} px")
+            parts["image_size"] = f"{self._image_size} px"
         if loss is not None:
-            parts.append(f"loss {loss:.3f}")
+            parts["loss"] = f"loss {loss:.3f}"
         if self._top1 is not None:
-            parts.append(f"top-1 {100 * self._top1:.1f} %")
-        if self._epoch_seconds > 0:
-            parts.append(f"{self._epoch_images / self._epoch_seconds:,.0f} images/s")
-        return "  ".join(parts)
+            parts["top1"] = f"top-1 {100 * self._top1:.1f} %"
+        reading = self._meter.peek()
+        if reading.images_per_second is not None and reading.data_wait_share is not None:
+            parts["rate"] = f"{reading.images_per_second:,.0f} images/s"
+            parts["wait"] = f"wait {100 * reading.data_wait_share:.0f} %"
+            parts.update(self._machine(reading.images_per_second, epoch=epoch))
+        if self._learning_rate is not None:
+            parts["learning_rate"] = f"lr {self._learning_rate:.3g}"
+        return parts
+
+    def _machine(self, images_per_second: float, *, epoch: int) -> dict[str, str]:
+        parts = {"memory": format_memory(memory_bytes(self._device))}
+        speed = self._work.speed(images_per_second, epoch=epoch - 1) if self._work is not None else {}
+        if "mfu" in speed:
+            return {"speed": f"MFU {100 * speed['mfu']:.0f} %", **parts}
+        if "gmacs_per_second" in speed:
+            return {"speed": f"{format_macs(1e9 * speed['gmacs_per_second'])}MAC/s", **parts}
+        return parts
+
+
+class _Smoothed:
+    """A running mean of the last steps' losses, right from the first one on."""
+
+    def __init__(self) -> None:
+        self._sum = self._weight = 0.0
+
+    def add(self, loss: float) -> None:
+        keep = 1 - 1 / _SMOOTHED_STEPS
+        self._sum, self._weight = keep * self._sum + loss, keep * self._weight + 1
+
+    @property
+    def value(self) -> float | None:
+        return self._sum / self._weight if self._weight else None
+
+
+def _fitted(parts: dict[str, str], *, columns: int) -> str:
+    """The parts in the order of `_RANKS`, without those that matter least where `columns` do not hold all."""
+    kept = sorted(parts, key=lambda name: _RANKS[name])
+    while len(kept) > 1 and len("  ".join(parts[name] for name in kept)) > columns:
+        kept.pop()
+    return "  ".join(parts[name] for name in _RANKS if name in kept)
+
+
+def _width(stream: TextIO) -> int:
+    """Columns that a line may take: one less than the terminal has, where the cursor stays."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns - 1
+    except (OSError, ValueError):  # no terminal; io.UnsupportedOperation is both
+        return _COLUMNS
 
 
 def _new_bar(stream: TextIO, *, initial: float, text: str) -> tqdm[Any]:

@@ -18,6 +18,7 @@ from composer.loggers import Logger
 from composer.utils import dist
 
 from training.results.history import STEP_COLUMNS, History, write_epochs_csv
+from training.results.meter import Meter, Stopwatch
 
 __all__ = ["History", "Ledger", "Recorder", "Stopwatch"]
 
@@ -31,7 +32,8 @@ class Recorder(Callback):
     recorded as None, and so is the evaluation of an epoch that ended without one.
 
     Training seconds are those of rank 0, from requesting a batch from the loader to the end of the step. They exclude
-    evaluation, saving, and the batches that a resumed run skips.
+    evaluation, saving, and the batches that a resumed run skips. data_wait_share is the share of them that passed
+    before the batch was there.
 
     folder: where metrics.csv goes (written by rank 0); None writes no file.
     """
@@ -48,9 +50,8 @@ class Recorder(Callback):
         self._metric = metric
         self._evaluator = evaluator
         self._ledger = Ledger()
-        self._stopwatch = Stopwatch(clock)
+        self._meter = Meter(clock)
         self._learning_rate: float | None = None
-        self._skipping_batches = False
 
     @property
     def history(self) -> History:
@@ -58,42 +59,41 @@ class Recorder(Callback):
         return self._ledger.history
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        # When resumed within an epoch, the Trainer draws that epoch's earlier batches and discards them.
-        self._stopwatch.stop()  # still running if an earlier fit() was interrupted
-        self._skipping_batches = int(state.timestamp.batch_in_epoch) > 0
+        self._meter.fit_start(state)
         self._write_csv()  # drops the rows that a killed run wrote after its last checkpoint
 
     def epoch_start(self, state: State, logger: Logger) -> None:
-        self._stopwatch.start()
+        self._meter.epoch_start()
 
     def before_dataloader(self, state: State, logger: Logger) -> None:
-        if self._skipping_batches:
-            self._stopwatch.stop()
-        self._stopwatch.start()
+        self._meter.before_dataloader()
 
     def after_dataloader(self, state: State, logger: Logger) -> None:
-        self._skipping_batches = False
+        self._meter.after_dataloader()
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
         # The last event before the optimizer's step. At BATCH_END the schedulers have moved on to the next step's rate.
         self._learning_rate = float(state.optimizers[0].param_groups[0]["lr"])
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        assert state.previous_timestamp is not None  # the Trainer sets it just before this event
-        self._ledger.add_seconds(self._stopwatch.stop())
+        self._meter.batch_end(state)
+        reading = self._meter.take()
+        self._ledger.add_seconds(reading.seconds, waiting=reading.wait_seconds)
         self._ledger.add_step(
             step=int(state.timestamp.batch),
             epoch=int(state.timestamp.epoch) + 1,
             loss=_to_float(state.total_loss_dict.get("loss/train/total")),
             learning_rate=self._learning_rate,
-            images=int(state.timestamp.sample) - int(state.previous_timestamp.sample),
+            images=reading.images,
             # Composer has just computed it over all ranks' batches, and resets the metric at every batch.
             top1=_to_float(state.train_metric_values.get(self._metric)),
             image_size=getattr(state.train_dataloader, "image_size", None),
         )
 
     def epoch_end(self, state: State, logger: Logger) -> None:
-        self._ledger.add_seconds(self._stopwatch.stop())
+        self._meter.epoch_end()
+        reading = self._meter.take()
+        self._ledger.add_seconds(reading.seconds, waiting=reading.wait_seconds)
 
     def eval_end(self, state: State, logger: Logger) -> None:
         if state.dataloader_label != self._evaluator:
@@ -159,9 +159,11 @@ class Ledger:
                 partial[f"{name}_images"] += images
         self._evaluation = None
 
-    def add_seconds(self, seconds: float) -> None:
-        """Add training time to the current epoch."""
+    def add_seconds(self, seconds: float, *, waiting: float = 0.0) -> None:
+        """Add training time to the current epoch. waiting: the part of it that was spent waiting for a batch."""
         self._partial["seconds"] += seconds
+        if self._partial["wait_seconds"] is not None:
+            self._partial["wait_seconds"] += waiting
 
     def add_evaluation(self, *, top1: float | None, loss: float | None) -> bool:
         """Add an evaluation of the weights after the last step. True if it completed a row that was already closed,
@@ -180,7 +182,7 @@ class Ledger:
         """Turn the steps since the last call into the row of `epoch` (the number of finished epochs)."""
         partial, rates = self._partial, self._steps["learning_rate"]
         evaluation = self._evaluation or {"eval_loss": None, "eval_top1": None}
-        seconds = partial["seconds"]
+        seconds, waiting = partial["seconds"], partial["wait_seconds"]
         self._epochs.append(
             {
                 "epoch": epoch,
@@ -193,6 +195,7 @@ class Ledger:
                 "global_batch_size": partial["largest_batch"] or None,
                 "images_per_second": partial["images"] / seconds if seconds > 0 else None,
                 "train_seconds": seconds,
+                "data_wait_share": min(1.0, waiting / seconds) if waiting is not None and seconds > 0 else None,
             }
         )
         self._partial = _empty_epoch()
@@ -213,28 +216,9 @@ class Ledger:
         """Restore what `state_dict` returned; what was collected here before is dropped."""
         state = deepcopy(state)
         self._epochs, self._steps = state["epochs"], state["steps"]
-        self._partial, self._evaluation = state["partial"], state["evaluation"]
-
-
-class Stopwatch:
-    """Measures intervals: `stop` returns the seconds since `start`, 0 if it was not running."""
-
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._clock = clock
-        self._started: float | None = None
-
-    def start(self) -> None:
-        """Start an interval, unless one is running."""
-        if self._started is None:
-            self._started = self._clock()
-
-    def stop(self) -> float:
-        """End the interval; returns its seconds."""
-        if self._started is None:
-            return 0.0
-        seconds = self._clock() - self._started
-        self._started = None
-        return seconds
+        # Checkpoints written before the waiting was measured have none; nothing is known of such an epoch's first part.
+        unmeasured = {"wait_seconds": None if state["partial"]["images"] else 0.0}
+        self._partial, self._evaluation = {**unmeasured, **state["partial"]}, state["evaluation"]
 
 
 def _empty_epoch() -> dict[str, Any]:
@@ -247,6 +231,7 @@ def _empty_epoch() -> dict[str, Any]:
         "top1_sum": 0.0,
         "top1_images": 0,
         "seconds": 0.0,
+        "wait_seconds": 0.0,
     }
 
 

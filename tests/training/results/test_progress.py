@@ -15,7 +15,8 @@ from tiny_model import Interrupt, TinyModel
 from torch.utils.data import DataLoader, TensorDataset
 
 from training.checkpoints.saving import Checkpoints
-from training.results.progress import ProgressBar
+from training.results.meter import Work
+from training.results.progress import ProgressBar, _fitted
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -88,7 +89,8 @@ class TestLines:
         train(callbacks=[Spend(clock, [2, 2, 2]), bar])
         lines = stream.getvalue().splitlines()
         assert len(lines) == 3
-        pattern = r"epoch 2/3  24 px  loss \d\.\d{3}  top-1 \d+\.\d %  4 images/s  ETA 0:08"
+        known = r"epoch 2/3  24 px  loss \d\.\d{3}  top-1 \d+\.\d %  4 images/s"
+        pattern = rf"{known}  wait 0 %  \d+\.\d+ GiB  lr 0\.1  ETA 0:08"
         assert re.fullmatch(pattern, lines[1])
         assert etas(stream.getvalue()) == ["0:16", "0:08", "0:00"]
         assert "\r" not in stream.getvalue()
@@ -161,6 +163,61 @@ class TestBar:
         stream = io.StringIO()
         train(callbacks=[ProgressBar(total_epochs=1, enabled=True, stream=stream)], epochs=1)
         assert frames(stream)[-1].startswith("100% |")
+
+
+class TestWhatFits:
+    PARTS = {  # noqa: RUF012
+        "time": "12:34:56<23:45:01", "epoch": "epoch 88/100", "image_size": "224 px", "loss": "loss 2.345",
+        "top1": "top-1 76.1 %", "rate": "12,345 images/s", "wait": "wait 3 %", "speed": "MFU 45 %",
+        "memory": "12.3 GiB", "learning_rate": "lr 0.00123",
+    }  # fmt: skip
+
+    def test_what_matters_least_goes_first(self):
+        whole = _fitted(self.PARTS, columns=200)
+        assert whole.split("  ") == list(self.PARTS.values())
+        assert "lr" not in _fitted(self.PARTS, columns=len(whole) - 1)
+        assert _fitted(self.PARTS, columns=45) == "12:34:56<23:45:01  epoch 88/100  loss 2.345"
+        assert _fitted(self.PARTS, columns=5) == "12:34:56<23:45:01"
+
+    def test_a_bar_fits_its_terminal(self, monkeypatch):
+        for columns in (54, 80, 120):
+            monkeypatch.setattr("training.results.progress.os.get_terminal_size", lambda _, c=columns: _Size(c))
+            stream = Terminal()
+            stream.fileno = lambda: 2
+            train(callbacks=[ProgressBar(total_epochs=1, stream=stream)], epochs=1)
+            last = frames(stream)[-1].rstrip()
+            assert len(last) < columns
+            assert ("loss" in last, "top-1" in last, "wait" in last) == (True, columns > 54, columns > 80), last
+
+
+class _Size:
+    def __init__(self, columns: int) -> None:
+        self.columns = columns
+
+
+class TestSpeed:
+    @pytest.mark.parametrize(
+        ("work", "shown"),
+        [(Work([3e9, 6e9]), "24 GMAC/s"), (Work([1e9, 6e9], peak_flops=96e9), "MFU 50 %")],
+    )
+    def test_of_the_epoch(self, work, shown):
+        stream, clock = io.StringIO(), FakeClock()
+        bar = ProgressBar(total_epochs=2, work=work, stream=stream, clock=clock)
+        train(callbacks=[Spend(clock, [2, 2]), bar], epochs=2)
+        assert f"4 images/s  wait 0 %  {shown}" in stream.getvalue().splitlines()[1]
+
+    def test_waiting_for_data_is_seen(self):
+        stream, clock = io.StringIO(), FakeClock()
+
+        class SlowData(Callback):
+            def before_dataloader(self, state, logger):
+                clock.now += 3
+
+        # Of each epoch's five requests the last finds the loader's end: 15 s of waiting, 4 of steps.
+        train(
+            callbacks=[Spend(clock, [1]), ProgressBar(total_epochs=1, stream=stream, clock=clock), SlowData()], epochs=1
+        )
+        assert "2 images/s  wait 79 %" in stream.getvalue()
 
 
 class TestRefusals:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from training.checkpoints.saving import Checkpoints
-from training.results.history import EPOCH_COLUMNS, STEP_COLUMNS, read_metrics
+from training.results.history import EPOCH_COLUMNS, STEP_COLUMNS, History, read_metrics
 from training.results.recorder import Ledger, Recorder, Stopwatch
 
 pytestmark = [
@@ -29,7 +29,7 @@ pytestmark = [
 
 BATCH_SIZE, IMAGES = 8, 28  # four steps an epoch, the last with half a batch
 STEPS_PER_EPOCH = 4
-TIMES = ("images_per_second", "train_seconds")
+TIMES = ("images_per_second", "train_seconds", "data_wait_share")
 
 
 class ResizingLoader(DataLoader):
@@ -212,6 +212,7 @@ class TestResume:
         assert without_times(rows) == without_times(whole.history.epochs)
         # Four steps and five requests for a batch, over both sessions; loading what is skipped is not in it.
         assert [row["train_seconds"] for row in rows] == [9, 9, 9]
+        assert [row["data_wait_share"] for row in rows] == [pytest.approx(5 / 9)] * 3
         assert read_metrics(tmp_path / "metrics.csv") == rows
 
     def test_drops_what_came_after_the_checkpoint(self, tmp_path):
@@ -268,6 +269,13 @@ class TestFile:
         with open(path) as file:
             assert tuple(next(csv.reader(file))) == EPOCH_COLUMNS
 
+    def test_a_file_from_before_the_waiting_was_measured(self, tmp_path):
+        path = tmp_path / "metrics.csv"
+        path.write_text("epoch,train_loss,train_seconds\n1,0.5,2.0\n")
+        history = History(epochs=read_metrics(path))
+        assert history.epochs == [{"epoch": 1, "train_loss": 0.5, "train_seconds": 2.0}]
+        assert str(history.column("data_wait_share")) == "[nan]"
+
     def test_no_folder_no_file(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         train(callbacks=[Recorder()], epochs=1)
@@ -307,6 +315,18 @@ class TestLedger:
         assert ledger.history.epochs[0]["eval_top1"] == 0.8
         assert not ledger.add_evaluation(top1=0.1, loss=0.9)  # a row that has its evaluation keeps it
         assert ledger.history.epochs[0]["eval_top1"] == 0.8
+
+    def test_a_checkpoint_from_before_the_waiting_was_measured(self):
+        ledger = Ledger()
+        self.fill(ledger, losses=[1.0], images=[8], top1s=[0.5])
+        ledger.add_seconds(4.0, waiting=1.0)
+        old = ledger.state_dict()
+        del old["partial"]["wait_seconds"]
+        ledger.load_state_dict(old)
+        for epoch in (1, 2):  # of the first, nobody knows how long its first part waited
+            ledger.add_seconds(4.0, waiting=1.0)
+            ledger.close_epoch(epoch=epoch)
+        assert [row["data_wait_share"] for row in ledger.history.epochs] == [None, 0.25]
 
     def test_the_state_is_plain_and_apart(self):
         ledger, other = Ledger(), Ledger()

@@ -51,6 +51,7 @@ def make_history(
             64,
             1000.0 / epoch,
             seconds,
+            0.25,
         )
         history.epochs.append(dict(zip(EPOCH_COLUMNS, values, strict=True)))
     return history
@@ -67,7 +68,7 @@ class TestMetrics:
         write_metrics(history, tmp_path)
         assert read_metrics(tmp_path / "metrics.csv") == history.epochs
         first = (tmp_path / "metrics.csv").read_text().splitlines()[1]
-        assert first == "1,2.0,0.1,,,0.4,16,64,1000.0,2.0"
+        assert first == "1,2.0,0.1,,,0.4,16,64,1000.0,2.0,0.25"
 
     def test_npz_reads_back_without_pickle(self, tmp_path):
         history = make_history(eval_every=2)
