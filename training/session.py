@@ -26,7 +26,7 @@ from training.recipe import Recipe, RecipeError, flat_keys
 from training.results.comparison import format_comparison, write_comparison
 from training.results.figures import plot_curves
 from training.results.history import History, write_metrics
-from training.results.report import REPORT_FILE, write_report
+from training.results.report import write_report
 from training.results.summary import summarize, write_json
 from training.results.text import format_summary
 from training.trained import Preprocessing, write_about
@@ -126,7 +126,7 @@ def compare(recipe: Recipe, *, say: Callable[[str], None] = print) -> str:
     summaries = {label: result.summary for label, result in results.items()}
     if dist.get_global_rank() == 0:
         write_comparison({label: r.history for label, r in results.items()}, summaries, recipe.run_dir)
-        say(f"report: {write_report([recipe.run_dir, off.run_dir], recipe.run_dir / REPORT_FILE)}\n")
+        write_report([recipe.run_dir, off.run_dir])
     return format_comparison(summaries)
 
 

@@ -67,7 +67,7 @@ def phase_charts(histories: Sequence[History]) -> list[Chart]:
             positions, steps = history.column("epoch"), history.column("learning_rate")
         letter = run_letter(run) if len(histories) > 1 else ""
         rates.append(Line(positions, steps, run, f"{letter} learning rate".strip(), letter))
-    rate = Chart("learning-rate", "Learning rate", "of each step", rates, lambda value: f"{value:.3g}", from_zero=True)
+    rate = Chart("learning-rate", "Learning rate", "of each step", rates, lambda value: f"{value:.2g}", from_zero=True)
     return [
         rate,
         _by_epoch(histories, "image_size", "Image size", "px", lambda v: f"{v:.0f} px", stairs=True),
@@ -115,11 +115,9 @@ def time_parts(history: History, *, seconds: float | None, resumed: bool) -> lis
 
 
 def _epochs(phase: Phase) -> str:
-    span = (
-        f"{phase.first_epoch}" if phase.first_epoch == phase.last_epoch else f"{phase.first_epoch}–{phase.last_epoch}"
-    )
+    first, last = phase.first_epoch, phase.last_epoch
     size = "" if phase.image_size is None else f" at {phase.image_size} px"
-    return f"epochs {span}{size}"
+    return (f"epoch {first}" if first == last else f"epochs {first}–{last}") + size
 
 
 def _phase(rows: list[dict[str, Any]]) -> Phase:

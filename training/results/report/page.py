@@ -83,7 +83,12 @@ def render(runs: Sequence[Run], *, compared: Mapping[str, Mapping[str, Any]] | N
         lstrip_blocks=True,
     )
     environment.filters.update(
-        top1=format_top1, loss=format_loss, seconds=format_exact_seconds, rate=format_rate, macs=format_macs
+        breakable=_breakable,
+        top1=format_top1,
+        loss=format_loss,
+        seconds=format_exact_seconds,
+        rate=format_rate,
+        macs=format_macs,
     )
     columns = _columns(runs, compared or {})
     histories = [run.history for run in runs]
@@ -209,6 +214,16 @@ def _drawn(charts: Sequence[Chart]) -> list[dict[str, Any]]:
         {"title": chart.title, "unit": chart.unit, "cut": cut_above(chart), "svg": Markup(chart_svg(chart))}
         for chart in charts
     ]
+
+
+def _breakable(text: str) -> Any:
+    """Escaped, with places where a long name may continue on the next line."""
+    from markupsafe import Markup, escape
+
+    broken = escape(text)
+    for mark in ("_", "/"):
+        broken = broken.replace(mark, mark + Markup("<wbr>"))
+    return broken
 
 
 def _parts(run: Run) -> list[tuple[str, float, float]]:

@@ -21,7 +21,8 @@ _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _CONTINUE = "continue the run with load=latest, which writes it again"
 # What the page formats as numbers. Each may be null or absent.
 _SUMMARY_NUMBERS = (
-    "top1", "best_top1", "loss", "epochs", "seconds", "train_seconds", "images_per_second", "forward_macs", "parameters",
+    "top1", "best_top1", "loss", "epochs", "seconds", "train_seconds", "images_per_second", "forward_macs",
+    "parameters",
 )  # fmt: skip
 _EVALUATION_NUMBERS = (
     "images", "classes", "image_size", "top1", "top5", "loss", "calibration_error", "shift_consistency", "seconds",
@@ -144,7 +145,7 @@ def _read_summary(folder: Path, *, epochs_done: int, settings: Mapping[str, Any]
     summary = _read_mapping(path, repair=_CONTINUE)
     _check_numbers(summary, _SUMMARY_NUMBERS, path=path, repair=_CONTINUE)
     for name in ("test", "hardware", "versions", "algorithms"):
-        if not isinstance(summary.get(name) or {}, dict):
+        if not isinstance(summary.get(name), (dict, type(None))):
             raise ValueError(f"{path} is damaged ({name} is {summary[name]!r}, and must be a mapping); {_CONTINUE}")
     _check_numbers(summary.get("test") or {}, ("top1", "loss"), path=path, repair=_CONTINUE)
     if summary.get("epochs") != epochs_done:

@@ -71,9 +71,8 @@ def _shown(value: Any) -> str:
     """A setting as YAML has it, on one line and without the keys that are null."""
     if value is _ABSENT:
         return "not set"
-    text = yaml.safe_dump(
-        _without_nulls(value), default_flow_style=True, sort_keys=False, width=10**6, allow_unicode=True
-    )
+    style: dict[str, Any] = {"default_flow_style": True, "sort_keys": False, "allow_unicode": True, "width": 10**6}
+    text = yaml.safe_dump(_without_nulls(value), **style)
     return text.removesuffix("\n").removesuffix("\n...")
 
 
