@@ -178,6 +178,7 @@ class TestEvaluation:
         assert ["checkpoint", "best.pt (averaged weights)"] in table
         assert ["eight", "91.23 %", "99.00 %", "35", "three"] in table
         assert ["16", "95.13 %", "n/a", "0.3000"] in table
+        assert ["calibration error", "1.23 %"] in table
         assert "3 more are in evaluation.json" in page.text
         assert "evaluate.py" not in page.text
 
@@ -187,6 +188,13 @@ class TestEvaluation:
             run, **dict.fromkeys(("images", "classes", "top1", "loss", "sizes", "worst_classes", "mistakes"))
         )
         assert ["top-1", "n/a"] in rows(write(run))
+
+    def test_one_size_is_not_a_comparison_of_sizes(self, tmp_path):
+        run = make_run(tmp_path / "run")
+        add_evaluation(run, sizes=[{"image_size": 20, "top1": 0.9721, "top5": None, "loss": 0.21}])
+        page = write(run)
+        assert len(page.all("img")) == 3
+        assert "By image size" not in page.text
 
     def test_is_asked_for_where_it_is_missing(self, tmp_path):
         run = make_run(tmp_path / "a run")

@@ -234,9 +234,18 @@ def _parts(run: Run) -> list[tuple[str, float, float]]:
 
 
 def _evaluation(run: Run) -> dict[str, Any]:
+    measured = run.evaluation or {}
+    one_size = len(measured.get("sizes") or ()) == 1  # whose figures are those of the evaluation itself
     pictures = [
         (_PICTURE_TITLES[name], "data:image/png;base64," + base64.b64encode(run.pictures[name]).decode())
         for name in PICTURES
-        if name in run.pictures
+        if name in run.pictures and not (name == "sizes" and one_size)
     ]
-    return {"command": evaluate_command(run.folder), "measured": run.evaluation, "pictures": pictures}
+    worst = [row for row in measured.get("worst_classes") or () if row.get("recall") != 1]
+    return {
+        "command": evaluate_command(run.folder),
+        "measured": run.evaluation,
+        "pictures": pictures,
+        "worst": worst,
+        "several_sizes": len(measured.get("sizes") or ()) > 1,
+    }
