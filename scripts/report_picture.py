@@ -16,9 +16,9 @@ from playwright.sync_api import sync_playwright
 ROOT = Path(__file__).parents[1]
 REPORT = ROOT / "results" / "digits_medium" / "report.html"
 PICTURE = ROOT / "docs" / "report.png"
-# Wide enough for three charts in a row, and as high as the header and the first curves.
-WIDTH_PX = 1120
-LAST_SECTION = "#curves .charts"
+WIDTH_PX = 1120  # three charts in a row
+FIRST, LAST = "#curves h2", "#phases .charts"
+MARGIN_PX = 16
 
 
 def main() -> int:
@@ -32,10 +32,12 @@ def main() -> int:
         browser = playwright.chromium.launch(executable_path=chromium, args=flags)
         page = browser.new_page(viewport={"width": WIDTH_PX, "height": 900}, color_scheme="light")
         page.goto(REPORT.as_uri())
-        box = page.locator(LAST_SECTION).bounding_box()
-        assert box is not None
-        height = box["y"] + box["height"] + 16
-        page.screenshot(path=PICTURE, full_page=True, clip={"x": 0, "y": 0, "width": WIDTH_PX, "height": height})
+        first, last = (page.locator(place).bounding_box() for place in (FIRST, LAST))
+        assert first is not None
+        assert last is not None
+        top, bottom = first["y"] - MARGIN_PX, last["y"] + last["height"] + MARGIN_PX
+        clip = {"x": 0, "y": top, "width": WIDTH_PX, "height": bottom - top}
+        page.screenshot(path=PICTURE, full_page=True, clip=clip)
         browser.close()
     print(f"{PICTURE}: {PICTURE.stat().st_size / 1000:.0f} kB")
     return 0
