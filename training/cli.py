@@ -74,10 +74,12 @@ def _run(options: argparse.Namespace) -> int:
             _say(plan_text(recipe))
             return 0
         from training import session
+        from training.results.report import REPORT_FILE
         from training.results.text import format_summary
 
         if options.compare:
             _say(session.compare(recipe, say=_say))
+            _say(f"report: {recipe.run_dir / REPORT_FILE}")
         else:
             _say(format_summary(session.train(recipe, say=_say).summary))
         _say(f"results: {recipe.run_dir}/")

@@ -22,10 +22,11 @@ from training.engines.memory import describe_out_of_memory, forget, is_out_of_me
 from training.engines.peers import PeerWatch
 from training.engines.start import start_distributed
 from training.plan import Plan, choose_place, network_as_trained, plan_run, without_algorithms
-from training.recipe import Recipe, RecipeError, users_mistake
+from training.recipe import Recipe, RecipeError, flat_keys, users_mistake
 from training.results.comparison import format_comparison, write_comparison
 from training.results.figures import plot_curves
 from training.results.history import History, write_metrics
+from training.results.report import write_report
 from training.results.summary import summarize, write_json
 from training.results.text import format_summary
 from training.trained import Preprocessing, write_about
@@ -135,6 +136,7 @@ def compare(recipe: Recipe, *, say: Callable[[str], None] = print) -> str:
     summaries = {label: result.summary for label, result in results.items()}
     if dist.get_global_rank() == 0:
         write_comparison({label: r.history for label, r in results.items()}, summaries, recipe.run_dir)
+        write_report([recipe.run_dir, off.run_dir])
     return format_comparison(summaries)
 
 
@@ -233,7 +235,7 @@ def _refuse_another_recipe(recipe: Recipe, load_path: str) -> None:
         before = yaml.safe_load((recipe.run_dir / "recipe.yaml").read_text())
     except FileNotFoundError:
         return
-    old, new = _flat(before), _flat(recipe.settings)
+    old, new = flat_keys(before), flat_keys(recipe.settings)
     changed = [
         f"{key} was {old.get(key)!r} and is {new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())
@@ -247,12 +249,6 @@ def _refuse_another_recipe(recipe: Recipe, load_path: str) -> None:
             f"the run in {recipe.run_dir} was started with another recipe: {'; '.join(changed)}. "
             f"Continue it as it was, or start a new run from it: run_name=NEW load={load_path}",
         )
-
-
-def _flat(value: Any, path: str = "") -> dict[str, Any]:
-    if isinstance(value, dict) and value:
-        return {k: v for key, item in value.items() for k, v in _flat(item, f"{path}.{key}" if path else key).items()}
-    return {path: value}
 
 
 def _silent(text: str) -> None:

@@ -1,5 +1,6 @@
 """The user's recipe: its keys, their checks, overrides, and the recipe at small scale."""
 
+from training.recipe.flat import flat_keys
 from training.recipe.keys import FSDP, Checkpoints, Data, EvalData, Expected, Logging, Parallelism, TrainData
 from training.recipe.recipe import Recipe, load_recipe, recipe_from
 from training.recipe.schema import RecipeError, users_mistake
@@ -15,6 +16,7 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "TrainData",
+    "flat_keys",
     "load_recipe",
     "recipe_from",
     "users_mistake",

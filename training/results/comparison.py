@@ -43,7 +43,7 @@ def format_comparison(summaries: Mapping[str, Mapping[str, Any]]) -> str:
         )
         for row in table
     ]
-    return "\n".join([*lines, "", _verdict(summaries)])
+    return "\n".join([*lines, "", format_verdict(summaries)])
 
 
 def write_comparison(
@@ -61,7 +61,7 @@ def write_comparison(
             "both must name the same two runs"
         )
     folder = Path(folder)
-    write_json({"runs": summaries, "verdict": _verdict(summaries)}, folder / "compare.json")
+    write_json({"runs": summaries, "verdict": format_verdict(summaries)}, folder / "compare.json")
     plot_comparison(histories, folder / "compare.png")
 
 
@@ -72,7 +72,7 @@ def _check_pair(summaries: Mapping[str, Any], name: str) -> None:
         )
 
 
-def _verdict(summaries: Mapping[str, Mapping[str, Any]]) -> str:
+def format_verdict(summaries: Mapping[str, Mapping[str, Any]]) -> str:
     """One sentence: which run is ahead in top-1 and in training time, by how much. Differences below the table's
     precision count as equal."""
     (first, a), (second, b) = summaries.items()

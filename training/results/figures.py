@@ -37,7 +37,7 @@ def plot_curves(history: History, path: str | os.PathLike[str], *, title: str | 
     _plot_top1(panels[0, 1], history)
     _plot_learning_rate(panels[1, 0], history)
     _plot_size_and_speed(panels[1, 1], history)
-    last_epoch = max([1.0, *history.column("epoch"), *_step_positions(history)[-1:]])
+    last_epoch = max([1.0, *history.column("epoch"), *step_positions(history)[-1:]])
     for axes in panels.flat:
         axes.set_xlim(0, last_epoch * 1.02)
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -52,7 +52,7 @@ def plot_comparison(histories: Mapping[str, History], path: str | os.PathLike[st
     axes = figure.add_subplot()
     style_axes(axes, title="Top-1 against training time", x_label="training time (s)", y_label="evaluated top-1 (%)")
     for (label, history), color in zip(histories.items(), (EVAL_COLOR, TRAIN_COLOR), strict=True):
-        series = _Series(history, "eval_top1", scale=100, x=np.nancumsum(history.column("train_seconds")))
+        series = Series(history, "eval_top1", scale=100, x=np.nancumsum(history.column("train_seconds")))
         _draw(axes, series, color=color, label=label, show=lambda value: f"{value:.2f} %")
     axes.set_xlim(left=0)
     _add_legend(axes)
@@ -62,14 +62,14 @@ def plot_comparison(histories: Mapping[str, History], path: str | os.PathLike[st
 def _plot_loss(axes: Axes, history: History) -> None:
     style_axes(axes, title="Loss", y_label="loss (nats)")
     for name, label, color in (("train_loss", "training", TRAIN_COLOR), ("eval_loss", "evaluation", EVAL_COLOR)):
-        _draw(axes, _Series(history, name), color=color, label=label, show=lambda value: f"{value:.3f}")
+        _draw(axes, Series(history, name), color=color, label=label, show=lambda value: f"{value:.3f}")
     _add_legend(axes)
 
 
 def _plot_top1(axes: Axes, history: History) -> None:
     style_axes(axes, title="Top-1 accuracy", y_label="top-1 (%)")
     for name, label, color in (("train_top1", "training", TRAIN_COLOR), ("eval_top1", "evaluation", EVAL_COLOR)):
-        series = _Series(history, name, scale=100)
+        series = Series(history, name, scale=100)
         _draw(axes, series, color=color, label=label, show=lambda value: f"{value:.2f} %")
     _add_legend(axes)
 
@@ -77,7 +77,7 @@ def _plot_top1(axes: Axes, history: History) -> None:
 def _plot_learning_rate(axes: Axes, history: History) -> None:
     style_axes(axes, title="Learning rate", x_label="epoch", y_label="learning rate of each step")
     rates = np.array([number_or_nan(value) for value in history.steps["learning_rate"]])
-    positions = _step_positions(history)
+    positions = step_positions(history)
     marker = "o" if len(rates) == 1 else None
     axes.plot(positions, rates, color=TEXT_COLOR, linewidth=1.4, marker=marker, markersize=3)
     axes.set_ylim(bottom=0)
@@ -96,7 +96,7 @@ def _plot_size_and_speed(axes: Axes, history: History) -> None:
     speed.spines["right"].set_visible(True)
     speed.yaxis.label.set_color(_SPEED_COLOR)
     if np.isfinite(rates).any():
-        series = _Series(history, "images_per_second")
+        series = Series(history, "images_per_second")
         _draw(speed, series, color=_SPEED_COLOR, label="images/s", show=lambda value: f"{value:,.0f}")
         speed.set_ylim(0, _HEADROOM * float(np.nanmax(rates)))
     speed.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
@@ -105,7 +105,7 @@ def _plot_size_and_speed(axes: Axes, history: History) -> None:
         speed.legend(handles=handles, **{**_LEGEND_STYLE, "loc": "upper center", "ncols": 2})
 
 
-class _Series:
+class Series:
     """The measured points of an epoch column. An epoch that was not measured is left out, so that evaluating every
     fifth epoch still gives a line; a measurement of NaN stays and breaks the line."""
 
@@ -115,7 +115,7 @@ class _Series:
         self.y = scale * history.column(name)[measured]
 
 
-def _draw(axes: Axes, series: _Series, *, color: str, label: str, show: Callable[[float], str]) -> None:
+def _draw(axes: Axes, series: Series, *, color: str, label: str, show: Callable[[float], str]) -> None:
     """Draw one series, with its last value in the legend. Draws nothing if nothing was measured."""
     if not len(series.y):
         return
@@ -124,7 +124,7 @@ def _draw(axes: Axes, series: _Series, *, color: str, label: str, show: Callable
     axes.plot(series.x, series.y, color=color, linewidth=1.6, marker=marker, markersize=3, label=label)
 
 
-def _step_positions(history: History) -> np.ndarray:
+def step_positions(history: History) -> np.ndarray:
     """Position of each step on the epoch axis [S]: the first step of epoch 3 is at 2.0."""
     epochs = np.array(history.steps["epoch"], dtype=np.int64)
     if not len(epochs):
