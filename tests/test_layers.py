@@ -32,6 +32,8 @@ WINGS = {
         "facts network",
         "plan",
         "plan_text build callbacks trained",
+        "exporting",
+        "export",
         "engines",
         "session",
         "cli",
