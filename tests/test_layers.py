@@ -33,7 +33,7 @@ WINGS = {
         "plan",
         "plan_text build callbacks trained",
         "exporting",
-        "export",
+        "export demo",
         "engines",
         "session",
         "cli",
