@@ -37,6 +37,7 @@ def _show(options: argparse.Namespace) -> int:
 
     quiet_composer()
     from training.exporting.checking import NotTheSame
+    from training.exporting.space import distinct_names
     from training.recipe import RecipeError
 
     try:
@@ -45,7 +46,7 @@ def _show(options: argparse.Namespace) -> int:
         return _complain("the page needs gradio: pip install 'brisk-vision[demo-page]'")
     try:
         runs = _load(options)
-        title = " against ".join(run.recipe.run_name for run in runs)
+        title = " against ".join(distinct_names(runs))
         if options.export is not None:
             return _write_space(runs, options.export, title=title)
         return _serve(runs, options, title=title)
@@ -73,8 +74,10 @@ def _load(options: argparse.Namespace) -> list[Any]:
 
 def _serve(runs: Sequence[Any], options: argparse.Namespace, *, title: str) -> int:
     from training.exporting.page import build_page, launch
+    from training.exporting.space import distinct_names
 
-    page = build_page([_classifier(run) for run in runs], title=title)
+    networks = [_classifier(run, name) for run, name in zip(runs, distinct_names(runs), strict=True)]
+    page = build_page(networks, title=title)
     address = launch(page, host=options.host, port=options.port, wait=False)
     print(f"{address} (Ctrl-C stops it)", flush=True)
     try:
@@ -95,7 +98,7 @@ def _write_space(runs: Sequence[Any], target: Path, *, title: str) -> int:
     return 0
 
 
-def _classifier(run: Any) -> Any:
+def _classifier(run: Any, name: str) -> Any:
     """The run's network for the page, in torch."""
     from dataclasses import asdict
 
@@ -110,9 +113,7 @@ def _classifier(run: Any) -> Any:
     def network(images: Any) -> Any:
         return trained.network(torch.from_numpy(images)).numpy()
 
-    return Classifier(
-        name=run.recipe.run_name, class_names=trained.class_names, network=network, **asdict(trained.preprocessing)
-    )
+    return Classifier(name=name, class_names=trained.class_names, network=network, **asdict(trained.preprocessing))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -112,7 +112,7 @@ def build_page(classifiers: Sequence[Classifier], *, title: str) -> Any:
         with gr.Row():
             with gr.Column():
                 dropped = gr.File(label="Picture, up to 20 MB", elem_id="picture", height=140)
-                shown = gr.Image(label="What was dropped", interactive=False, format="png", elem_id="shown")
+                shown = gr.Image(label="What was dropped", interactive=False, format="png", buttons=[], elem_id="shown")
             with gr.Column():
                 labels = [
                     gr.Label(label=one.name, num_top_classes=_BEST, elem_id=f"label-{index}")
@@ -123,8 +123,8 @@ def build_page(classifiers: Sequence[Classifier], *, title: str) -> Any:
             x="shift",
             y="confidence",
             color="network",
-            x_title="shift to the right, px of the network's input",
-            y_title="confidence in the first answer",
+            x_title="shift to the right, px",
+            y_title="confidence",
             y_lim=[0, 1],
             color_map={one.name: color for one, color in zip(classifiers, _COLORS, strict=False)},
             elem_id="chart",

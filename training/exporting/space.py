@@ -53,16 +53,14 @@ def write_space(runs: Sequence[Trained], target: Path, *, title: str) -> None:
     """
     with whole_folder(target) as folder:
         networks = []
-        for index, run in enumerate(runs):
+        for index, (run, name) in enumerate(zip(runs, distinct_names(runs), strict=True)):
             trained, file = as_exported(run), f"network-{index}.onnx"
             samples = sample_images(trained)
             written = write("onnx", trained, folder, samples)
             check_export(folder, written, trained, samples)
             (folder / written.file).rename(folder / file)
             names = list(trained.class_names)
-            networks.append(
-                {"file": file, "name": trained.recipe.run_name, "class_names": names, **asdict(trained.preprocessing)}
-            )
+            networks.append({"file": file, "name": name, "class_names": names, **asdict(trained.preprocessing)})
         described = {"title": title, "networks": networks}
         page = (_HERE / "page.py").read_text(encoding="utf-8")
         assert page.count(_IMPORT[0]) == 1
@@ -75,6 +73,16 @@ def write_space(runs: Sequence[Trained], target: Path, *, title: str) -> None:
             ("README.md", _readme(title)),
         ):
             (folder / name).write_text(text, encoding="utf-8")
+
+
+def distinct_names(runs: Sequence[Trained]) -> list[str]:
+    """The runs' names, with their checkpoints' where two are the same, numbered where those are, too."""
+    names = [run.recipe.run_name for run in runs]
+    if len(set(names)) < len(names):
+        names = [f"{name} {run.checkpoint.name}" for name, run in zip(names, runs, strict=True)]
+    if len(set(names)) < len(names):
+        names = [f"{name} ({index + 1})" for index, name in enumerate(names)]
+    return names
 
 
 def _readme(title: str) -> str:

@@ -45,7 +45,8 @@ def made_run(tmp_path: Path) -> Any:
 
     def make(name: str, *overrides: str, image_size: int = 20, crop_ratio: float = 1.0) -> Path:
         given = [f"run_name={name}", f"results_dir={tmp_path}", f"data.eval.image_size={image_size}", *overrides]
-        recipe = load_recipe(DIGITS, [*PLAIN, *given])
+        by_key = {override.partition("=")[0]: override for override in (*PLAIN, *given)}
+        recipe = load_recipe(DIGITS, list(by_key.values()))
         network = network_as_trained(without_weights(recipe), num_classes=10)
         _make_it_matter(network)
         (recipe.run_dir / "checkpoints").mkdir(parents=True)
