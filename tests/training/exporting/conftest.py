@@ -41,7 +41,7 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def made_run(tmp_path: Path) -> Any:
-    """Makes a run's folder with random weights: made_run("resnet20", "model={name: resnet20}", image_size=20)."""
+    """Makes a run's folder with random weights: made_run("resnet20", "model=resnet20", image_size=20)."""
 
     def make(name: str, *overrides: str, image_size: int = 20, crop_ratio: float = 1.0) -> Path:
         given = [f"run_name={name}", f"results_dir={tmp_path}", f"data.eval.image_size={image_size}", *overrides]

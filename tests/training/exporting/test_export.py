@@ -67,7 +67,7 @@ def ours(run: Path, image: np.ndarray) -> dict[str, float]:
 def a_picture(*, height: int = 60, width: int = 80) -> np.ndarray:
     """A digit on a larger canvas, so that resizing and cropping matter."""
     image = Image.fromarray(digits(split="eval").image(3)).resize((width, height), Image.Resampling.BICUBIC)
-    return np.asarray(image)
+    return np.array(image)
 
 
 def check_card(run: Path, folder: Path, tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_graphs_of_a_blurred_network(format_name: str, made_run: Any, tmp_path: 
 
 def test_a_vit_goes_to_transformers(made_run: Any, tmp_path: Path) -> None:
     # Positions for 32 px, images of 20: the export's are those of 20.
-    run = made_run("vit", "model={name: vit_digits, image_size: 32}")
+    run = made_run("vit", "model=vit_digits", "model.image_size=32")
     made = export_run(run, "hf")
     config = json.loads((made.folder / "config.json").read_text())
     assert (config["model_type"], config["image_size"], config["id2label"]["3"]) == ("vit", 20, "digit 3")
@@ -153,14 +153,14 @@ def test_a_vit_goes_to_transformers(made_run: Any, tmp_path: Path) -> None:
 
 
 def test_a_vit_goes_to_torchvision(made_run: Any, tmp_path: Path) -> None:
-    run = made_run("vit", "model={name: vit_digits, image_size: 32}")
+    run = made_run("vit", "model=vit_digits", "model.image_size=32")
     made = export_run(run, "safetensors")
     assert "torchvision.models.VisionTransformer(" in card_of(made.folder)[1]
     check_card(run, made.folder, tmp_path)
 
 
 def test_a_vit_goes_to_onnx_at_its_own_size(made_run: Any, tmp_path: Path) -> None:
-    run = made_run("vit", "model={name: vit_digits, image_size: 20}")
+    run = made_run("vit", "model=vit_digits", "model.image_size=20")
     made = export_run(run, "onnx")
     assert made.written.any_size is False
     assert "for 20 px only" in (made.folder / "README.md").read_text()
@@ -168,7 +168,7 @@ def test_a_vit_goes_to_onnx_at_its_own_size(made_run: Any, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("format_name", ["safetensors", "hf"])
 def test_a_resnet_goes_to_torchvision_timm_and_transformers(format_name: str, made_run: Any, tmp_path: Path) -> None:
-    run = made_run("resnet", "model={name: resnet18}", "algorithms={stochastic_depth: {drop_rate: 0.1}}", image_size=32)
+    run = made_run("resnet", "model=resnet18", "algorithms={stochastic_depth: {drop_rate: 0.1}}", image_size=32)
     made = export_run(run, format_name)
     check_card(run, made.folder, tmp_path)
     if format_name == "hf":
@@ -183,7 +183,7 @@ def test_a_resnet_goes_to_torchvision_timm_and_transformers(format_name: str, ma
 
 
 def test_timms_network_keeps_timms_layout(made_run: Any, tmp_path: Path) -> None:
-    run = made_run("timm", "model={name: timm.resnet10t}", image_size=32)
+    run = made_run("timm", "model=timm.resnet10t", image_size=32)
     made = export_run(run, "safetensors")
     assert made.written.library == "timm"
     check_card(run, made.folder, tmp_path)

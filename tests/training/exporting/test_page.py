@@ -83,8 +83,8 @@ def test_unshifted_it_sees_what_the_loaders_give(height: int, width: int, crop_r
     about = trained.preprocessing
     one = Classifier("x", trained.class_names, about.image_size, about.crop_ratio, about.mean, about.std, network)
     picture = Image.fromarray(digits(split="eval").image(5)).resize((width, height), Image.Resampling.BICUBIC)
-    look_at(np.asarray(picture), one)
-    expected = about.normalized(about.pixels(np.asarray(picture))[None]).numpy()
+    look_at(np.array(picture), one)
+    expected = about.normalized(about.pixels(np.array(picture))[None]).numpy()
     assert np.abs(given[0] - expected).max() < 2.1 / min(about.std)  # two of 255 levels
 
 
@@ -179,7 +179,7 @@ def test_a_browser_drops_a_digit_and_reads_its_label(trained_run: Path, made_run
     Image.fromarray(source.image(3)).resize((80, 80)).save(picture)
     wrong.write_bytes(b"no picture")
     trained = load_trained(trained_run)
-    pixels = trained.preprocessing.pixels(np.asarray(Image.open(picture)))
+    pixels = trained.preprocessing.pixels(np.array(Image.open(picture)))
     with torch.no_grad():
         answer = trained.class_names[int(trained.network(trained.preprocessing.normalized(pixels[None])).argmax())]
 
