@@ -57,9 +57,9 @@ def test_a_picture_shifted_to_the_right_is_seen_further_right() -> None:
     assert seen.shifts_px == [-4, -3, -2, -1, 0, 1, 2, 3, 4]
     assert seen.same == 5  # a column of 5 px in bins of 5: up to 2 px to either side
     assert seen.confidences[4] == max(seen.confidences) == seen.best["second"]
-    right = look_at(column(0, 5), where_it_is_bright())
-    assert right.confidences[8] < right.confidences[0]  # at the left edge, its pixels repeat
-    assert list(right.best) == ["first", "second", "third", "fourth"][: len(right.best)]
+    left = look_at(column(0, 5), where_it_is_bright())
+    # Shifted right by 4 px, the edge repeats: the first bin is all white, 4 px of 5 of the second.
+    assert left.confidences[8] == pytest.approx(np.exp(10) / (np.exp(10) + np.exp(8) + 2), rel=1e-4)
 
 
 def test_a_shift_brings_in_what_lies_beyond_the_crop() -> None:
@@ -83,9 +83,12 @@ def test_unshifted_it_sees_what_the_loaders_give(height: int, width: int, crop_r
     about = trained.preprocessing
     one = Classifier("x", trained.class_names, about.image_size, about.crop_ratio, about.mean, about.std, network)
     picture = Image.fromarray(digits(split="eval").image(5)).resize((width, height), Image.Resampling.BICUBIC)
-    look_at(np.array(picture), one)
+    look_at(np.array(picture), one)  # first at a shift, to warm up, then as it is
     expected = about.normalized(about.pixels(np.array(picture))[None]).numpy()
-    assert np.abs(given[0] - expected).max() < 2.1 / min(about.std)  # two of 255 levels
+    difference = np.abs(given[1] - expected)
+    assert difference[..., 2:-2].max() < 2.1 / min(about.std)  # two of 255 levels
+    # A canvas goes on beyond the crop, and antialiasing mixes in some of that at its left and right border.
+    assert difference.max() < 8 / min(about.std)
 
 
 def bomb() -> bytes:
@@ -101,7 +104,7 @@ def bomb() -> bytes:
         (b"not a picture", "it is not an image file of these kinds"),
         (b"", "it has no bytes"),
         (b"\x89PNG" + bytes(MOST_BYTES), "the file has 20.0 MB, and 20 MB is the limit"),
-        (bomb, "20000x20000 px are more than"),
+        (bomb, "could be decompression bomb"),
     ],
 )
 def test_what_is_no_picture_is_refused_in_words(content: Any, said: str, tmp_path: Path) -> None:
@@ -122,9 +125,6 @@ def test_what_is_no_picture_is_refused_in_words(content: Any, said: str, tmp_pat
 )
 def test_a_mistake_gets_one_line(arguments, said, made_run: Any, tmp_path: Path, capsys) -> None:
     run, other = made_run("one"), made_run("two")
-    (other / "model.json").write_text(
-        (run / "model.json").read_text().replace('"digit 2",', "").replace('"digit 3",', "")
-    )
     if "OTHER" in arguments:  # a network of so many classes
         names = '["a", "b"]'
         text = re.sub(
