@@ -33,6 +33,8 @@ WINGS = {
         "plan",
         "plan_text build callbacks trained",
         "judging",
+        "exporting",
+        "export demo",
         "engines",
         "session",
         "ablation",
