@@ -31,6 +31,8 @@ examples
   python run.py -f yamls/digits_medium.yaml algorithms.sam=null        one speed-up off
   python run.py -f yamls/digits_medium.yaml algorithms.mixup.alpha=0.1 one setting changed
   python run.py -f yamls/digits_medium.yaml load=latest                continue a run that was stopped
+  python run.py --list                                                 the recipes and hardware profiles here
+  python run.py -f yamls/resnet50_medium.yaml -f yamls/hardware/8xa100.yaml --plan    a profile over the recipe
 
 Results go to results/<run_name>/: recipe.yaml, metrics.csv, metrics.npz, curves.png, summary.json, checkpoints/.
 Exit status: 0 done, 1 training failed, 2 a mistake in the recipe or the command line, 130 stopped with Ctrl-C."""
@@ -38,7 +40,12 @@ Exit status: 0 done, 1 training failed, 2 a mistake in the recipe or the command
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    options = _parser().parse_args(arguments)
+    options = _options(arguments)
+    if options.list:
+        from training.recipe.listing import listing
+
+        print(listing())
+        return 0
     _quiet_libraries()
     if "composer" not in sys.modules:
         import_lean()
@@ -100,14 +107,25 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if not options.file and not options.list:
+        parser.error("the following arguments are required: -f/--file (--list shows what there is)")
+    return options
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="run.py", description=_DESCRIPTION, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "-f", "--file", required=True, metavar="FILE", help="the recipe, for example yamls/digits_medium.yaml"
-    )
+        "-f", "--file", action="append", metavar="FILE",
+        help="the recipe, for example yamls/digits_medium.yaml; a second -f lies over it, for example "
+        "yamls/hardware/8xa100.yaml",
+    )  # fmt: skip
     mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--list", action="store_true", help="list the recipes and hardware profiles, with a line each")
     mode.add_argument("--plan", action="store_true", help="print what the run will do and train nothing")
     mode.add_argument("--compare", action="store_true", help="train it, then again with every speed-up off")
     parser.add_argument(
