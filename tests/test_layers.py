@@ -33,6 +33,7 @@ WINGS = {
         "plan",
         "plan_text build callbacks trained",
         "engines",
+        "probing",
         "session",
         "cli",
     ],

@@ -10,9 +10,14 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from training.composer_shim import describe_mismatch, describe_missing, quiet_composer
 from training.engines.lean_import import import_lean
+
+if TYPE_CHECKING:
+    from training.recipe import Recipe
 
 _PAUSE_FOR_RANK_0_SECONDS = 10.0
 _HOW_THREADS_WAIT = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
@@ -31,6 +36,8 @@ examples
   python run.py -f yamls/digits_medium.yaml algorithms.sam=null        one speed-up off
   python run.py -f yamls/digits_medium.yaml algorithms.mixup.alpha=0.1 one setting changed
   python run.py -f yamls/digits_medium.yaml load=latest                continue a run that was stopped
+  python run.py -f yamls/digits_medium.yaml --probe                    how long it will take here, in about a minute
+  python run.py -f yamls/digits_medium.yaml --find-lr                  which learning rates suit it
   python run.py --list                                                 the recipes and hardware profiles here
   python run.py -f yamls/resnet50_medium.yaml -f yamls/hardware/8xa100.yaml --plan    a profile over the recipe
 
@@ -80,6 +87,8 @@ def _run(options: argparse.Namespace) -> int:
 
             _say(plan_text(recipe))
             return 0
+        if options.probe or options.find_lr:
+            return _before_a_run(recipe, options)
         from training import session
         from training.results.text import format_summary
 
@@ -112,7 +121,33 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if not options.file and not options.list:
         parser.error("the following arguments are required: -f/--file (--list shows what there is)")
+    for name in ("ranks", "write_profile"):
+        if getattr(options, name) is not None and not options.probe:
+            parser.error(f"--{name.replace('_', '-')} belongs to --probe; add that, or leave this out")
     return options
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def _before_a_run(recipe: Recipe, options: argparse.Namespace) -> int:
+    if options.find_lr:
+        from training.probing.learning_rate import find_learning_rate
+
+        _say(find_learning_rate(recipe, say=_say))
+        return 0
+    from training.probing.probe import probe, write_profile
+    from training.probing.text import format_report
+
+    report = probe(recipe, ranks=options.ranks or 1, say=_say)
+    _say(format_report(report))
+    if options.write_profile is not None:
+        write_profile(report, Path(options.write_profile))
+        _say(f"written: {options.write_profile}; use it with -f RECIPE -f {options.write_profile}")
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -127,7 +162,17 @@ def _parser() -> argparse.ArgumentParser:
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--list", action="store_true", help="list the recipes and hardware profiles, with a line each")
     mode.add_argument("--plan", action="store_true", help="print what the run will do and train nothing")
+    mode.add_argument(
+        "--probe", action="store_true", help="measure its phases here for about a minute; print the time and the cost"
+    )
+    mode.add_argument(
+        "--find-lr", action="store_true", help="raise the learning rate until training fails; suggest one, with a plot"
+    )
     mode.add_argument("--compare", action="store_true", help="train it, then again with every speed-up off")
+    parser.add_argument(
+        "--ranks", type=_count, metavar="N", help="with --probe: predict the run on N ranks (default 1)"
+    )
+    parser.add_argument("--write-profile", metavar="FILE", help="with --probe: write a hardware profile to FILE")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="keys of the recipe to set; null turns one off"
     )
