@@ -63,11 +63,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(options)
     except KeyboardInterrupt:
-        return _stopped()
+        return _stopped(options)
     except SystemExit as stop:
         # Composer turns SIGINT and SIGTERM into an exit with 128 + the signal's number.
         if stop.code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
-            return _stopped(int(stop.code))
+            return _stopped(options, int(stop.code))
         raise
 
 
@@ -223,8 +223,10 @@ def _lost_rank(error: RuntimeError) -> int:
     return 1
 
 
-def _stopped(status: int = 130) -> int:
+def _stopped(options: argparse.Namespace, status: int = 130) -> int:
     if os.environ.get("RANK", "0") == "0":
         text = "run.py: stopped; load=latest with the same command continues from the last checkpoint"
+        if options.probe or options.find_lr:
+            text = "run.py: stopped; nothing is written"
         print(text, file=sys.stderr, flush=True)
     return status

@@ -232,6 +232,8 @@ def _plot(recipe: Recipe, plan: Plan, curves: dict[int, Any], found: Suggestion,
     lowest, first = min(min(one) for one in ends), max(one[0] for one in ends)
     axes.set_ylim(lowest - 0.1 * (first - lowest), first + 0.5 * (first - lowest))
     axes.set(xscale="log", xlabel="learning rate", ylabel="training loss", title=f"{recipe.run_name}: range test")
+    axes.xaxis.set_major_formatter("{x:g}")  # powers would be drawn with fonts of TeX
+    axes.xaxis.set_minor_formatter(pyplot.NullFormatter())
     axes.legend(frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, dpi=130, format="png")
