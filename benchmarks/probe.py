@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from benchmarks.measuring import columns, hardware, progress, versions
+from data.whole_files import replace_file
 from training.probing.probe import probe
 from training.recipe import Recipe, load_recipe
 from training.session import train
@@ -46,13 +47,10 @@ RECIPES: dict[str, tuple[str, list[str]]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print the table, and write the requested file."""
+    """Measure, print the table, and write the requested file after each round."""
     options = _parser().parse_args(arguments)
     report = measure(options)
     print(table(report))
-    if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
     return 0
 
 
@@ -60,6 +58,13 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Every round of every recipe."""
     torch.set_num_threads(options.threads)
     rounds: list[dict[str, Any]] = []
+    report = {
+        "date": time.strftime("%Y-%m-%d"),
+        "hardware": hardware(torch.device("cpu")) | {"cores": os.cpu_count()},
+        "versions": versions(("torch", "mosaicml", "numpy")),
+        "settings": {"threads": options.threads, "probe_seconds": options.seconds},
+        "rounds": rounds,
+    }
     with tempfile.TemporaryDirectory() as folder:
         for number in range(options.rounds):
             for name in options.only:
@@ -68,14 +73,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 given = [f"results_dir={folder}/{number}", f"data.cache_dir={options.cache}"]
                 recipe = load_recipe(YAMLS / file, [*overrides, *given, "logging.progress_bar=false"])
                 rounds.append({"recipe": name, **predict_and_run(recipe, seconds=options.seconds)})
+                if options.json is not None:  # after each, since all take long
+                    replace_file(options.json, lambda file: file.write(json.dumps(report, indent=1).encode()))
     progress("")
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "hardware": hardware(torch.device("cpu")) | {"cores": os.cpu_count()},
-        "versions": versions(("torch", "mosaicml", "numpy")),
-        "settings": {"threads": options.threads, "probe_seconds": options.seconds},
-        "rounds": rounds,
-    }
+    return report
 
 
 def predict_and_run(recipe: Recipe, *, seconds: float) -> dict[str, Any]:

@@ -219,7 +219,7 @@ def _plot(recipe: Recipe, plan: Plan, curves: dict[int, Any], found: Suggestion,
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     for (seed, (rates, losses)), color in zip(curves.items(), ("#4477aa", "#ee6677"), strict=True):
@@ -233,7 +233,7 @@ def _plot(recipe: Recipe, plan: Plan, curves: dict[int, Any], found: Suggestion,
     axes.set_ylim(lowest - 0.1 * (first - lowest), first + 0.5 * (first - lowest))
     axes.set(xscale="log", xlabel="learning rate", ylabel="training loss", title=f"{recipe.run_name}: range test")
     axes.xaxis.set_major_formatter("{x:g}")  # powers would be drawn with fonts of TeX
-    axes.xaxis.set_minor_formatter(pyplot.NullFormatter())
+    axes.xaxis.set_minor_formatter(ticker.NullFormatter())
     axes.legend(frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, dpi=130, format="png")

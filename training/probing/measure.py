@@ -11,7 +11,7 @@ import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from composer.core import Callback, State, Timestamp
 from composer.loggers import Logger
+from torch.profiler import ProfilerActivity, profile
 
 from training.build import build_loaders
 from training.callbacks import build_callbacks
@@ -43,7 +44,8 @@ class PhaseTimes:
 
     windows: of one step each, a mean over some consecutive steps. between_epochs: what an epoch takes beside its steps,
     evaluation and checkpoint. wait_share: of the steps' time, spent waiting for the loader. cached: a step whose batch
-    was in memory. loader: a step's batch from the loader alone. peak_bytes: of the device's memory, or the process's.
+    was in memory. loader: a step's batch from the loader alone. busy_share: of the time of such steps, with a GPU at
+    work; None on CPUs. peak_bytes: of the device's memory, or the process's.
     """
 
     windows: list[float] = field(default_factory=list)
@@ -51,6 +53,7 @@ class PhaseTimes:
     wait_share: float = 0.0
     cached: float | None = None
     loader: float | None = None
+    busy_share: float | None = None
     peak_bytes: int = 0
 
 
@@ -137,18 +140,20 @@ def _measure_phase(plan: Plan, phase: Phase, loaders: Any, found: Measured, *, s
         torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     )
     cached = _Timer(phase, seconds=seconds * _CACHED_SHARE)
-    _train(plan, phase, (CachedLoader(loaders[0]), loaders[1]), cached, whole=False)
+    busy = Busy(steps=phase.window_steps) if on_gpu else None
+    _train(plan, phase, (CachedLoader(loaders[0]), loaders[1]), cached, whole=False, busy=busy)
+    times.busy_share = None if busy is None else busy.share
     times.cached = statistics.mean(cached.windows)
     times.loader = _loader_seconds(loaders[0], phase, seconds=seconds * _LOADER_SHARE)
     return times
 
 
-def _train(plan: Plan, phase: Phase, loaders: Any, timer: _Timer, *, whole: bool) -> None:
+def _train(plan: Plan, phase: Phase, loaders: Any, timer: _Timer, *, whole: bool, busy: Busy | None = None) -> None:
     """Train `phase` until `timer` has enough. whole: with evaluation and checkpoints."""
     callbacks = build_callbacks(plan, Recorder(plan.recipe.run_dir if whole else None), loaders[0])
     kept = [one for one in callbacks if whole or not isinstance(one, Checkpoints)]
     saving = next((index for index, one in enumerate(kept) if isinstance(one, Checkpoints)), len(kept))
-    kept = [*kept[:saving], _Mark(timer), *kept[saving:], timer]
+    kept = [*kept[:saving], _Mark(timer), *kept[saving:], timer, *([] if busy is None else [busy])]
     trainer = build_trainer(plan, loaders, callbacks=kept, load_path=None)
     evaluator = trainer.state.evaluators[0]
     evaluator.subset_num_batches = min(len(loaders[1]), _MOST_EVAL_BATCHES)
@@ -269,6 +274,46 @@ class _Timer(Callback):
             fits = int(self._seconds / (_LEAST_EPOCHS + 1) / max(step, 1e-6))
             self._planned = min(steps, max(2 * size + 1, fits))
         return self._planned
+
+
+class Busy(Callback):
+    """Profiles a few steps after the first, which no timer counts, for the share of their time that a GPU computes."""
+
+    def __init__(self, *, steps: int) -> None:
+        self.share: float | None = None
+        self._steps, self._seen = steps, 0
+        self._started = 0.0
+        self._profile: Any = None
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        if self._seen == 1:
+            torch.cuda.synchronize()
+            self._profile = profile(activities=[ProfilerActivity.CUDA])
+            self._profile.__enter__()
+            self._started = time.perf_counter()
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        self._seen += 1
+        if self._profile is not None and self._seen == 1 + self._steps:
+            torch.cuda.synchronize()
+            seconds = time.perf_counter() - self._started
+            self._profile.__exit__(None, None, None)
+            events = [
+                (event.start_ns(), event.start_ns() + event.duration_ns())
+                for event in self._profile.profiler.kineto_results.events()
+                if event.device_type() == torch.autograd.DeviceType.CUDA  # pyright: ignore[reportPrivateImportUsage]
+            ]
+            self._profile = None
+            self.share = covered(events) / 1e9 / seconds
+
+
+def covered(spans: Iterable[tuple[int, int]]) -> int:
+    """Length of the union of (start, end)."""
+    total = end = 0
+    for start, stop in sorted(spans):
+        total += max(0, stop - max(start, end))
+        end = max(end, stop)
+    return total
 
 
 class CachedLoader:

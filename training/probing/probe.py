@@ -154,7 +154,7 @@ def _rows(phases: Sequence[Phase], plan: Plan) -> dict[int, dict[str, int]]:
 def _bottleneck(measured: Measured, index: int) -> str:
     times = measured.phases[index]
     step = sum(times.windows) / len(times.windows)
-    return bottleneck(step=step, cached=times.cached or step, loader=times.loader or 0.0)
+    return bottleneck(step=step, cached=times.cached or step, loader=times.loader or 0.0, busy_share=times.busy_share)
 
 
 def _peak(plan: Plan, machines: Sequence[Machine]) -> tuple[float | None, str]:

@@ -10,7 +10,7 @@ import pytest
 from training.cli import main
 from training.plan import Place, plan_run
 from training.probing.communication import all_reduce_seconds
-from training.probing.measure import extrapolated, one_rank
+from training.probing.measure import covered, extrapolated, one_rank
 from training.probing.phases import phases_of
 from training.recipe import load_recipe
 
@@ -30,6 +30,10 @@ def test_batches_that_were_not_measured_are_as_slow_as_the_measured_ones_after_t
     assert extrapolated([0.0, 5.0, 6.0, 7.0], 8.0, count=3) == 8
     assert extrapolated([0.0, 5.0, 6.0, 7.0], 8.0, count=10) == 8 + 7
     assert extrapolated([0.0, 5.0], 6.0, count=10) == 60
+
+
+def test_overlapping_work_counts_once() -> None:
+    assert covered([(5, 9), (0, 3), (1, 2), (8, 10)]) == 3 + 5
 
 
 def test_phases_cover_the_run_and_differ(short_recipe: Any) -> None:
