@@ -124,6 +124,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     for name in ("ranks", "write_profile"):
         if getattr(options, name) is not None and not options.probe:
             parser.error(f"--{name.replace('_', '-')} belongs to --probe; add that, or leave this out")
+    if options.write_profile is not None and Path(options.write_profile).exists():
+        parser.error(f"--write-profile is {options.write_profile}, which exists; name a new file, or remove that one")
     return options
 
 
@@ -134,6 +136,9 @@ def _count(text: str) -> int:
 
 
 def _before_a_run(recipe: Recipe, options: argparse.Namespace) -> int:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        option, ranks = ("--probe", ", and name the ranks: --ranks N") if options.probe else ("--find-lr", "")
+        return _complain(f"{option} runs in one process; start it without a launcher{ranks}")
     if options.find_lr:
         from training.probing.learning_rate import find_learning_rate
 

@@ -55,9 +55,9 @@ def test_smoothing_keeps_a_constant_and_weighs_the_past() -> None:
 
 @pytest.mark.timeout(300)
 def test_a_range_test_of_a_recipe_writes_its_plot_and_nothing_else(short_recipe: Any) -> None:
-    recipe = short_recipe("model.width=4")
+    recipe = short_recipe()
     recipe.results_dir.mkdir()
-    text = find_learning_rate(recipe, seconds=4, say=lambda text: None)
+    text = find_learning_rate(recipe, seconds=0.1, say=lambda text: None)
     prefix = recipe.results_dir / f"{recipe.run_name}_lr_range"
     assert {path.name for path in recipe.results_dir.iterdir()} == {f"{prefix.name}.png", f"{prefix.name}.json"}
     found = json.loads(Path(f"{prefix}.json").read_text())

@@ -113,9 +113,20 @@ def test_options_of_the_probe_alone_are_refused(option: list[str], capsys: pytes
     assert f"{option[0]} belongs to --probe" in capsys.readouterr().err
 
 
+def test_an_existing_profile_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("device: cpu\n")
+    with pytest.raises(SystemExit) as stop:
+        main(["-f", str(DIGITS), "--probe", "--write-profile", str(path)])
+    assert stop.value.code == 2
+    assert "which exists; name a new file" in capsys.readouterr().err
+    assert path.read_text() == "device: cpu\n"
+
+
+@pytest.mark.parametrize("option", ["--probe", "--find-lr"])
 def test_a_launcher_is_refused(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main(["-f", str(DIGITS), "--probe", f"results_dir={tmp_path}"]) == 2
-    assert "start it without a launcher" in capsys.readouterr().err
+    assert main(["-f", str(DIGITS), option, f"results_dir={tmp_path}"]) == 2
+    assert f"{option} runs in one process; start it without a launcher" in capsys.readouterr().err
