@@ -36,6 +36,7 @@ WINGS = {
         "exporting",
         "export demo",
         "engines",
+        "probing",
         "session",
         "ablation",
         "cli ablate",

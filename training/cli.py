@@ -10,9 +10,14 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from training.composer_shim import describe_mismatch, describe_missing, quiet_composer
 from training.engines.lean_import import import_lean
+
+if TYPE_CHECKING:
+    from training.recipe import Recipe
 
 _PAUSE_FOR_RANK_0_SECONDS = 10.0
 _HOW_THREADS_WAIT = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
@@ -31,6 +36,10 @@ examples
   python run.py -f yamls/digits_medium.yaml algorithms.sam=null        one speed-up off
   python run.py -f yamls/digits_medium.yaml algorithms.mixup.alpha=0.1 one setting changed
   python run.py -f yamls/digits_medium.yaml load=latest                continue a run that was stopped
+  python run.py -f yamls/digits_medium.yaml --probe                    how long it will take here, in about a minute
+  python run.py -f yamls/digits_medium.yaml --find-lr                  which learning rates suit it
+  python run.py --list                                                 the recipes and hardware profiles here
+  python run.py -f yamls/resnet50_medium.yaml -f yamls/hardware/8xa100.yaml --plan    a profile over the recipe
 
 Results go to results/<run_name>/: recipe.yaml, metrics.csv, metrics.npz, curves.png, summary.json, checkpoints/.
 Exit status: 0 done, 1 training failed, 2 a mistake in the recipe or the command line, 130 stopped with Ctrl-C."""
@@ -38,7 +47,12 @@ Exit status: 0 done, 1 training failed, 2 a mistake in the recipe or the command
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    options = _parser().parse_args(arguments)
+    options = _options(arguments)
+    if options.list:
+        from training.recipe.listing import listing
+
+        print(listing())
+        return 0
     _quiet_libraries()
     if "composer" not in sys.modules:
         import_lean()
@@ -49,11 +63,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(options)
     except KeyboardInterrupt:
-        return _stopped()
+        return _stopped(options)
     except SystemExit as stop:
         # Composer turns SIGINT and SIGTERM into an exit with 128 + the signal's number.
         if stop.code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
-            return _stopped(int(stop.code))
+            return _stopped(options, int(stop.code))
         raise
 
 
@@ -73,6 +87,8 @@ def _run(options: argparse.Namespace) -> int:
 
             _say(plan_text(recipe))
             return 0
+        if options.probe or options.find_lr:
+            return _before_a_run(recipe, options)
         from training import session
         from training.results.report import REPORT_FILE
         from training.results.text import format_summary
@@ -102,16 +118,68 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if not options.file and not options.list:
+        parser.error("the following arguments are required: -f/--file (--list shows what there is)")
+    for name in ("ranks", "write_profile"):
+        if getattr(options, name) is not None and not options.probe:
+            parser.error(f"--{name.replace('_', '-')} belongs to --probe; add that, or leave this out")
+    if options.write_profile is not None and Path(options.write_profile).exists():
+        parser.error(f"--write-profile is {options.write_profile}, which exists; name a new file, or remove that one")
+    return options
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def _before_a_run(recipe: Recipe, options: argparse.Namespace) -> int:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        option, ranks = ("--probe", ", and name the ranks: --ranks N") if options.probe else ("--find-lr", "")
+        return _complain(f"{option} runs in one process; start it without a launcher{ranks}")
+    if options.find_lr:
+        from training.probing.learning_rate import find_learning_rate
+
+        _say(find_learning_rate(recipe, say=_say))
+        return 0
+    from training.probing.probe import probe, write_profile
+    from training.probing.text import format_report
+
+    report = probe(recipe, ranks=options.ranks or 1, say=_say)
+    _say(format_report(report))
+    if options.write_profile is not None:
+        write_profile(report, Path(options.write_profile))
+        _say(f"written: {options.write_profile}; use it with -f RECIPE -f {options.write_profile}")
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="run.py", description=_DESCRIPTION, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "-f", "--file", required=True, metavar="FILE", help="the recipe, for example yamls/digits_medium.yaml"
-    )
+        "-f", "--file", action="append", metavar="FILE",
+        help="the recipe, for example yamls/digits_medium.yaml; a second -f lies over it, for example "
+        "yamls/hardware/8xa100.yaml",
+    )  # fmt: skip
     mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--list", action="store_true", help="list the recipes and hardware profiles, with a line each")
     mode.add_argument("--plan", action="store_true", help="print what the run will do and train nothing")
+    mode.add_argument(
+        "--probe", action="store_true", help="measure its phases here for about a minute; print the time and the cost"
+    )
+    mode.add_argument(
+        "--find-lr", action="store_true", help="raise the learning rate until training fails; suggest one, with a plot"
+    )
     mode.add_argument("--compare", action="store_true", help="train it, then again with every speed-up off")
+    parser.add_argument(
+        "--ranks", type=_count, metavar="N", help="with --probe: predict the run on N ranks (default 1)"
+    )
+    parser.add_argument("--write-profile", metavar="FILE", help="with --probe: write a hardware profile to FILE")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="keys of the recipe to set; null turns one off"
     )
@@ -162,8 +230,10 @@ def _lost_rank(error: RuntimeError) -> int:
     return 1
 
 
-def _stopped(status: int = 130) -> int:
+def _stopped(options: argparse.Namespace, status: int = 130) -> int:
     if os.environ.get("RANK", "0") == "0":
         text = "run.py: stopped; load=latest with the same command continues from the last checkpoint"
+        if options.probe or options.find_lr:
+            text = "run.py: stopped; nothing is written"
         print(text, file=sys.stderr, flush=True)
     return status

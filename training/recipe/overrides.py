@@ -42,17 +42,17 @@ def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, 
             raise RecipeError(key, "given twice on the command line")
         seen.add(key)
     try:
-        merged = OmegaConf.create(_with_names(raw))
+        merged = OmegaConf.create(with_names(raw))
         for override in overrides:  # in turn: algorithms=null algorithms.mixup.alpha=0.1 leaves only MixUp on
             merged.merge_with(OmegaConf.from_dotlist([override]))
             if override.partition("=")[0] in _NAMED:
-                merged = OmegaConf.create(_with_names(OmegaConf.to_container(merged)))
+                merged = OmegaConf.create(with_names(OmegaConf.to_container(merged)))
         return OmegaConf.to_container(merged, resolve=True)  # pyright: ignore
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise RecipeError("", _one_line(error)) from None
 
 
-def _with_names(raw: Any) -> Any:
+def with_names(raw: Any) -> Any:
     """`model: resnet18` written out as `model: {name: resnet18}`, so that an override adds a setting to either."""
     if not isinstance(raw, dict):
         return raw

@@ -9,7 +9,8 @@ from typing import Any
 
 from training.recipe.checks import check
 from training.recipe.keys import FSDP, Checkpoints, Data, EvalData, Expected, Logging, Parallelism, TestData, TrainData
-from training.recipe.overrides import apply_overrides, read_yaml
+from training.recipe.layers import blamed_file, lay_over
+from training.recipe.overrides import apply_overrides, read_yaml, with_names
 from training.recipe.schema import RecipeError
 
 
@@ -47,10 +48,28 @@ class Recipe:
         return self.results_dir / self.run_name
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read, override and check a recipe. Raises RecipeError with one line that starts with the file's name."""
+def load_recipe(path: str | Path | Sequence[str | Path], overrides: Sequence[str] = ()) -> Recipe:
+    """Read, override and check a recipe. Raises RecipeError with one line that starts with the file's name.
+
+    path: the recipe; or several files, each of which lies over those before it (`lay_over`).
+    """
+    paths = [path] if isinstance(path, (str, Path)) else list(path)
+    files = [(one, _read(one)) for one in paths]
+    merged: dict[str, Any] = {}
+    for number, (one, raw) in enumerate(files):
+        try:
+            merged = lay_over(merged, raw) if number else raw
+        except RecipeError as error:
+            raise RecipeError("", f"{one}: {error}") from None
     try:
-        return recipe_from(apply_overrides(read_yaml(path), overrides))
+        return recipe_from(apply_overrides(merged, overrides))
+    except RecipeError as error:
+        raise RecipeError("", f"{blamed_file(error.path, files)}: {error}") from None
+
+
+def _read(path: str | Path) -> dict[str, Any]:
+    try:
+        return with_names(read_yaml(path))
     except RecipeError as error:
         raise RecipeError("", f"{path}: {error}") from None
 
