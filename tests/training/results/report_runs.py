@@ -16,7 +16,7 @@ EVALUATION = {
     "run_name": "digits", "checkpoint": "best.pt", "averaged": True, "split": "eval", "images": 359, "classes": 10,
     "image_size": 20, "flip": False, "top1": 0.9721, "top5": None, "loss": 0.21, "calibration_error": 0.0123,
     "shift_consistency": 0.981, "seconds": 1.5,
-    "sizes": [{"image_size": size, "top1": top1, "top5": None, "loss": 0.3} for size, top1 in ((16, 0.9513), (20, 0.97))],
+    "sizes": [{"image_size": px, "top1": top1, "top5": None, "loss": 0.3} for px, top1 in ((16, 0.9513), (20, 0.97))],
     "worst_classes": [{"class": "eight", "recall": 0.9123, "precision": 0.99, "images": 35, "mistaken_for": "three"}],
     "mistakes": [{"index": index, "label": "eight", "predicted": "three", "confidence": 0.9} for index in range(23)],
 }  # fmt: skip
