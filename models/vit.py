@@ -61,7 +61,7 @@ class VisionTransformer(nn.Module):
                 f"px; make both sides multiples of {self.patch_size}"
             )
         patches = self.conv_proj(images).flatten(2).transpose(1, 2)  # [N, T - 1, D]
-        tokens = torch.cat([self.class_token.expand(len(images), -1, -1), patches], dim=1)
+        tokens = torch.cat([self.class_token.expand(images.shape[0], -1, -1), patches], dim=1)
         return self.heads(self.encoder(tokens, (rows, columns))[:, 0])
 
 

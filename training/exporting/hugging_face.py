@@ -90,7 +90,9 @@ def _write_own(trained: Trained, network: HuggingFaceClassifier, folder: Path, s
 def _write_vit(trained: Trained, folder: Path, samples: Samples) -> str | None:
     """torchvision's Vision Transformer, which has the same arithmetic as transformers' under other names."""
     from transformers import ViTConfig, ViTForImageClassification
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()
     config = ViTConfig(**vit_config(trained))
     config.id2label, config.label2id = _labels(trained)
     config.architectures = ["ViTForImageClassification"]

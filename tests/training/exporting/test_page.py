@@ -86,7 +86,7 @@ def test_unshifted_it_sees_what_the_loaders_give(height: int, width: int, crop_r
     look_at(np.array(picture), one)  # first at a shift, to warm up, then as it is
     expected = about.normalized(about.pixels(np.array(picture))[None]).numpy()
     difference = np.abs(given[1] - expected)
-    assert difference[..., 2:-2].max() < 2.1 / min(about.std)  # two of 255 levels
+    assert difference[..., 2:-2].max() < 4 / min(about.std)  # of 255 levels
     # A canvas goes on beyond the crop, and antialiasing mixes in some of that at its left and right border.
     assert difference.max() < 8 / min(about.std)
 
