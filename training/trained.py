@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +19,8 @@ from training.checkpoints.weights import find_checkpoint, read_network_weights
 from training.plan import network_as_trained, without_weights
 from training.recipe import Recipe, RecipeError, load_recipe
 from training.results.summary import write_json
+
+log = logging.getLogger(__name__)
 
 MODEL_FILE = "model.json"  # beside a run's recipe.yaml
 
@@ -79,7 +82,7 @@ def load_trained(source: str | os.PathLike[str], *, trust_checkpoint: bool = Fal
     run_dir = checkpoint.parent.parent
     recipe, about = _recipe_of(run_dir), _read_about(run_dir)
     class_names = tuple(about["class_names"])
-    network = network_as_trained(without_weights(recipe), num_classes=len(class_names))
+    network = _network_to_fill(recipe, num_classes=len(class_names))
     weights, averaged = read_network_weights(checkpoint, trust=trust_checkpoint)
     try:
         network.load_state_dict(weights)
@@ -92,6 +95,16 @@ def load_trained(source: str | os.PathLike[str], *, trust_checkpoint: bool = Fal
 def write_about(run_dir: Path, *, class_names: Sequence[str], preprocessing: Preprocessing) -> None:
     """Write model.json, which makes a run's checkpoints usable without its data."""
     write_json({"class_names": list(class_names), **asdict(preprocessing)}, run_dir / MODEL_FILE)
+
+
+def _network_to_fill(recipe: Recipe, *, num_classes: int) -> nn.Module:
+    """The network without its weights; a ViT with those it started from, which decide its layer norms' epsilon."""
+    if recipe.model["name"].startswith("vit_") and recipe.model.get("weights") is not None:
+        try:
+            return network_as_trained(recipe, num_classes=num_classes)
+        except RecipeError as error:
+            log.warning("the layer norms' epsilon is torchvision's, since its source is not there: %s", error)
+    return network_as_trained(without_weights(recipe), num_classes=num_classes)
 
 
 def _recipe_of(run_dir: Path) -> Recipe:
