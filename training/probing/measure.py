@@ -79,7 +79,7 @@ def measured_recipe(recipe: Recipe, folder: Path) -> Recipe:
         results_dir=folder,
         load=None,
         autoresume=False,
-        logging=type(logging)(progress_bar=False, level=logging.level),  # no trackers
+        logging=type(logging)(progress_bar=False, level=logging.level, trackers={}),
         data=replace(recipe.data, eval=replace(recipe.data.eval, every_epochs=1)),
         checkpoints=replace(recipe.checkpoints, every_epochs=1, every_steps=None, keep_every_epochs=None),
     )

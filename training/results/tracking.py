@@ -280,14 +280,15 @@ def _mlflow(settings: Mapping[str, Any], position: Position, run_dir: Path) -> L
 
     logging.getLogger("mlflow").setLevel(logging.WARNING)  # else it tells of each table that it makes
     uri = settings["tracking_uri"] or os.environ.get("MLFLOW_TRACKING_URI")
-    return MLFlowLogger(
-        experiment_name=settings["experiment_name"],
-        run_name=settings["run_name"],
-        tracking_uri=uri or f"sqlite:///{run_dir.parent.resolve() / 'mlflow.db'}",
-        synchronous=settings["synchronous"],
-        log_system_metrics=False,
-        log_duplicated_metric_every_n_steps=1,  # else a value that stays the same for a hundred steps is left out
-    )
+    with _loggers_left_on():
+        return MLFlowLogger(
+            experiment_name=settings["experiment_name"],
+            run_name=settings["run_name"],
+            tracking_uri=uri or f"sqlite:///{run_dir.parent.resolve() / 'mlflow.db'}",
+            synchronous=settings["synchronous"],
+            log_system_metrics=False,
+            log_duplicated_metric_every_n_steps=1,  # else a value that stays the same for a hundred steps is left out
+        )
 
 
 def _write_to(tracker: Any, values: dict[str, float], step: int) -> None:
@@ -304,15 +305,32 @@ def _wandb_id() -> str | None:
 
 
 @contextmanager
+def _loggers_left_on() -> Iterator[None]:
+    """Undoes what MLflow does to other loggers when it makes its database: it turns off those that exist."""
+    root = logging.getLogger()
+    loggers = [one for one in root.manager.loggerDict.values() if isinstance(one, logging.Logger) and not one.disabled]
+    level, handlers = root.level, list(root.handlers)
+    try:
+        yield
+    finally:
+        for one in loggers:
+            one.disabled = False
+        root.setLevel(level)
+        root.handlers[:] = handlers
+
+
+@contextmanager
 def _continue_mlflow_run(position: Position) -> Iterator[None]:
     """Inside the context, Composer's logger continues the position's run: it takes the run's id from this variable."""
     name = "MLFLOW_RUN_ID"
     if position.mlflow_run_id is None or name in os.environ:
-        yield
+        with _loggers_left_on():
+            yield
         return
     os.environ[name] = position.mlflow_run_id
     try:
-        yield
+        with _loggers_left_on():
+            yield
     finally:
         os.environ.pop(name, None)
 

@@ -327,7 +327,7 @@ class TestCurves:
         assert has_color(image, self.TRAIN)
         assert not has_color(image, self.EVAL)
 
-    @pytest.mark.filterwarnings("error")
+    @pytest.mark.filterwarnings("error", "ignore::ResourceWarning")  # which earlier tests' leftovers cause
     @pytest.mark.parametrize(
         "history", [make_history(epochs=1, steps_per_epoch=1), make_history(eval_every=4), History()]
     )
@@ -335,7 +335,7 @@ class TestCurves:
         plot_curves(history, tmp_path / "curves.png")
         assert count_colors(tmp_path / "curves.png") > 20
 
-    @pytest.mark.filterwarnings("error")
+    @pytest.mark.filterwarnings("error", "ignore::ResourceWarning")  # which earlier tests' leftovers cause
     def test_nan_and_an_unfinished_epoch(self, tmp_path):
         history = make_history()
         for row in history.epochs:

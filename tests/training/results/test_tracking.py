@@ -244,6 +244,7 @@ def test_mlflow_in_a_database_file_goes_on_with_its_run(tmp_path, monkeypatch):
     run_dir = tmp_path / RUN
     settings = {"tracking_uri": None, "experiment_name": "tests", "run_name": None, "synchronous": False}
     recorder = interrupted_and_resumed(run_dir, {"mlflow": settings})
+    assert not logging.getLogger("training.results.tracking").disabled, "MLflow's database turned off other logs"
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     (experiment,) = [one for one in client.search_experiments() if one.name == "tests"]
     (run,) = client.search_runs([experiment.experiment_id])
