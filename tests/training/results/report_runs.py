@@ -31,7 +31,7 @@ def make_history(*, epochs: int = 6, top1: float = 0.9, seconds: float = 2.0) ->
                 history.steps[name].append(value)
         size = 16 if epoch <= epochs // 2 else 32
         row = (epoch, 2.0 / epoch, 0.1 * epoch, 2.5 / epoch, top1 - 0.3 / epoch, 0.4, size, 64, 1000.0 / epoch, seconds)
-        row = (*row, 0.25)  # of waiting for data
+        row = (*row, None)  # data_wait_share, as in runs from before it was measured
         history.epochs.append(dict(zip(EPOCH_COLUMNS, row, strict=True)))
     return history
 
