@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def evaluate(
     sizes = {size: accuracy(found.logits, found.labels, loss=loss)}
     for other in sorted({*question.image_sizes} - {size}):
         loader.set_image_size(other)
-        with _size_that_fits(other, trained):
+        with _naming_the_size(other, trained):
             seen = predict(network, loader, what=f"{other} px")
         sizes[other] = accuracy(seen.logits, seen.labels, loss=loss)
     believed = probabilities(found.logits, loss=loss)
@@ -158,18 +159,14 @@ def _shift_consistency(network: Network, trained: Trained, question: Question, *
     return consistency(classes)
 
 
-class _size_that_fits:
+@contextmanager
+def _naming_the_size(image_size: int, trained: Trained) -> Iterator[None]:
     """Says which size it was that the network does not take."""
-
-    def __init__(self, image_size: int, trained: Trained) -> None:
-        self._said = f"{trained.recipe.model['name']} does not take images of {image_size} px; leave that size out"
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, (RuntimeError, AssertionError, ValueError)):
-            raise ValueError(f"{self._said} ({' '.join(str(error).split())[:120]})") from None
+    try:
+        yield
+    except (RuntimeError, AssertionError, ValueError) as error:
+        said = f"{trained.recipe.model['name']} does not take images of {image_size} px; leave that size out"
+        raise ValueError(f"{said} ({' '.join(str(error).split())[:120]})") from None
 
 
 def _worst(confusion: np.ndarray, names: Sequence[str]) -> list[dict[str, Any]]:

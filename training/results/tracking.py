@@ -29,6 +29,7 @@ from composer.core import Callback, State
 from composer.loggers import Logger, LoggerDestination
 from composer.utils import dist
 
+from training.recipe import flat_keys
 from training.results.history import EPOCH_COLUMNS
 from training.results.meter import Meter, Work, memory_bytes
 from training.results.recorder import Recorder
@@ -209,7 +210,7 @@ class Tracking(Callback):
             self._trackers.pop(name, None)
 
     def _note_settings(self) -> None:
-        flat = _flat(self._settings or {})
+        flat = flat_keys(dict(self._settings or {}))
         is_new = {"wandb": self._position.wandb_id is None, "mlflow": self._position.mlflow_run_id is None}
         for name in list(self._trackers):
             if flat and is_new.get(name):
@@ -351,13 +352,3 @@ def _restore_wandb_get_url(position: Position) -> Iterator[None]:
 
 
 _AROUND_INIT = {"mlflow": _continue_mlflow_run, "wandb": _restore_wandb_get_url}
-
-
-def _flat(settings: Any, path: str = "") -> dict[str, Any]:
-    if isinstance(settings, Mapping) and settings:
-        return {
-            key: value
-            for name, item in settings.items()
-            for key, value in _flat(item, f"{path}.{name}" if path else str(name)).items()
-        }
-    return {path: settings}
