@@ -24,6 +24,12 @@ from data.sources import (
 )
 
 
+@pytest.fixture(autouse=True)
+def nothing_said_yet():
+    """A folder for a test may have the name of an earlier one, which pytest removed."""
+    data.sources.sources._say_once.cache_clear()
+
+
 def image_folder(root: Path, *, classes: tuple[str, ...] = ("bee", "ant"), images: int = 2) -> Path:
     for number, name in enumerate(classes):
         (root / name).mkdir(parents=True)
