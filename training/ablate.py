@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from training.judging.command import carry_out, positive
+from training.command_line import carry_out, positive
 
 _ABOUT = """\
 Find out which speed-ups pay on your data: train the recipe with all of its algorithms, without each, with each alone

@@ -43,6 +43,8 @@ def describe_missing(error: ModuleNotFoundError) -> str:
     """What to type when a package is not installed."""
     if error.name == "composer":
         return "Composer is not installed: pip install --no-deps mosaicml==0.32.1"
+    if not str(error).startswith("No module named"):
+        return str(error)  # this project's own words, which say what to do
     return f"{error.name} is not installed: {_INSTALL}"
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from training.command_line import add_run, carry_out, complain
 
 _EXAMPLES = """\
 examples
@@ -25,25 +26,17 @@ with Ctrl-C."""
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     options = _parser().parse_args(arguments)
-    try:
-        return _show(options)
-    except KeyboardInterrupt:
-        print("demo.py: stopped", file=sys.stderr)
-        return 130
+    return carry_out("demo.py", lambda: _show(options))
 
 
 def _show(options: argparse.Namespace) -> int:
-    from training.composer_shim import quiet_composer
-
-    quiet_composer()
     from training.exporting.checking import NotTheSame
     from training.exporting.space import distinct_names
-    from training.recipe import RecipeError
 
     try:
         import gradio  # noqa: F401  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError:
-        return _complain("the page needs gradio: pip install 'brisk-vision[demo-page]'")
+        return complain("demo.py", "the page needs gradio: pip install 'brisk-vision[demo-page]'")
     try:
         runs = _load(options)
         title = " against ".join(distinct_names(runs))
@@ -51,22 +44,20 @@ def _show(options: argparse.Namespace) -> int:
             return _write_space(runs, options.export, title=title)
         return _serve(runs, options, title=title)
     except NotTheSame as error:
-        return _complain(str(error), status=1)
-    except (ValueError, OSError, ModuleNotFoundError, RecipeError) as error:
-        return _complain(str(error))
+        return complain("demo.py", str(error), status=1)
 
 
 def _load(options: argparse.Namespace) -> list[Any]:
     """The runs to show. Raises ValueError if they do not have the same classes."""
     from training.trained import load_trained
 
-    sources = [options.source, *([options.against] if options.against is not None else [])]
+    sources = [options.run, *([options.against] if options.against is not None else [])]
     runs = [load_trained(source, trust_checkpoint=options.trust_checkpoint) for source in sources]
     first, *others = runs
     for other in others:
         if other.class_names != first.class_names:
             raise ValueError(
-                f"--against {options.against} has other classes ({len(other.class_names)}) than {options.source} "
+                f"--against {options.against} has other classes ({len(other.class_names)}) than {options.run} "
                 f"({len(first.class_names)}); give a run on the same data"
             )
     return runs
@@ -120,14 +111,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="demo.py", description=__doc__, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", metavar="RUN", help="a run's folder, or one of its checkpoints")
+    add_run(parser)
     parser.add_argument("--against", metavar="RUN2", help="a second run on the same data, shown beside the first")
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen on (default: this machine alone)")
     parser.add_argument("--port", type=_port, help="the port (default: the first free one from 7860)")
     parser.add_argument("--export", type=Path, metavar="DIR", help="write a Hugging Face Space to a new folder instead")
-    parser.add_argument(
-        "--trust-checkpoint", action="store_true", help="read a checkpoint that names code, and run what it says"
-    )
     return parser
 
 
@@ -135,8 +123,3 @@ def _port(text: str) -> int:
     if not text.isdigit() or not 0 < int(text) < 65536:
         raise argparse.ArgumentTypeError(f"{text} is no port; give a number from 1 to 65535")
     return int(text)
-
-
-def _complain(text: str, *, status: int = 2) -> int:
-    print(f"demo.py: {' '.join(text.split())}", file=sys.stderr)
-    return status

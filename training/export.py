@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from training.command_line import add_run, carry_out, complain
+
 _NAMES = ("safetensors", "torch", "onnx", "hf", "torchscript")  # exporting.formats has them too, and imports torch
 
 _EXAMPLES = """\
@@ -31,29 +33,17 @@ Exit status: 0 done, 1 the export differs from the network, 2 a mistake on the c
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     options = _parser().parse_args(arguments)
-    try:
-        return _export(options)
-    except KeyboardInterrupt:
-        print("export: stopped; nothing was written", file=sys.stderr)
-        return 130
+    return carry_out("export", lambda: _export(options))
 
 
 def _export(options: argparse.Namespace) -> int:
-    from training.composer_shim import quiet_composer
-
-    quiet_composer()
     from training.exporting.checking import NotTheSame
     from training.exporting.export_run import export_run, upload_command
-    from training.recipe import RecipeError
 
     try:
-        made = export_run(
-            options.source, options.to, options.output, trust_checkpoint=options.trust_checkpoint, say=_say
-        )
+        made = export_run(options.run, options.to, options.output, trust_checkpoint=options.trust_checkpoint, say=_say)
     except NotTheSame as error:
-        return _complain(str(error), status=1)
-    except (ValueError, OSError, ModuleNotFoundError, RecipeError) as error:
-        return _complain(str(error))
+        return complain("export", str(error), status=1)
     _say(made.checked)
     _say(f"{made.folder}/: {', '.join(sorted(path.name for path in made.folder.iterdir()))}")
     if options.push_to_hub is not None:
@@ -68,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("source", metavar="RUN", help="a run's folder, or one of its checkpoints")
+    add_run(parser)
     parser.add_argument("--to", required=True, choices=_NAMES, help="the format")
     parser.add_argument("-o", "--output", type=Path, metavar="FOLDER", help="a new folder; RUN/export/FORMAT otherwise")
     parser.add_argument(
@@ -78,19 +68,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="OWNER/NAME",
         help="print the command that uploads the folder to the Hugging Face hub; nothing is sent",
     )
-    parser.add_argument(
-        "--trust-checkpoint", action="store_true", help="read a checkpoint that names code, and run what it says"
-    )
     return parser
 
 
 def _say(text: str) -> None:
     print(text, flush=True)
-
-
-def _complain(text: str, *, status: int = 2) -> int:
-    print(f"export: {' '.join(text.split())}", file=sys.stderr)
-    return status
 
 
 if __name__ == "__main__":

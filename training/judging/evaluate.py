@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from training.judging.command import add_common_options, carry_out, device_here, joined_ranks, positive
+from training.command_line import add_judging_options, carry_out, device_here, joined_ranks, positive
 
 _ABOUT = """\
 Judge what a run has trained: accuracy, calibration, each class, the most confident mistakes, what shifting an image
@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="evaluate.py", description=_ABOUT, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_common_options(parser)
+    add_judging_options(parser)
     parser.add_argument(
         "--split", default="eval", choices=("eval", "test", "train"), help="of the recipe's data (eval)"
     )

@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from training.judging.command import add_common_options, carry_out, device_here, positive
+from training.command_line import add_judging_options, carry_out, device_here, positive
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -130,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="predict.py", description=_ABOUT, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_common_options(parser)
+    add_judging_options(parser)
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders, or - for names on stdin")
     parser.add_argument("--json", action="store_true", help="JSON lines instead of CSV")
     parser.add_argument("--top", type=positive, default=5, metavar="K", help="classes a picture (5)")

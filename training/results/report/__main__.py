@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from training.command_line import carry_out
 from training.results.report.page import MOST_RUNS, REPORT_FILE, write_report
 
 _DESCRIPTION = f"""\
@@ -25,14 +26,11 @@ Exit status: 0 done, 2 a mistake or a damaged file, 130 stopped with Ctrl-C."""
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     options = _parser().parse_args(arguments)
-    try:
-        path = write_report(options.runs, options.output)
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        print(f"report: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    print(path)
+    return carry_out("report", lambda: _write(options))
+
+
+def _write(options: argparse.Namespace) -> int:
+    print(write_report(options.runs, options.output))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What the command lines about trained networks share: their options, one line for a mistake, and their ranks."""
+"""What the command lines beside run.py share: options, one line for a mistake, ranks."""
 
 from __future__ import annotations
 
@@ -11,11 +11,16 @@ from contextlib import contextmanager
 from training.composer_shim import describe_missing, quiet_composer
 
 
-def add_common_options(parser: argparse.ArgumentParser) -> None:
-    """The options that every such command has."""
-    parser.add_argument("run", metavar="RUN", help="a run's folder, or one of its checkpoints")
+def add_judging_options(parser: argparse.ArgumentParser) -> None:
+    """The options of the commands that ask a network for its answers."""
+    add_run(parser)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "gpu", "mps"), help="default: auto")
     parser.add_argument("--flip", action="store_true", help="average the logits of each image and its mirror image")
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """The run that a command is about, and whether its checkpoint is trusted."""
+    parser.add_argument("run", metavar="RUN", help="a run's folder, or one of its checkpoints")
     parser.add_argument(
         "--trust-checkpoint", action="store_true", help="read a checkpoint that names code, and run what it says"
     )
@@ -38,14 +43,14 @@ def carry_out(program: str, work: Callable[[], int]) -> int:
     try:
         return work()
     except KeyboardInterrupt:
-        return _complain(program, "stopped; files that were complete are kept", status=130)
+        return complain(program, "stopped; files that were complete are kept", status=130)
     except ModuleNotFoundError as error:
-        return _complain(program, describe_missing(error))
+        return complain(program, describe_missing(error))
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError) as error:  # a RecipeError is a ValueError
-        return _complain(program, " ".join(str(error).split()))
+        return complain(program, " ".join(str(error).split()))
 
 
 @contextmanager
@@ -81,7 +86,8 @@ def device_here(asked: str) -> str:
     return {"gpu": "cuda", "mps": "mps", "cpu": "cpu"}[asked]
 
 
-def _complain(program: str, text: str, *, status: int = 2) -> int:
+def complain(program: str, text: str, *, status: int = 2) -> int:
+    """Say on stderr, once for all ranks, what went wrong; returns `status`."""
     if os.environ.get("RANK", "0") == "0":
         print(f"{program}: {text}", file=sys.stderr, flush=True)
     return status
