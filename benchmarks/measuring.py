@@ -5,9 +5,13 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import math
+import os
 import platform
+import shlex
 import statistics
+import subprocess
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,6 +69,24 @@ def columns(lines: Sequence[Sequence[str]]) -> str:
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     rows = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
     return "\n".join(row.rstrip() for row in rows)
+
+
+def cost_of_process(command: Sequence[str], *, cwd: Path, said: Path, status: int = 0) -> tuple[float, float]:
+    """CPU-seconds, of it and of those it waited for, and wall-clock seconds of a process; its output goes to `said`.
+
+    Raises RuntimeError for another exit status than `status`.
+    """
+    environment = {**os.environ, "PYTHONPATH": str(cwd)}
+    with said.open("w+") as file:
+        started = time.monotonic()
+        process = subprocess.Popen(command, cwd=cwd, env=environment, stdout=file, stderr=file)
+        _, ended, usage = os.wait4(process.pid, 0)
+        wall = time.monotonic() - started
+        process.returncode = os.waitstatus_to_exitcode(ended)  # wait4 has reaped it already
+        if process.returncode != status:
+            file.seek(0)
+            raise RuntimeError(f"{shlex.join(command)} ended with status {process.returncode}: {file.read()}")
+    return usage.ru_utime + usage.ru_stime, wall
 
 
 def hardware(device: torch.device) -> dict[str, Any]:

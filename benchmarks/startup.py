@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,7 +26,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measuring import columns, hardware, progress, spread, verdict, versions
+from benchmarks.measuring import columns, cost_of_process, hardware, progress, spread, verdict, versions
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path.stem for path in (ROOT / "yamls").glob("*.yaml"))
@@ -131,17 +130,7 @@ def cases_of(recipes: Sequence[str], folder: Path) -> list[Case]:
 
 def run(case: Case, folder: Path) -> tuple[float, float]:
     """CPU-seconds and wall-clock seconds of a process. Raises RuntimeError for an unexpected exit status."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with (folder / "said.txt").open("w+") as said:
-        started = time.monotonic()
-        process = subprocess.Popen(case.command, cwd=ROOT, env=environment, stdout=said, stderr=said)
-        _, status, usage = os.wait4(process.pid, 0)
-        wall = time.monotonic() - started
-        process.returncode = os.waitstatus_to_exitcode(status)  # wait4 has reaped it already
-        if process.returncode != case.status:
-            said.seek(0)
-            raise RuntimeError(f"{case.name} ended with status {process.returncode}: {said.read()}")
-    return usage.ru_utime + usage.ru_stime, wall
+    return cost_of_process(case.command, cwd=ROOT, said=folder / "said.txt", status=case.status)
 
 
 def over_torch(report: dict[str, Any], name: str) -> list[float]:

@@ -50,7 +50,7 @@ def test_a_process_is_waited_for_and_its_time_counted(tmp_path: Path) -> None:
     cpu, wall = run(Case("spins", (sys.executable, "-c", spin), status=2), tmp_path)
     assert cpu > 0.29
     assert wall > 0.29
-    with pytest.raises(RuntimeError, match=r"fails ended with status 1: .*no such luck"):
+    with pytest.raises(RuntimeError, match=r"ended with status 1: .*no such luck"):
         run(Case("fails", (sys.executable, "-c", "print('no such luck'); raise SystemExit(1)")), tmp_path)
 
 
