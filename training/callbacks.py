@@ -11,6 +11,7 @@ from composer.loggers import Logger
 
 from training.checkpoints.saving import Checkpoints
 from training.checkpoints.sharded import save_shards
+from training.guards.finite import FiniteGuard
 from training.plan import Plan
 from training.results.meter import Work, device_peak_flops
 from training.results.progress import ProgressBar
@@ -30,6 +31,7 @@ def build_callbacks(
     return [
         _LoaderPosition(loader),
         recorder,
+        FiniteGuard(recipe.on_nan, run_dir=recipe.run_dir, image_indices=loader.image_indices),
         Checkpoints(
             recipe.run_dir / "checkpoints",
             every_epochs=recipe.checkpoints.every_epochs,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from training.engines.composer import evaluate_composer, train_composer
 from training.engines.memory import describe_out_of_memory, forget, is_out_of_memory, largest_batch
 from training.engines.peers import PeerWatch
 from training.engines.start import start_distributed
+from training.guards.run_lock import FolderTaken, RunLock
 from training.plan import Plan, choose_place, network_as_trained, plan_run, without_algorithms
 from training.recipe import Recipe, RecipeError, flat_keys, users_mistake
 from training.results.comparison import format_comparison, write_comparison
@@ -35,7 +36,7 @@ log = logging.getLogger(__name__)
 
 # Keys that may differ between a run and its continuation: they do not change what is computed.
 _FREE_ON_RESUME = (
-    "load", "autoresume", "trust_checkpoint", "logging", "results_dir", "checkpoints", "device", "compile",
+    "load", "autoresume", "trust_checkpoint", "on_nan", "logging", "results_dir", "checkpoints", "device", "compile",
     "data.cache_dir", "parallelism.strategy", "parallelism.fsdp", "parallelism.lost_rank_timeout_seconds",
 )  # fmt: skip
 _FREE_ON_RESUME_ENDINGS = (".num_workers", ".loader", ".path")
@@ -58,8 +59,29 @@ def train(recipe: Recipe, *, say: Callable[[str], None] = print) -> Result:
     _check_trackers(recipe)
     start_distributed(recipe, place)
     with PeerWatch(timeout_seconds=recipe.parallelism.lost_rank_timeout_seconds):
-        plan = plan_run(recipe, place)
-        return _carry_out(plan, say if dist.get_global_rank() == 0 else _silent)
+        plan, say = plan_run(recipe, place), say if dist.get_global_rank() == 0 else _silent
+        with _folder_to_itself(recipe, say):
+            return _carry_out(plan, say)
+
+
+@contextlib.contextmanager
+def _folder_to_itself(recipe: Recipe, say: Callable[[str], None]) -> Iterator[None]:
+    """Rank 0 holds the run's folder. Raises RecipeError on every rank if another run has it."""
+    lock, mistake = RunLock(recipe.run_dir, say=say), None
+    if dist.get_global_rank() == 0:
+        try:
+            lock.acquire()
+        except FolderTaken as error:
+            mistake = ("run_name", str(error))
+        except OSError as error:
+            mistake = ("results_dir", _not_writable(recipe.run_dir, error))
+    mistake = dist.all_gather_object(mistake)[0]
+    if mistake is not None:
+        raise RecipeError(*mistake)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _check_trackers(recipe: Recipe) -> None:
@@ -186,11 +208,13 @@ def _prepare_run_dir(recipe: Recipe, say: Callable[[str], None]) -> str | None:
             run_dir.mkdir(parents=True, exist_ok=True)
             (run_dir / "recipe.yaml").write_text(yaml.safe_dump(recipe.settings, sort_keys=False))
         except OSError as error:
-            raise RecipeError(
-                "results_dir", f"{run_dir} cannot be written ({error.strerror}); choose another with results_dir=DIR"
-            ) from None
+            raise RecipeError("results_dir", _not_writable(run_dir, error)) from None
     dist.barrier()
     return load_path
+
+
+def _not_writable(run_dir: Path, error: OSError) -> str:
+    return f"{run_dir} cannot be written ({error.strerror}); choose another with results_dir=DIR"
 
 
 def _agreed_checkpoint(recipe: Recipe) -> str | None:

@@ -154,6 +154,10 @@ class Loader(ABC):
             raise ValueError(f"position (epoch {epoch}, batch {batch}): both count from 0")
         self.position = (epoch, batch)
 
+    def image_indices(self, epoch: int, batch: int) -> np.ndarray:
+        """This rank's images in batch `batch` of `epoch`, both from 0, at the current batch size: indices, int64 [B]."""
+        return self._index_batches(epoch=epoch, per_device_batch_size=self.batch_size)[batch]
+
     def __len__(self) -> int:
         """Batches in a full pass at the current batch size, the same on every rank."""
         return len(self._index_batches(epoch=0, per_device_batch_size=self.batch_size))

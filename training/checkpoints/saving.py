@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import os
 import shutil
@@ -16,8 +17,11 @@ from composer.loggers import Logger
 from composer.utils import checkpoint, dist
 
 from training.checkpoints.sharded import save_shards
+from training.guards.finite import agree, not_finite, weights
 
 __all__ = ["Checkpoints", "find_latest"]
+
+log = logging.getLogger(__name__)
 
 _LATEST, _BEST = "latest.pt", "best.pt"
 _BESIDE_PREFIX, _BESIDE_SUFFIX = ".checkpoint-", ".tmp"
@@ -34,6 +38,8 @@ class Checkpoints(Callback):
 
     A sharded checkpoint is a folder shards-ep{n}-ba{m} to which every rank writes its part, and the names are symbolic
     links to it; a folder without links is removed.
+
+    Weights that are not finite are not saved, whatever asked for it.
 
     List it after the callbacks whose state belongs in the checkpoint. Rank 0 writes the files; all ranks take part in
     gathering the state.
@@ -156,7 +162,19 @@ class Checkpoints(Callback):
         return True
 
     def _save(self, state: State, *, is_best: bool = False, kept_name: str | None = None) -> None:
-        """Save the state as latest.pt and under the other names that apply. Every rank must call this."""
+        """Save the state as latest.pt and under the other names that apply. Every rank must call this.
+
+        A state whose weights are not finite is of no use to anyone, and does not replace one that is.
+        """
+        self._saved = _stamp(state)
+        if agree(not_finite(weights(state.model))):
+            if dist.get_global_rank() == 0:
+                log.warning(
+                    "the weights after step %d are not finite; they are not saved, and %s keeps what it holds",
+                    self._saved[1],
+                    self._folder,
+                )
+            return
         beside = _beside(self._folder / _LATEST)
         with _explained(beside):
             written = self._write(state, beside)
@@ -168,7 +186,6 @@ class Checkpoints(Callback):
                     _give_name(written, self._folder / kept_name)
                 _give_name(written, self._folder / _LATEST, only=not self._sharded)
                 _remove_unnamed(self._folder)
-        self._saved = _stamp(state)
 
     def _write(self, state: State, beside: Path) -> Path | None:
         """Write the state to `beside`, or to a folder of shards; returns its path, on rank 0 only."""

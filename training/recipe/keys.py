@@ -12,6 +12,7 @@ from training.recipe.schema import Range
 LoaderName = Literal["auto", "ffcv", "torch"]
 Count = Annotated[int, Range(minimum=1)]
 CropRatio = Annotated[float, Range(above=0, maximum=1)]
+OnNan = Literal["stop", "skip", "continue"]
 Workers = Annotated[int, Range(minimum=0, note=", which loads in the training process")]
 
 
@@ -157,6 +158,8 @@ class RecipeKeys:
     parallelism: Parallelism = field(default_factory=Parallelism)
     logging: Logging = field(default_factory=Logging)
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
+    # A loss or gradients that are nan or infinite: end the run, leave the step out, or go on.
+    on_nan: OnNan = "stop"
     seed: int = 0
     results_dir: str = "results"
     load: str | None = None  # latest, or a checkpoint's path

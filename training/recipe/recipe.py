@@ -8,7 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from training.recipe.checks import check
-from training.recipe.keys import FSDP, Checkpoints, Data, EvalData, Expected, Logging, Parallelism, TestData, TrainData
+from training.recipe.keys import (
+    FSDP,
+    Checkpoints,
+    Data,
+    EvalData,
+    Expected,
+    Logging,
+    OnNan,
+    Parallelism,
+    TestData,
+    TrainData,
+)
 from training.recipe.layers import blamed_file, lay_over
 from training.recipe.overrides import apply_overrides, read_yaml, with_names
 from training.recipe.schema import RecipeError
@@ -41,6 +52,7 @@ class Recipe:
     load: str | None
     autoresume: bool
     trust_checkpoint: bool
+    on_nan: OnNan
 
     @property
     def run_dir(self) -> Path:
@@ -111,6 +123,7 @@ def _recipe(top: dict[str, Any]) -> Recipe:
         load=top["load"],
         autoresume=top["autoresume"],
         trust_checkpoint=top["trust_checkpoint"],
+        on_nan=top["on_nan"],
     )
 
 
