@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from training.composer_shim import describe_mismatch, describe_missing, quiet_composer
 from training.engines.lean_import import import_lean
+from training.guards.stop_signals import WATCHED
 
 if TYPE_CHECKING:
     from training.recipe import Recipe
@@ -65,9 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _stopped(options)
     except SystemExit as stop:
-        # Composer turns SIGINT and SIGTERM into an exit with 128 + the signal's number.
-        if stop.code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
-            return _stopped(options, int(stop.code))
+        # Composer and Checkpoints turn signals into an exit with 128 + the signal's number.
+        if isinstance(stop.code, int) and stop.code - 128 in (signal.SIGINT, *WATCHED):
+            return _stopped(options, stop.code)
         raise
 
 
@@ -77,7 +78,7 @@ def _run(options: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         return _complain(describe_missing(error))
     try:
-        recipe = load_recipe(options.file, options.overrides)
+        recipe = options.recipe = load_recipe(options.file, options.overrides)
         logging.getLogger().setLevel(recipe.logging.level.upper())
         if options.plan:
             from training.without_compiler import leave_out_compiler
@@ -232,8 +233,14 @@ def _lost_rank(error: RuntimeError) -> int:
 
 def _stopped(options: argparse.Namespace, status: int = 130) -> int:
     if os.environ.get("RANK", "0") == "0":
-        text = "run.py: stopped; load=latest with the same command continues from the last checkpoint"
-        if options.probe or options.find_lr:
-            text = "run.py: stopped; nothing is written"
-        print(text, file=sys.stderr, flush=True)
+        print(f"run.py: stopped; {_what_is_left(options)}", file=sys.stderr, flush=True)
     return status
+
+
+def _what_is_left(options: argparse.Namespace) -> str:
+    recipe = getattr(options, "recipe", None)
+    if options.probe or options.find_lr:
+        return "nothing is written"
+    if recipe is None or not any((recipe.run_dir / "checkpoints").glob("*.pt")):
+        return "there is no checkpoint yet, so the same command begins anew"
+    return "load=latest with the same command continues from the last checkpoint"

@@ -13,10 +13,7 @@ import yaml
 from composer.utils import dist
 
 from training.build import build_loaders, build_test_loader
-from training.checkpoints.reading import check_checkpoint
-from training.checkpoints.saving import find_latest
-from training.checkpoints.sharded import is_sharded
-from training.checkpoints.zero import is_zero
+from training.checkpoints.choosing import choose_checkpoint
 from training.engines.composer import evaluate_composer, train_composer
 from training.engines.memory import describe_out_of_memory, forget, is_out_of_memory, largest_batch
 from training.engines.peers import PeerWatch
@@ -187,15 +184,7 @@ def _write_results(recipe: Recipe, result: Result) -> None:
 def _prepare_run_dir(recipe: Recipe, say: Callable[[str], None]) -> str | None:
     """The checkpoint to continue from, if any; rank 0 makes the folder and writes the recipe into it."""
     run_dir = recipe.run_dir
-    load_path = _agreed_checkpoint(recipe)
-    if load_path is not None and is_zero(load_path) and recipe.parallelism.strategy != "deepspeed":
-        raise RecipeError(
-            "load",
-            f"is {load_path}, which deepspeed wrote; continue with parallelism.strategy=deepspeed, or start from its "
-            "weights: python -m training.checkpoints.export, then model.weights",
-        )
-    if load_path is not None and not recipe.trust_checkpoint:
-        check_checkpoint(load_path)
+    load_path = choose_checkpoint(recipe, say)
     if load_path is not None and Path(load_path).parent.parent == run_dir:
         _refuse_another_recipe(recipe, load_path)
     dist.barrier()  # every rank has checked before rank 0 moves anything
@@ -215,43 +204,6 @@ def _prepare_run_dir(recipe: Recipe, say: Callable[[str], None]) -> str | None:
 
 def _not_writable(run_dir: Path, error: OSError) -> str:
     return f"{run_dir} cannot be written ({error.strerror}); choose another with results_dir=DIR"
-
-
-def _agreed_checkpoint(recipe: Recipe) -> str | None:
-    """The checkpoint to load, the same on every rank. Raises RecipeError if not all ranks see it."""
-    mistake = path = None
-    try:
-        path = _checkpoint_to_load(recipe)
-    except RecipeError as error:
-        mistake = error
-    seen = dist.all_gather_object(path)
-    if any(seen) and not all(seen):
-        missing = ", ".join(str(rank) for rank, one in enumerate(seen) if not one)
-        raise RecipeError(
-            "results_dir",
-            f"rank {missing} does not see {next(filter(None, seen))}; to resume, every machine needs the same folder",
-        )
-    if mistake is not None:
-        raise mistake
-    return path
-
-
-def _checkpoint_to_load(recipe: Recipe) -> str | None:
-    latest = find_latest(recipe.run_dir / "checkpoints")
-    if recipe.load == "latest":
-        if latest is None:
-            raise RecipeError(
-                "load", f"is latest, and {recipe.run_dir / 'checkpoints'} holds no checkpoint; leave load out"
-            )
-        return str(latest)
-    if recipe.load is not None:
-        if not (Path(recipe.load).is_file() or is_sharded(recipe.load) or is_zero(recipe.load)):
-            raise RecipeError(
-                "load",
-                f"is {recipe.load}, and there is no such file or folder of shards; give latest or a checkpoint's path",
-            )
-        return recipe.load
-    return str(latest) if recipe.autoresume and latest is not None else None
 
 
 def _refuse_another_recipe(recipe: Recipe, load_path: str) -> None:

@@ -155,7 +155,7 @@ class Loader(ABC):
         self.position = (epoch, batch)
 
     def image_indices(self, epoch: int, batch: int) -> np.ndarray:
-        """This rank's images in batch `batch` of `epoch`, both from 0, at the current batch size: indices, int64 [B]."""
+        """This rank's images in batch `batch` of `epoch`, both from 0, at the current batch size: int64 [B]."""
         return self._index_batches(epoch=epoch, per_device_batch_size=self.batch_size)[batch]
 
     def __len__(self) -> int:

@@ -7,29 +7,36 @@ import logging
 import math
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import checkpoint, dist
 
 from training.checkpoints.sharded import save_shards
+from training.checkpoints.sums import write_sums
 from training.guards.finite import agree, not_finite, weights
+from training.guards.stop_signals import StopSignals
 
-__all__ = ["Checkpoints", "find_latest"]
+__all__ = ["Checkpoints", "newest_first"]
 
 log = logging.getLogger(__name__)
 
 _LATEST, _BEST = "latest.pt", "best.pt"
+_MOST_KEPT = 100
 _BESIDE_PREFIX, _BESIDE_SUFFIX = ".checkpoint-", ".tmp"
 _SHARDS_PREFIX = "shards-"
 
 
 class Checkpoints(Callback):
-    """Keeps latest.pt, best.pt and ep{n}.pt in `folder`, each a full Composer checkpoint in one file, or in shards.
+    """Keeps latest.pt, previous.pt, best.pt and ep{n}.pt in `folder`, each a full Composer checkpoint.
+
+    Each is one file, or a folder of shards.
 
     A checkpoint is written to a temporary name and renamed: latest.pt is complete at any moment, even if the process
     is killed during a save. The other names are hard links to the same file, or copies if the file system has no
@@ -45,11 +52,15 @@ class Checkpoints(Callback):
     gathering the state.
 
     folder: where checkpoints are written; created when training starts.
-    every_epochs, every_steps: save every so many epochs or steps; None: not at this interval.
+    every_epochs, every_steps, every_minutes: save every so many epochs, steps or minutes; None: not at this interval.
     keep_every_epochs: also keep ep{n}.pt every so many epochs.
     keep_best: also keep best.pt, the state at the best evaluation so far of `best_metric` on the evaluator `evaluator`.
+    keep: how many to keep of those that are saved: latest.pt, previous.pt, previous-2.pt ... Should the newest be
+        damaged, a run resumes from the one before. An older one is removed once a newer one is on disk.
     best_metric: the highest value is best, or the lowest if the name contains "loss".
     sharded: write shards, under any engine; see training/checkpoints/sharded.py.
+    stop_seconds: SIGTERM and SIGUSR1 on any rank, while it trains, end the run with 128 + the signal's number at the
+        end of the step, after a save; or after so many seconds, whatever it does then.
     save_folder: writes them; every rank calls it with the state and the path of a folder that does not exist yet.
 
     Raises:
@@ -62,22 +73,35 @@ class Checkpoints(Callback):
         *,
         every_epochs: int | None = 1,
         every_steps: int | None = None,
+        every_minutes: float | None = None,
         keep_every_epochs: int | None = None,
         keep_best: bool = True,
+        keep: int = 2,
         best_metric: str = "top1",
         evaluator: str = "eval",
         sharded: bool = False,
+        stop_seconds: float = 30.0,
         save_folder: Callable[[State, Path], None] = save_shards,
     ) -> None:
-        intervals = {"every_epochs": every_epochs, "every_steps": every_steps, "keep_every_epochs": keep_every_epochs}
+        intervals = {
+            "every_epochs": every_epochs, "every_steps": every_steps, "keep_every_epochs": keep_every_epochs,
+        }  # fmt: skip
+        if every_minutes is not None and not every_minutes > 0:
+            raise ValueError(f"every_minutes={every_minutes}: give a positive number, or None")
+        if not 1 <= keep <= _MOST_KEPT:
+            raise ValueError(f"keep={keep}: give the number of checkpoints to keep, from 1 to {_MOST_KEPT}")
         for name, value in intervals.items():
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}: an interval is at least 1; give a positive number, or None for none")
         self._folder = Path(folder)
         self._every_epochs = every_epochs
         self._every_steps = every_steps
+        self._every_seconds = None if every_minutes is None else every_minutes * 60
+        self._signals = StopSignals(limit_seconds=stop_seconds)
+        self._saved_at = time.monotonic()
         self._keep_every_epochs = keep_every_epochs
         self._keep_best = keep_best
+        self._keep = keep
         self._best_metric = best_metric
         self._evaluator = evaluator
         self._sharded = sharded
@@ -107,6 +131,11 @@ class Checkpoints(Callback):
             )
         self._fit_ended = False
         self._due = False
+        self._saved_at = time.monotonic()
+        self._signals.watch()
+
+    def close(self, state: State, logger: Logger) -> None:
+        self._signals.unwatch()
 
     def eval_end(self, state: State, logger: Logger) -> None:
         metric = state.eval_metrics.get(self._evaluator, {}).get(self._best_metric)
@@ -114,24 +143,30 @@ class Checkpoints(Callback):
             self._evaluated = (int(state.timestamp.batch), float(metric.compute()))
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
-        due = self._every_steps is not None and int(state.timestamp.batch) % self._every_steps == 0
+        signal, is_time = self._ask_all_ranks(state)
+        due = is_time or (self._every_steps is not None and int(state.timestamp.batch) % self._every_steps == 0)
         if state.dataloader_len is not None and int(state.timestamp.batch_in_epoch) >= int(state.dataloader_len):
             self._due = due  # EPOCH_CHECKPOINT is next
             return
         is_best = self._take_best(state)
-        if due or is_best:
+        if due or is_best or signal:
             self._save(state, is_best=is_best)
+        self._stop_if(signal)
 
     def epoch_checkpoint(self, state: State, logger: Logger) -> None:
         epoch = int(state.timestamp.epoch)
         is_best = self._take_best(state)
         keeps = self._keep_every_epochs is not None and epoch % self._keep_every_epochs == 0
-        if self._due or is_best or keeps or (self._every_epochs is not None and epoch % self._every_epochs == 0):
+        regular = self._every_epochs is not None and epoch % self._every_epochs == 0
+        signal, is_time = self._ask_all_ranks(state)
+        if self._due or is_time or is_best or keeps or regular or signal:
             self._save(state, is_best=is_best, kept_name=f"ep{epoch}.pt" if keeps else None)
         self._due = False
+        self._stop_if(signal)
 
     def fit_end(self, state: State, logger: Logger) -> None:
         self._fit_ended = True
+        self._signals.unwatch()  # from here on nothing is lost
         if self._saved != _stamp(state):
             self._save(state)
 
@@ -147,6 +182,24 @@ class Checkpoints(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         # The best value of another metric says nothing about this one.
         self._best = state["best"] if state["best_metric"] == self._best_metric else None
+
+    def _ask_all_ranks(self, state: State) -> tuple[int, bool]:
+        """A signal that any rank has received, 0 if none has; and whether rank 0's clock says that it is time."""
+        is_time = self._every_seconds is not None and time.monotonic() - self._saved_at >= self._every_seconds
+        if dist.get_world_size() == 1:
+            return self._signals.received, is_time
+        # Once a step, and small: Composer adds up the loss and the images of all ranks at every step as well.
+        answers = torch.tensor([self._signals.received, int(is_time and dist.get_global_rank() == 0)])
+        answers = state.device.tensor_to_device(answers)
+        dist.all_reduce(answers, reduce_operation="MAX")
+        signal, is_time = answers.tolist()
+        return signal, bool(is_time)
+
+    def _stop_if(self, signal: int) -> None:
+        """End the process as the signal would have, now that the state is saved."""
+        if signal:
+            self._signals.unwatch()
+            raise SystemExit(128 + signal)
 
     def _take_best(self, state: State) -> bool:
         """Whether the evaluation of the current weights is the best so far; if so, record it as the best."""
@@ -167,6 +220,7 @@ class Checkpoints(Callback):
         A state whose weights are not finite is of no use to anyone, and does not replace one that is.
         """
         self._saved = _stamp(state)
+        self._saved_at = time.monotonic()
         if agree(not_finite(weights(state.model))):
             if dist.get_global_rank() == 0:
                 log.warning(
@@ -184,13 +238,24 @@ class Checkpoints(Callback):
                     _give_name(written, self._folder / _BEST)
                 if kept_name is not None:
                     _give_name(written, self._folder / kept_name)
+                self._keep_previous()
                 _give_name(written, self._folder / _LATEST, only=not self._sharded)
                 _remove_unnamed(self._folder)
+
+    def _keep_previous(self) -> None:
+        """Give what is latest.pt now its next name. One rename at a time: a kill in between loses none."""
+        for number in range(self._keep - 2, 0, -1):
+            if (self._folder / _previous(number)).exists():
+                os.replace(self._folder / _previous(number), self._folder / _previous(number + 1))
+        latest = self._folder / _LATEST
+        if self._keep > 1 and latest.exists():
+            _give_name(latest.resolve() if latest.is_dir() else latest, self._folder / _previous(1))
 
     def _write(self, state: State, beside: Path) -> Path | None:
         """Write the state to `beside`, or to a folder of shards; returns its path, on rank 0 only."""
         if self._sharded:
             self._save_folder(state, beside)
+            write_sums(beside)
             return _move_shards(beside, _stamp(state)) if dist.get_global_rank() == 0 else None
         # Composer fills in placeholders such as {epoch}; a brace in the folder's name is not one.
         name = str(beside).replace("{", "{{").replace("}", "}}")
@@ -200,10 +265,21 @@ class Checkpoints(Callback):
         return beside
 
 
-def find_latest(folder: str | os.PathLike[str]) -> Path | None:
-    """The checkpoint that a run in `folder` should resume from; None if there is none yet."""
-    path = Path(folder) / _LATEST
-    return path if path.exists() else None
+def newest_first(folder: str | os.PathLike[str]) -> list[Path]:
+    """The checkpoints in `folder`, in the order in which a run should try to resume from them."""
+    folder = Path(folder)
+    numbered = [folder / _LATEST, *(folder / _previous(n) for n in range(1, _MOST_KEPT))]
+    others = [path for path in folder.glob("*.pt") if path not in numbered and path.exists()]
+    return [path for path in numbered if path.exists()] + sorted(others, key=_written, reverse=True)
+
+
+def _previous(number: int) -> str:
+    """The name of the checkpoint that is `number` saves older than latest.pt."""
+    return f"previous{'' if number == 1 else f'-{number}'}.pt"
+
+
+def _written(path: Path) -> tuple[int, str]:
+    return path.stat().st_mtime_ns, path.name
 
 
 def _stamp(state: State) -> tuple[int, int]:

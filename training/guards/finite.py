@@ -1,8 +1,8 @@
 """What to do when a step's loss or gradients are no numbers: stop, skip the step, or go on.
 
 Nothing more is waited for on a GPU than without this. The flag that says whether the gradients are finite is computed
-on the device before the optimizer's step, and read at the step's end, after the loss, for which the Trainer waits in any
-case. Only `skip` has to know before the optimizer's step, and waits for the backward pass.
+on the device before the optimizer's step, and read at the step's end, after the loss, for which the Trainer waits in
+any case. Only `skip` has to know before the optimizer's step, and waits for the backward pass.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import re
 from typing import Any
 
 from training.recipe.keys import RecipeKeys, TrainData
@@ -16,6 +16,8 @@ from training.recipe.sections import (
     try_settings,
 )
 from training.recipe.watching import parse_profile, parse_trackers
+
+_NAME = re.compile(r"(?![. ])[\w\-.+=,@() {}]{1,128}")  # a hidden file beside the folder has its name too
 
 
 def check(raw: dict[str, Any]) -> dict[str, Any]:
@@ -63,9 +65,11 @@ def _check_together(top: dict[str, Any]) -> None:
             "is true, and parallelism.strategy is deepspeed, which runs the model as it is; "
             "set compile=false, or parallelism.strategy to ddp or fsdp",
         )
-    if not top["run_name"] or Path(top["run_name"]).name != top["run_name"]:
+    if not _NAME.fullmatch(top["run_name"]):
         raise RecipeError(
-            "run_name", f"is {top['run_name']!r}; it names a folder, so it cannot be empty or hold a slash"
+            "run_name",
+            f"is {top['run_name']!r}; it names a folder: letters, digits, spaces and - _ . + = , @ ( ), at most 128, "
+            "not a dot or a space first",
         )
     if train["crop_ratio"] is not None and _other_crop(train):
         raise RecipeError(

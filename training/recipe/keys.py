@@ -117,16 +117,21 @@ class Parallelism:
 
 @dataclass
 class Checkpoints:
-    """latest.pt at every interval, best.pt by held-out top-1, ep<N>.pt every keep_every_epochs.
+    """latest.pt at every interval with those before it, best.pt by held-out top-1, ep<N>.pt every keep_every_epochs.
 
     sharded: each rank writes its part, and the names are links to folders; needs a file system that all ranks share.
     """
 
     every_epochs: Count = 1
     every_steps: Count | None = None
+    every_minutes: Annotated[float, Range(above=0)] | None = None
     keep_every_epochs: Count | None = None
     keep_best: bool = True
+    # latest.pt, previous.pt, previous-2.pt ...: a run resumes from the newest whole one.
+    keep: Annotated[int, Range(minimum=1, maximum=100)] = 2
     sharded: bool = False
+    # SIGTERM and SIGUSR1 end a run after a checkpoint at the step's end, or after so many seconds without one.
+    stop_seconds: Annotated[float, Range(above=0)] = 30.0
 
 
 @dataclass

@@ -24,6 +24,7 @@ class RecipeError(ValueError):
     def __init__(self, path: str, message: str) -> None:
         super().__init__(f"{path}: {message}" if path else message)
         self.path = path
+        self.message = message
 
 
 @dataclasses.dataclass(frozen=True)

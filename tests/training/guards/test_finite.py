@@ -121,7 +121,7 @@ def test_other_steps_are_as_if_nothing_checked_them(tmp_path: Path) -> None:
 
 def test_skipping_ends_when_no_step_is_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(finite, "MOST_SKIPPED", 3)
-    with pytest.raises(NotFinite, match="step 5, .*the last of 3 in a row that were left out"):
+    with pytest.raises(NotFinite, match=r"step 5, .*the last of 3 in a row that were left out"):
         make_trainer(tmp_path, Poison(1, 3, 4, 5), "skip").fit()
 
 

@@ -1,0 +1,83 @@
+"""Whole runs in processes of their own, with faults, next to one that was not disturbed."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from subprocess import CompletedProcess
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_python
+
+STEPS_AN_EPOCH = 22
+_SHORT = (
+    "duration.epochs=3", "algorithms.progressive_resizing=null", "data.train.image_size=8", "data.eval.image_size=8",
+    "algorithms.fixres=null", "logging.progress_bar=false", "model.width=4",
+)  # fmt: skip
+
+
+@dataclass
+class Runs:
+    """Short runs of the digits' recipe in one folder."""
+
+    folder: Path
+
+    def arguments(self, name: str, *more: str) -> list[str]:
+        """Of run.py."""
+        given = [*_SHORT, f"results_dir={self.folder}", f"data.cache_dir={self.folder / 'cache'}", f"run_name={name}"]
+        return ["-f", "yamls/digits_medium.yaml", *given, *more]
+
+    def start(self, name: str, *more: str, fault: str = "", timeout: float = 100) -> CompletedProcess[str]:
+        """A run to its end, with a fault if asked."""
+        script = ["tests/faults/faulty_run.py", fault] if fault else ["run.py"]
+        return run_python(*script, *self.arguments(name, *more), timeout=timeout)
+
+    def checkpoint(self, name: str, file: str = "latest.pt") -> Path:
+        """The path of a run's checkpoint."""
+        return self.folder / name / "checkpoints" / file
+
+    def step(self, name: str, file: str = "latest.pt") -> int:
+        """The step at which a run's checkpoint was written."""
+        saved = torch.load(self.checkpoint(name, file), weights_only=False)
+        return int(saved["state"]["timestamp"]["Timestamp"]["batch"])
+
+    def assert_same_end(self, one: str, other: str) -> None:
+        """Raise AssertionError unless weights, optimizer state and metrics of two runs are equal bit for bit."""
+        states = [torch.load(self.checkpoint(name), weights_only=False)["state"] for name in (one, other)]
+        first, second = (dict(_flat({key: state[key] for key in ("model", "optimizers")})) for state in states)
+        assert first.keys() == second.keys()
+        for path, value in first.items():
+            same = torch.equal(value, second[path]) if isinstance(value, torch.Tensor) else value == second[path]
+            assert same, f"{path} differs"
+        rows = [self._metrics(name) for name in (one, other)]
+        assert rows[0] == rows[1]
+
+    def _metrics(self, name: str) -> list[dict[str, str]]:
+        with open(self.folder / name / "metrics.csv") as file:
+            rows = list(csv.DictReader(file))
+        timed = ("images_per_second", "train_seconds", "data_wait_share")
+        return [{key: value for key, value in row.items() if key not in timed} for row in rows]
+
+
+def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _flat(item, f"{path}/{key}")
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield from _flat(item, f"{path}/{index}")
+    else:
+        yield path, value
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """The folder of all runs, with one, `whole`, that was not disturbed."""
+    made = Runs(tmp_path_factory.mktemp("faults"))
+    done = made.start("whole")
+    assert done.returncode == 0, done.stderr
+    return made

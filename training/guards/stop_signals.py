@@ -1,0 +1,63 @@
+"""SIGTERM and SIGUSR1, with which schedulers announce the end of a lease: noted, for a checkpoint at the next step.
+
+SLURM sends what `--signal` names some time before its limit, then SIGTERM, then SIGKILL; Kubernetes and torchrun send
+SIGTERM, and SIGKILL 30 seconds later. So a run has a time limit of its own: what cannot be saved within it is not
+waited for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from types import FrameType
+from typing import Any
+
+WATCHED = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
+
+
+class StopSignals:
+    """Notes the signals WATCHED instead of ending the process, from `watch` to `unwatch`.
+
+    limit_seconds: after the first signal. When it is over, the process ends with 128 + the signal's number, whatever it
+        is doing. Further signals change nothing; SIGINT, Ctrl-C, still ends it at once.
+    received: the number of the first signal; 0 before there is one.
+    """
+
+    def __init__(self, *, limit_seconds: float) -> None:
+        self._limit_seconds = limit_seconds
+        self._before: dict[int, Any] = {}
+        self._closed = threading.Event()
+        self.received = 0
+
+    def watch(self) -> None:
+        """Take the signals over. Does nothing on a thread other than the main one, where Python allows no handlers."""
+        if threading.current_thread() is threading.main_thread() and not self._before:
+            self._closed.clear()
+            self._before = {number: signal.signal(number, self._note) for number in WATCHED}
+
+    def unwatch(self) -> None:
+        """Give the signals back to whoever had them. A time limit that runs ends."""
+        self._closed.set()
+        while self._before:
+            number, handler = self._before.popitem()
+            with contextlib.suppress(ValueError):  # on another thread, while the interpreter ends
+                signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if not self.received:
+            self.received = number
+            threading.Thread(target=self._end_in_time, name="time limit", daemon=True).start()
+
+    def _end_in_time(self) -> None:
+        if not self._closed.wait(self._limit_seconds):
+            name = signal.Signals(self.received).name
+            print(
+                f"run.py: no checkpoint could be written within {self._limit_seconds:g} s of {name}; the last one "
+                "before it is whole",
+                file=sys.stderr,
+                flush=True,
+            )
+            os._exit(128 + self.received)  # the main thread may wait inside a library, where no exception reaches it
