@@ -40,6 +40,7 @@ def build_callbacks(
             keep_every_epochs=recipe.checkpoints.keep_every_epochs,
             keep_best=recipe.checkpoints.keep_best,
             keep=recipe.checkpoints.keep,
+            asynchronous=recipe.checkpoints.asynchronous,
             stop_seconds=recipe.checkpoints.stop_seconds,
             sharded=recipe.checkpoints.sharded or save_folder is not None,
             save_folder=save_folder or save_shards,

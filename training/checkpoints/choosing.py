@@ -7,8 +7,8 @@ from pathlib import Path
 
 from composer.utils import dist
 
+from training.checkpoints.names import newest_first
 from training.checkpoints.reading import DamagedCheckpoint, check_checkpoint, check_whole
-from training.checkpoints.saving import newest_first
 from training.checkpoints.sharded import is_sharded
 from training.checkpoints.zero import is_zero
 from training.recipe import Recipe, RecipeError

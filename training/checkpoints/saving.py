@@ -2,35 +2,41 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 import os
-import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from composer.core import Callback, State
 from composer.loggers import Logger
-from composer.utils import checkpoint, dist
+from composer.utils import checkpoint, dist, reproducibility
 
+from training.checkpoints.background import Background, in_memory
+from training.checkpoints.names import (
+    BEST,
+    LATEST,
+    MOST_KEPT,
+    beside_of,
+    check_writable,
+    explained,
+    give_name,
+    keep_previous,
+    move_shards,
+    prepare,
+    remove_unnamed,
+    sync,
+)
 from training.checkpoints.sharded import save_shards
 from training.checkpoints.sums import write_sums
 from training.guards.finite import agree, not_finite, weights
 from training.guards.stop_signals import StopSignals
 
-__all__ = ["Checkpoints", "newest_first"]
-
 log = logging.getLogger(__name__)
-
-_LATEST, _BEST = "latest.pt", "best.pt"
-_MOST_KEPT = 100
-_BESIDE_PREFIX, _BESIDE_SUFFIX = ".checkpoint-", ".tmp"
-_SHARDS_PREFIX = "shards-"
 
 
 class Checkpoints(Callback):
@@ -59,6 +65,8 @@ class Checkpoints(Callback):
         damaged, a run resumes from the one before. An older one is removed once a newer one is on disk.
     best_metric: the highest value is best, or the lowest if the name contains "loss".
     sharded: write shards, under any engine; see training/checkpoints/sharded.py.
+    asynchronous: training waits for a copy of the state in the CPU's memory, which a thread writes. What
+        goes wrong is raised at the next save, or at the end. Shards are always waited for.
     stop_seconds: SIGTERM and SIGUSR1 on any rank, while it trains, end the run with 128 + the signal's number at the
         end of the step, after a save; or after so many seconds, whatever it does then.
     save_folder: writes them; every rank calls it with the state and the path of a folder that does not exist yet.
@@ -80,6 +88,7 @@ class Checkpoints(Callback):
         best_metric: str = "top1",
         evaluator: str = "eval",
         sharded: bool = False,
+        asynchronous: bool = True,
         stop_seconds: float = 30.0,
         save_folder: Callable[[State, Path], None] = save_shards,
     ) -> None:
@@ -88,8 +97,8 @@ class Checkpoints(Callback):
         }  # fmt: skip
         if every_minutes is not None and not every_minutes > 0:
             raise ValueError(f"every_minutes={every_minutes}: give a positive number, or None")
-        if not 1 <= keep <= _MOST_KEPT:
-            raise ValueError(f"keep={keep}: give the number of checkpoints to keep, from 1 to {_MOST_KEPT}")
+        if not 1 <= keep <= MOST_KEPT:
+            raise ValueError(f"keep={keep}: give the number of checkpoints to keep, from 1 to {MOST_KEPT}")
         for name, value in intervals.items():
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}: an interval is at least 1; give a positive number, or None for none")
@@ -97,7 +106,7 @@ class Checkpoints(Callback):
         self._every_epochs = every_epochs
         self._every_steps = every_steps
         self._every_seconds = None if every_minutes is None else every_minutes * 60
-        self._signals = StopSignals(limit_seconds=stop_seconds)
+        self._signals = StopSignals(limit_seconds=stop_seconds, has_launcher=dist.get_world_size() > 1)
         self._saved_at = time.monotonic()
         self._keep_every_epochs = keep_every_epochs
         self._keep_best = keep_best
@@ -105,6 +114,8 @@ class Checkpoints(Callback):
         self._best_metric = best_metric
         self._evaluator = evaluator
         self._sharded = sharded
+        self._asynchronous = asynchronous
+        self._background = Background()
         self._save_folder = save_folder
         self._best: float | None = None
         self._evaluated: tuple[int, float] | None = None  # step and value of the latest evaluation
@@ -112,7 +123,7 @@ class Checkpoints(Callback):
         self._due = False  # a save by steps that waits for the end of its epoch
         self._fit_ended = False
         if dist.get_global_rank() == 0:
-            _check_writable(self._folder)
+            check_writable(self._folder)
 
     @property
     def best(self) -> float | None:
@@ -121,7 +132,7 @@ class Checkpoints(Callback):
 
     def init(self, state: State, logger: Logger) -> None:
         if dist.get_global_rank() == 0:
-            _prepare(self._folder)
+            prepare(self._folder)
 
     def fit_start(self, state: State, logger: Logger) -> None:
         if state.fsdp_sharded_state_dict_enabled:
@@ -136,6 +147,10 @@ class Checkpoints(Callback):
 
     def close(self, state: State, logger: Logger) -> None:
         self._signals.unwatch()
+        try:
+            self._background.wait()
+        except OSError as error:  # on the way out for another reason; after a training to its end, fit_end has waited
+            log.error("%s", error)
 
     def eval_end(self, state: State, logger: Logger) -> None:
         metric = state.eval_metrics.get(self._evaluator, {}).get(self._best_metric)
@@ -169,12 +184,14 @@ class Checkpoints(Callback):
         self._signals.unwatch()  # from here on nothing is lost
         if self._saved != _stamp(state):
             self._save(state)
+        self._background.wait()
 
     def eval_after_all(self, state: State, logger: Logger) -> None:
         # If evaluation is not due after every epoch, the Trainer runs a last one after FIT_END.
         if self._fit_ended and self._evaluated is not None and self._evaluated[0] == int(state.timestamp.batch):
             self._fit_ended = False
             self._save(state, is_best=self._take_best(state))
+            self._background.wait()
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self._best, "best_metric": self._best_metric}
@@ -198,6 +215,7 @@ class Checkpoints(Callback):
     def _stop_if(self, signal: int) -> None:
         """End the process as the signal would have, now that the state is saved."""
         if signal:
+            self._background.wait()
             self._signals.unwatch()
             raise SystemExit(128 + signal)
 
@@ -229,180 +247,37 @@ class Checkpoints(Callback):
                     self._folder,
                 )
             return
-        beside = _beside(self._folder / _LATEST)
-        with _explained(beside):
-            written = self._write(state, beside)
-            if written is not None:
-                # latest.pt is last: a run killed in between resumes from before this evaluation and repeats it.
-                if is_best:
-                    _give_name(written, self._folder / _BEST)
-                if kept_name is not None:
-                    _give_name(written, self._folder / kept_name)
-                self._keep_previous()
-                _give_name(written, self._folder / _LATEST, only=not self._sharded)
-                _remove_unnamed(self._folder)
-
-    def _keep_previous(self) -> None:
-        """Give what is latest.pt now its next name. One rename at a time: a kill in between loses none."""
-        for number in range(self._keep - 2, 0, -1):
-            if (self._folder / _previous(number)).exists():
-                os.replace(self._folder / _previous(number), self._folder / _previous(number + 1))
-        latest = self._folder / _LATEST
-        if self._keep > 1 and latest.exists():
-            _give_name(latest.resolve() if latest.is_dir() else latest, self._folder / _previous(1))
-
-    def _write(self, state: State, beside: Path) -> Path | None:
-        """Write the state to `beside`, or to a folder of shards; returns its path, on rank 0 only."""
+        beside = beside_of(self._folder / LATEST)
+        names = [*([BEST] if is_best else []), *([kept_name] if kept_name is not None else [])]
         if self._sharded:
-            self._save_folder(state, beside)
-            write_sums(beside)
-            return _move_shards(beside, _stamp(state)) if dist.get_global_rank() == 0 else None
-        # Composer fills in placeholders such as {epoch}; a brace in the folder's name is not one.
-        name = str(beside).replace("{", "{{").replace("}", "}}")
-        if checkpoint.save_checkpoint(state, name) is None:
-            return None
-        _sync(beside)
-        return beside
+            with explained(beside):
+                self._save_folder(state, beside)
+                write_sums(beside)
+                if dist.get_global_rank() == 0:
+                    self._name(move_shards(beside, _stamp(state)), names)
+            return
+        whole = {"state": state.state_dict(), "rng": reproducibility.get_rng_state()}  # which all ranks gather
+        if dist.get_global_rank() == 0 and self._asynchronous:
+            self._background.wait()  # before the copy: two in memory are enough
+            self._background.start(partial(self._write, in_memory(whole), beside, names))
+        elif dist.get_global_rank() == 0:
+            self._write(whole, beside, names)
 
+    def _write(self, whole: dict[str, Any], beside: Path, names: Sequence[str]) -> None:
+        with explained(beside):
+            checkpoint._write_checkpoint_file(whole, str(beside))
+            sync(beside)
+            self._name(beside, names)
 
-def newest_first(folder: str | os.PathLike[str]) -> list[Path]:
-    """The checkpoints in `folder`, in the order in which a run should try to resume from them."""
-    folder = Path(folder)
-    numbered = [folder / _LATEST, *(folder / _previous(n) for n in range(1, _MOST_KEPT))]
-    others = [path for path in folder.glob("*.pt") if path not in numbered and path.exists()]
-    return [path for path in numbered if path.exists()] + sorted(others, key=_written, reverse=True)
-
-
-def _previous(number: int) -> str:
-    """The name of the checkpoint that is `number` saves older than latest.pt."""
-    return f"previous{'' if number == 1 else f'-{number}'}.pt"
-
-
-def _written(path: Path) -> tuple[int, str]:
-    return path.stat().st_mtime_ns, path.name
+    def _name(self, written: Path, names: Sequence[str]) -> None:
+        """Give a complete checkpoint its names. latest.pt is last: a run killed in between resumes from before this
+        evaluation, and repeats it."""
+        for name in names:
+            give_name(written, self._folder / name)
+        keep_previous(self._folder, self._keep)
+        give_name(written, self._folder / LATEST, only=not self._sharded)
+        remove_unnamed(self._folder)
 
 
 def _stamp(state: State) -> tuple[int, int]:
     return int(state.timestamp.epoch), int(state.timestamp.batch)
-
-
-def _beside(path: Path) -> Path:
-    # Without the name's .pt: Composer parses what follows ".pt." as a compression format.
-    return path.with_name(f"{_BESIDE_PREFIX}{path.stem}{_BESIDE_SUFFIX}")
-
-
-def _give_name(source: Path, path: Path, *, only: bool = False) -> None:
-    """Make `path` a name of `source` atomically, never missing or partial; `only`: the only name."""
-    if only:
-        os.replace(source, path)
-        return
-    beside = _beside(path)
-    beside.unlink(missing_ok=True)
-    if source.is_dir():
-        beside.symlink_to(source.name)
-    else:
-        try:
-            os.link(source, beside)
-        except OSError:  # the file system has no hard links
-            shutil.copyfile(source, beside)
-            _sync(beside)
-    os.replace(beside, path)
-
-
-def _move_shards(beside: Path, stamp: tuple[int, int]) -> Path:
-    """Give a complete folder of shards an unused name, since one step may be saved more than once."""
-    stem = f"{_SHARDS_PREFIX}ep{stamp[0]}-ba{stamp[1]}"
-    names = itertools.chain([stem], (f"{stem}.{n}" for n in itertools.count(1)))
-    folder = next(path for name in names if not (path := beside.with_name(name)).exists())
-    beside.rename(folder)
-    return folder
-
-
-def _remove_unnamed(folder: Path) -> None:
-    """Remove the folders of shards that no link points to."""
-    named = {path.resolve() for path in folder.glob("*.pt") if path.is_symlink()}
-    for shards in folder.glob(f"{_SHARDS_PREFIX}*"):
-        if shards.resolve() not in named:
-            shutil.rmtree(shards, ignore_errors=True)
-
-
-def _remove(path: Path) -> None:
-    """Remove a file, a link or a folder, if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    """Flush the file to disk before it gets its name: otherwise a power failure may leave the name without contents."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-
-
-@contextmanager
-def _explained(beside: Path) -> Iterator[None]:
-    """Turn a failure to write into an error that says where and what to do, and leave no partial file."""
-    try:
-        yield
-    except BaseException as error:
-        if dist.get_global_rank() == 0:
-            _remove(beside)
-        cause = _disk_error(error) if isinstance(error, Exception) else None
-        if cause is None:
-            raise
-        folder = beside.parent
-        raise OSError(
-            f"could not write a checkpoint to {folder}: {cause}. {_free_space(folder)} "
-            f"Make room or give a folder that can be written; {folder / _LATEST} still is the last whole checkpoint, "
-            "if there is one, and the run can resume from it"
-        ) from error
-
-
-def _disk_error(error: BaseException | None) -> OSError | None:
-    """The OSError behind `error`, which torch.save masks with a RuntimeError from its cleanup."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        if isinstance(error, OSError):
-            return error
-        seen.add(id(error))
-        failures = getattr(error, "failures", {}).values()  # torch's CheckpointException: each rank's error
-        error = next((failure for failure, _ in failures), error.__cause__ or error.__context__)
-    return None
-
-
-def _free_space(folder: Path) -> str:
-    try:
-        return f"{shutil.disk_usage(folder).free / 1e9:.1f} GB are free there."
-    except OSError:
-        return ""
-
-
-def _check_writable(folder: Path) -> None:
-    """Refuse a folder that cannot be created or written to, without creating it."""
-    existing = folder.absolute()
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
-    if not existing.is_dir():
-        raise ValueError(f"checkpoint folder {folder}: {existing} is a file, not a folder; give another folder")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(
-            f"checkpoint folder {folder}: no permission to write to {existing}; give another folder or change its owner"
-        )
-
-
-def _prepare(folder: Path) -> None:
-    """Create the folder, test that it is writable, and remove what a killed run left half-written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for stray in folder.glob(f"{_BESIDE_PREFIX}*{_BESIDE_SUFFIX}"):
-            _remove(stray)
-        _remove_unnamed(folder)
-        probe = _beside(folder / "probe")
-        probe.write_bytes(b"writable")
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(
-            f"checkpoint folder {folder} cannot be written to: {error}; make room, change its permissions, "
-            "or give another folder"
-        ) from error

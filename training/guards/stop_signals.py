@@ -3,6 +3,8 @@
 SLURM sends what `--signal` names some time before its limit, then SIGTERM, then SIGKILL; Kubernetes and torchrun send
 SIGTERM, and SIGKILL 30 seconds later. So a run has a time limit of its own: what cannot be saved within it is not
 waited for.
+
+A launcher that such a signal ends, as Composer's, passes nothing on to its ranks. They see that it is gone.
 """
 
 from __future__ import annotations
@@ -17,17 +19,21 @@ from typing import Any
 
 WATCHED = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
+_POLL_SECONDS = 0.5
+
 
 class StopSignals:
     """Notes the signals WATCHED instead of ending the process, from `watch` to `unwatch`.
 
     limit_seconds: after the first signal. When it is over, the process ends with 128 + the signal's number, whatever it
         is doing. Further signals change nothing; SIGINT, Ctrl-C, still ends it at once.
+    has_launcher: take the end of this process's parent for a SIGTERM.
     received: the number of the first signal; 0 before there is one.
     """
 
-    def __init__(self, *, limit_seconds: float) -> None:
+    def __init__(self, *, limit_seconds: float, has_launcher: bool = False) -> None:
         self._limit_seconds = limit_seconds
+        self._has_launcher = has_launcher
         self._before: dict[int, Any] = {}
         self._closed = threading.Event()
         self.received = 0
@@ -37,6 +43,8 @@ class StopSignals:
         if threading.current_thread() is threading.main_thread() and not self._before:
             self._closed.clear()
             self._before = {number: signal.signal(number, self._note) for number in WATCHED}
+            if self._has_launcher:
+                threading.Thread(target=self._watch_launcher, name="launcher", daemon=True).start()
 
     def unwatch(self) -> None:
         """Give the signals back to whoever had them. A time limit that runs ends."""
@@ -50,6 +58,13 @@ class StopSignals:
         if not self.received:
             self.received = number
             threading.Thread(target=self._end_in_time, name="time limit", daemon=True).start()
+
+    def _watch_launcher(self) -> None:
+        launcher = os.getppid()
+        while not self._closed.wait(_POLL_SECONDS):
+            if os.getppid() != launcher:
+                self._note(signal.SIGTERM, None)
+                return
 
     def _end_in_time(self) -> None:
         if not self._closed.wait(self._limit_seconds):

@@ -15,7 +15,8 @@ from ranks import run_python
 from tiny_model import Interrupt, TinyModel
 from torch.utils.data import DataLoader, TensorDataset
 
-from training.checkpoints.saving import Checkpoints, find_latest
+from training.checkpoints.names import newest_first
+from training.checkpoints.saving import Checkpoints
 from training.results.recorder import Recorder
 
 pytestmark = pytest.mark.timeout(120)
@@ -92,7 +93,7 @@ class TestResume:
             train(callbacks=[Recorder(), Checkpoints(folder, every_steps=1), Interrupt(after_step=stop_after)])
         assert saved_step(folder / "latest.pt") == stop_after
         recorder = Recorder()
-        resumed = train(callbacks=[recorder, Checkpoints(folder, every_steps=1)], load_path=find_latest(folder))
+        resumed = train(callbacks=[recorder, Checkpoints(folder, every_steps=1)], load_path=newest_first(folder)[0])
 
         assert torch.equal(weights(resumed), weights(expected))
         assert recorder.history.steps == whole.history.steps
@@ -101,7 +102,7 @@ class TestResume:
         train(callbacks=[FakedTop1([0.9]), Checkpoints(tmp_path)], epochs=1)
         checkpoints = Checkpoints(tmp_path)
         callbacks = [FakedTop1([0.5, 0.8]), checkpoints]
-        train(callbacks=callbacks, epochs=3, load_path=find_latest(tmp_path))
+        train(callbacks=callbacks, epochs=3, load_path=newest_first(tmp_path)[0])
         assert checkpoints.best == pytest.approx(0.9)
         assert saved_step(tmp_path / "best.pt") == BATCHES_PER_EPOCH
 
@@ -205,7 +206,7 @@ class TestFailures:
         assert killed.returncode == -signal.SIGKILL
         assert names(tmp_path) == {"latest.pt", "best.pt", ".checkpoint-latest.tmp"}
         assert saved_step(tmp_path / "latest.pt") == 4
-        trainer = train(callbacks=[Checkpoints(tmp_path)], load_path=find_latest(tmp_path))
+        trainer = train(callbacks=[Checkpoints(tmp_path)], load_path=newest_first(tmp_path)[0])
         assert int(trainer.state.timestamp.batch) == 12
         assert names(tmp_path) == {"latest.pt", "best.pt"}
 
@@ -235,11 +236,14 @@ class TestRefusals:
         assert names(tmp_path) == set()
 
 
-def test_find_latest(tmp_path):
-    assert find_latest(tmp_path / "missing") is None
-    assert find_latest(tmp_path) is None
-    (tmp_path / "latest.pt").write_bytes(b"")
-    assert find_latest(tmp_path) == tmp_path / "latest.pt"
+def test_newest_first(tmp_path):
+    assert newest_first(tmp_path / "missing") == []
+    for age, name in enumerate(("ep4.pt", "best.pt", "previous-2.pt", "latest.pt", "previous.pt")):
+        (tmp_path / name).write_bytes(b"")
+        os.utime(tmp_path / name, (1000 - age, 1000 - age))  # a clock says little of what is newest
+    assert [path.name for path in newest_first(tmp_path)] == [
+        "latest.pt", "previous.pt", "previous-2.pt", "ep4.pt", "best.pt",
+    ]  # fmt: skip
 
 
 def count_saves(monkeypatch) -> list[int]:
