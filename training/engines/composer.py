@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from composer.utils import reproducibility
 
 from training.build import build_algorithms, build_data_specs, build_model, build_optimizer_of
 from training.callbacks import build_callbacks, is_complete
+from training.checkpoints.fitting import RefuseAnother
 from training.checkpoints.reading import reading
 from training.checkpoints.sharded import LoadShards, is_sharded
 from training.engines.parallel import LikeDDP, fsdp_config
@@ -58,6 +60,10 @@ def build_trainer(
     callbacks = [*([LikeDDP()] if sharding else []), *callbacks]
     trust = recipe.trust_checkpoint
     shards = LoadShards(load_path, trust=trust) if load_path is not None and is_sharded(load_path) else None
+    if shards is not None:
+        callbacks = [shards, *callbacks]
+    elif load_path is not None:
+        callbacks = [RefuseAnother(Path(load_path)), *callbacks]
     with reading(load_path, trust=trust) if load_path is not None else nullcontext():
         trainer = Trainer(
             model=model,
@@ -67,7 +73,7 @@ def build_trainer(
             max_duration=f"{recipe.epochs}ep",
             algorithms=list(build_algorithms(plan).values()),
             optimizers=build_optimizer_of(model, plan),
-            callbacks=callbacks if shards is None else [shards, *callbacks],
+            callbacks=callbacks,
             parallelism_config=fsdp_config(recipe.parallelism.fsdp, network) if sharding else None,
             run_name=recipe.run_name,
             progress_bar=False,
