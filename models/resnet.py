@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from .torchvision_models import build_torchvision
 from .weights import finish
 
+_MOST_CHANNELS, _MOST_BLOCKS = 2048, 512  # beyond them no machine holds the weights
+
 
 class SmallResNet(nn.Module):
     """Three stages of basic blocks at 1, 1/2 and 1/4 of the image's side (He 2016, section 4.2), any side from 8 px.
@@ -58,8 +60,10 @@ def resnet_digits(
     width: channels of the first stage (16 or more lets BlurPool blur every strided convolution).
     weights, gradient_checkpointing: as for `resnet50`; weights are a file.
     """
-    if width < 1 or blocks_per_stage < 1:
-        raise ValueError(f"width {width} and blocks_per_stage {blocks_per_stage} must both be at least 1")
+    if not (1 <= width <= _MOST_CHANNELS and 1 <= blocks_per_stage <= _MOST_BLOCKS):
+        raise ValueError(
+            f"width {width} must be 1 to {_MOST_CHANNELS}, and blocks_per_stage {blocks_per_stage} 1 to {_MOST_BLOCKS}"
+        )
     model = SmallResNet(num_classes=num_classes, width=width, blocks_per_stage=blocks_per_stage, activation=nn.SiLU)
     return finish(model, weights, gradient_checkpointing=gradient_checkpointing)
 

@@ -83,7 +83,7 @@ class Data:
 class Duration:
     """How long a run trains: passes over the training images, at any image and batch size."""
 
-    epochs: Count = MISSING
+    epochs: Annotated[int, Range(minimum=1, maximum=1_000_000)] = MISSING
 
 
 @dataclass
@@ -166,7 +166,7 @@ class RecipeKeys:
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
     # A loss or gradients that are nan or infinite: end the run, leave the step out, or go on.
     on_nan: OnNan = "stop"
-    seed: int = 0
+    seed: Annotated[int, Range(minimum=0, maximum=2**32 - 1)] = 0
     results_dir: str = "results"
     load: str | None = None  # latest, or a checkpoint's path
     autoresume: bool = False

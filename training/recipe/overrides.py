@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,21 +17,43 @@ from training.recipe.schema import RecipeError
 
 _NAMED = ("model", "optimizer", "data", "data.source")  # an override of one of them can bring a bare name
 
+_MOST_VALUES = 20_000
+
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The file as plain data. Raises RecipeError."""
     try:
-        raw = OmegaConf.to_container(OmegaConf.load(path))
+        text = Path(path).read_text()
+        _refuse_bombs(text)
+        raw = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
     except FileNotFoundError:
         near = sorted(str(other) for other in Path("yamls").glob("*.yaml"))
         raise RecipeError("", f"no such file; recipes here: {', '.join(near) or 'none'}") from None
     except OSError as error:
         raise RecipeError("", f"cannot be read: {error.strerror or error}") from None
+    except RecursionError:
+        raise RecipeError("", "is nested too deeply for a recipe") from None
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise RecipeError("", _one_line(error)) from None
     if not isinstance(raw, dict):
         raise RecipeError("", "is not a mapping of keys to values")
     return raw  # pyright: ignore
+
+
+def _refuse_bombs(text: str) -> None:
+    """A few aliases of aliases can stand for more values than any memory holds. Raises RecipeError."""
+    sizes: dict[int, float] = {}
+
+    def size_of(node: yaml.Node | None) -> float:
+        if id(node) not in sizes:
+            sizes[id(node)] = math.inf  # of a node that is within itself
+            inner = node.value if isinstance(node, yaml.CollectionNode) else []
+            flat = [part for item in inner for part in (item if isinstance(item, tuple) else (item,))]
+            sizes[id(node)] = 1 + sum(map(size_of, flat))
+        return sizes[id(node)]
+
+    if size_of(yaml.compose(text, Loader=yaml.SafeLoader)) > _MOST_VALUES:
+        raise RecipeError("", f"stands for more than {_MOST_VALUES:,} values, through aliases of aliases; write it out")
 
 
 def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -44,12 +69,42 @@ def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, 
     try:
         merged = OmegaConf.create(with_names(raw))
         for override in overrides:  # in turn: algorithms=null algorithms.mixup.alpha=0.1 leaves only MixUp on
-            merged.merge_with(OmegaConf.from_dotlist([override]))
-            if override.partition("=")[0] in _NAMED:
-                merged = OmegaConf.create(with_names(OmegaConf.to_container(merged)))
+            merged = _with_override(merged, *override.split("=", 1))
+        _refuse_resolvers(OmegaConf.to_container(merged), path="")
         return OmegaConf.to_container(merged, resolve=True)  # pyright: ignore
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise RecipeError("", _one_line(error)) from None
+
+
+def _with_override(merged: Any, key: str, text: str) -> Any:
+    """key: names joined by dots; an item of a list is named by its index, as stages[0] or stages.0."""
+    try:
+        value = OmegaConf.from_dotlist([f"value={text}"])["value"]
+        if re.fullmatch(r"[^\[\]]+", key):
+            merged.merge_with(OmegaConf.from_dotlist([f"{key}={text}"]))
+        else:
+            OmegaConf.update(merged, key, value, force_add=True)
+    except (TypeError, ValueError, LookupError, OmegaConfBaseException) as error:
+        raise RecipeError(key, f"cannot be {text}: {_one_line(error)}") from None
+    if key in _NAMED:
+        return OmegaConf.create(with_names(OmegaConf.to_container(merged)))
+    return merged
+
+
+def _refuse_resolvers(value: Any, *, path: str) -> None:
+    """${key} is another key's value. ${name:...} calls a function, and its result would be written to recipe.yaml."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _refuse_resolvers(item, path=f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            _refuse_resolvers(item, path=f"{path}[{index}]")
+    elif isinstance(value, str) and (call := re.search(r"\$\{[^${}]*:.*", value)):
+        raise RecipeError(
+            path,
+            f"has {call[0]}, which would read the environment or call a function, and be written down with its result; "
+            f"let the shell fill it in: {path}=$NAME",
+        )
 
 
 def with_names(raw: Any) -> Any:

@@ -12,6 +12,9 @@ from training.recipe import RecipeError, load_recipe
 ROOT = Path(__file__).parents[3]
 DIGITS = ROOT / "yamls" / "digits_medium.yaml"
 
+# Ten aliases a line, nine lines: a billion values in 300 bytes.
+BOMB = "\nb0: &b0 [1]\n" + "".join(f"b{i}: &b{i} [{', '.join([f'*b{i - 1}'] * 10)}]\n" for i in range(1, 10))
+
 
 @pytest.mark.parametrize(
     ("override", "says"),
@@ -54,6 +57,19 @@ DIGITS = ROOT / "yamls" / "digits_medium.yaml"
         ("parallelism.strategy=dpp", ["parallelism.strategy: is 'dpp'", "did you mean ddp?"]),
         ("checkpoints.every_epochs=0", ["checkpoints.every_epochs: is 0; it must be at least 1"]),
         ("run_name=a/b", ["run_name: is 'a/b'"]),
+        ("run_name=..", ["run_name: is '..'"]),
+        ("run_name=.", ["run_name: is '.'"]),
+        ("run_name=.hidden", ["run_name: is '.hidden'"]),
+        ('run_name="a\\nb"', ["run_name: is 'a\\nb'"]),
+        (f"run_name={'a' * 129}", ["run_name: is 'aaa", "at most 128"]),
+        ("run_name=${oc.env:HOME}", ["run_name: has ${oc.env:HOME}", "let the shell fill it in: run_name=$NAME"]),
+        ("data.cache_dir=/x/${oc.decode:'3'}/y", ["data.cache_dir: has ${oc.decode:"]),
+        ("data.train=[1,2]", ["data.train: cannot be [1,2]: "]),
+        ("algorithms=[1]", ["algorithms: cannot be [1]: "]),
+        ("algorithms.progressive_resizing.stages[7].epochs=3", ["stages[7].epochs: cannot be 3: "]),
+        ("seed=-1", ["seed: is -1; it must be at least 0"]),
+        ("duration.epochs=1000000000", ["duration.epochs: is 1000000000; it must be"]),
+        ("model.width=100000000", ["model", "width 100000000 must be 1 to 2048"]),
         ("data.train.num_workers=-1", ["data.train.num_workers: is -1; it must be at least 0"]),
         ("seed", ["seed: an override has the form key=value"]),
     ],
@@ -77,6 +93,11 @@ def test_a_mistake_is_one_line_that_names_it(override: str, says: list[str]) -> 
         (lambda text: text + "\n  - [", "while parsing"),
         (lambda text: "- a\n- b\n", "is not a mapping"),
         (lambda text: text.replace("seed: 0", "seed: ${sed}"), "sed"),
+        (lambda text: text.replace("seed: 0", "seed: ${oc.env:SEED}"), "seed: has ${oc.env:SEED}"),
+        (lambda text: text + BOMB, "stands for more than 20,000 values"),
+        (lambda text: text + "\nx: &x [*x]\n", "stands for more than 20,000 values"),
+        (lambda text: text + "\nx: " + "[" * 3000 + "]" * 3000 + "\n", "is nested too deeply"),
+        (lambda text: text.replace("seed: 0", "seed: !!python/object/apply:os.system [true]"), "python/object"),
     ],
 )
 def test_a_broken_file_is_one_line(tmp_path: Path, change, says: str) -> None:
@@ -87,6 +108,15 @@ def test_a_broken_file_is_one_line(tmp_path: Path, change, says: str) -> None:
     assert str(error.value).startswith(f"{path}: ")
     assert "\n" not in str(error.value)
     assert says in str(error.value)
+
+
+def test_an_item_of_a_list_is_named_by_its_index() -> None:
+    recipe = load_recipe(DIGITS, ["algorithms.progressive_resizing.stages[0].image_size=14"])
+    stages = recipe.algorithms["progressive_resizing"]["stages"]
+    assert [stage["image_size"] for stage in recipe.settings["algorithms"]["progressive_resizing"]["stages"]] == [
+        14, 16, 20,
+    ]  # fmt: skip
+    assert len(stages) == 3
 
 
 def test_a_missing_file_and_a_key_given_twice_are_refused(tmp_path: Path) -> None:
