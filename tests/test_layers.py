@@ -26,6 +26,7 @@ WINGS = {
     "data": ["draws prefetch whole_files", "sources decoding", "beton", "loading", "build", "convert inspect"],
     "training": [
         "composer_shim optimizers without_compiler",
+        "command_line",
         "recipe",
         "results",
         "checkpoints",

@@ -91,8 +91,14 @@ def _traced(network: nn.Module, images: Tensor) -> tuple[torch.export.ExportedPr
 
 
 def _export(network: nn.Module, images: Tensor, dimensions: dict[int, Any]) -> torch.export.ExportedProgram:
-    with _quiet(), torch.no_grad():
-        return torch.export.export(network, (images,), dynamic_shapes=(dimensions,))
+    fast_attention = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # one kernel for all of it, which no exporter knows
+    try:
+        with _quiet(), torch.no_grad():
+            # Not strict: torch 2.7's default reads bytecode, and finds less that it can trace.
+            return torch.export.export(network, (images,), dynamic_shapes=(dimensions,), strict=False)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_attention)
 
 
 def _agrees_at_other_sizes(network: nn.Module, traced: Any, images: Tensor) -> bool:

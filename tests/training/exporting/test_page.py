@@ -85,10 +85,10 @@ def test_unshifted_it_sees_what_the_loaders_give(height: int, width: int, crop_r
     picture = Image.fromarray(digits(split="eval").image(5)).resize((width, height), Image.Resampling.BICUBIC)
     look_at(np.array(picture), one)  # first at a shift, to warm up, then as it is
     expected = about.normalized(about.pixels(np.array(picture))[None]).numpy()
-    difference = np.abs(given[1] - expected)
-    assert difference[..., 2:-2].max() < 4 / min(about.std)  # of 255 levels
+    levels = np.rint(np.abs(given[1] - expected) * np.array(about.std)[:, None, None])  # of 255
+    assert levels[..., 2:-2].max() <= 4  # 4 with torchvision 0.22, whose rounding differs from exact in 9 % of values
     # A canvas goes on beyond the crop, and antialiasing mixes in some of that at its left and right border.
-    assert difference.max() < 8 / min(about.std)
+    assert levels.max() <= 8
 
 
 def bomb() -> bytes:
