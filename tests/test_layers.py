@@ -28,6 +28,7 @@ WINGS = {
         "composer_shim optimizers without_compiler",
         "command_line",
         "recipe",
+        "guards",
         "results",
         "checkpoints",
         "facts network",
