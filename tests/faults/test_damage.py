@@ -116,3 +116,23 @@ def test_nothing_whole_is_one_line(runs: Any, cut_run: Path) -> None:
     assert refused.stderr.startswith("run.py: yamls/digits_medium.yaml: ")
     assert refused.stderr.count("\n") == 1
     assert all(path.stat().st_size == 0 for path in folder.glob("*.pt"))
+
+
+@pytest.mark.parametrize("file", ["__0_0.distcp", "state.pt", ".metadata", "sums-rank0.json"])
+def test_of_shards_every_file_has_a_checksum(runs: Any, file: str) -> None:
+    name = "shards"
+    if not (runs.folder / name).exists():
+        stopped = runs.start(
+            name, "checkpoints.sharded=true", "checkpoints.every_steps=10", fault="batch_end:25:SIGKILL"
+        )
+        assert stopped.returncode == -9
+    copy = runs.folder / f"shards {file}"
+    shutil.copytree(runs.folder / name, copy, symlinks=True)
+    path = copy / "checkpoints" / "latest.pt" / file
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+    said: list[str] = []
+    recipe = load_recipe("yamls/digits_medium.yaml", runs.arguments(copy.name, "load=latest")[2:])
+    assert choose_checkpoint(recipe, said.append) == str(copy / "checkpoints" / "previous.pt")
+    assert len(said) == 1

@@ -236,6 +236,22 @@ class TestRefusals:
         assert names(tmp_path) == set()
 
 
+@pytest.mark.parametrize(("keep", "steps"), [(1, [12]), (2, [12, 8]), (3, [12, 8, 4]), (9, [12, 8, 4])])
+def test_so_many_are_kept(tmp_path, keep, steps):
+    train(callbacks=[Checkpoints(tmp_path, keep=keep, keep_best=False)])
+    assert [saved_step(path) for path in newest_first(tmp_path)] == steps
+    assert len({path.stat().st_ino for path in tmp_path.iterdir()}) == len(steps)
+
+
+def test_by_the_clock(tmp_path, monkeypatch):
+    steps = count_saves(monkeypatch)
+    now = iter(range(0, 10_000, 25))  # each look at the clock is 25 seconds later
+    monkeypatch.setattr("training.checkpoints.saving.time.monotonic", lambda: float(next(now)))
+    train(callbacks=[Checkpoints(tmp_path, every_epochs=None, every_minutes=1, keep_best=False)], epochs=2)
+    assert steps[0] in (2, 3)
+    assert len(steps) in (3, 4)
+
+
 def test_newest_first(tmp_path):
     assert newest_first(tmp_path / "missing") == []
     for age, name in enumerate(("ep4.pt", "best.pt", "previous-2.pt", "latest.pt", "previous.pt")):

@@ -1,0 +1,50 @@
+"""A copy in memory that training does not change, and a thread whose mistakes come back."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+
+import pytest
+import torch
+
+from training.checkpoints.background import Background, in_memory
+
+
+def test_a_copy_is_equal_and_nobody_elses() -> None:
+    weight = torch.arange(24.0).reshape(1, 2, 3, 4).to(memory_format=torch.channels_last)
+    given = {
+        "model": OrderedDict(a=weight, tied=weight.view_as(weight), part=weight[:, 1]),
+        "steps": [1, (2, "x")],
+        3: None,
+    }
+    copy = in_memory(given)
+    expected = weight.clone()
+    weight.add_(1)
+    given["steps"].append(4)  # pyright: ignore
+    assert torch.equal(copy["model"]["a"], expected)
+    assert torch.equal(copy["model"]["part"], expected[:, 1])
+    assert copy["model"]["a"].stride() == weight.stride()
+    assert copy["model"]["a"] is copy["model"]["tied"]
+    assert isinstance(copy["model"], OrderedDict)
+    assert copy["steps"] == [1, (2, "x")]
+    assert copy[3] is None
+
+
+def test_one_thing_at_a_time_and_an_error_comes_back_once() -> None:
+    background, order, go = Background(), [], threading.Event()
+
+    def first() -> None:
+        go.wait(10)
+        order.append("first")
+        raise OSError("full")
+
+    background.start(first)
+    assert not order
+    go.set()
+    with pytest.raises(OSError, match="full"):
+        background.start(lambda: order.append("second"))
+    background.start(lambda: order.append("third"))
+    background.wait()
+    background.wait()
+    assert order == ["first", "third"]
