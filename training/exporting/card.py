@@ -12,6 +12,7 @@ import yaml
 
 from training.exporting.formats import Written
 from training.exporting.preprocessing import numpy_code, resize_px, torchvision_code
+from training.recipe.keys import TrainData
 from training.results.text import format_exact_seconds, format_loss, format_top1
 from training.trained import Trained
 
@@ -169,9 +170,9 @@ def _training_text(trained: Trained) -> str:
     gpus = ", ".join(f"{count} x {name}" for name, count in (hardware.get("gpus") or {}).items())
     versions = summary.get("versions") or {}
     rows = [
-        ("optimizer", f"{recipe.optimizer['name']}, peak learning rate {recipe.optimizer['learning_rate']:g}"),
+        ("optimizer", f"{recipe.optimizer['name']}, peak learning rate {_rate_text(recipe.optimizer)}"),
         ("loss function", recipe.loss.replace("_", " ")),
-        ("training images", f"{recipe.data.train.image_size} px, {recipe.data.train.global_batch_size} a step"),
+        ("training images", f"{recipe.data.train.image_size} px, {_batch_text(recipe.data.train)}"),
         ("parameters", f"{summary['parameters']:,}" if summary.get("parameters") else ""),
         ("training time", format_exact_seconds(summary.get("train_seconds"))),
         ("hardware", gpus or hardware.get("cpu") or ""),
@@ -183,6 +184,18 @@ def _training_text(trained: Trained) -> str:
     settings = yaml.safe_dump(given, sort_keys=False) if given else ""
     block = f"\nThe speed-ups' settings:\n\n```yaml\n{settings}```\n" if settings else ""
     return "## Training\n\n| | |\n|---|---|\n" + "\n".join(shown) + "\n" + block
+
+
+def _batch_text(train: TrainData) -> str:
+    if train.global_batch_size is not None:
+        return f"{train.global_batch_size} a step"
+    return f"{train.per_device_batch_size} a step on each device"
+
+
+def _rate_text(optimizer: dict[str, Any]) -> str:
+    if optimizer["learning_rate"] is not None:
+        return f"{optimizer['learning_rate']:g}"
+    return f"{optimizer['learning_rate_per_256_images']:g} per 256 images of a batch"
 
 
 def _limits_text(figures: Figures) -> str:

@@ -13,6 +13,7 @@ from training.results.figures import EVAL_COLOR, TEXT_COLOR, TRAIN_COLOR, new_fi
 
 _NAMED_CLASSES = 40  # beyond, names are too small to read beside a matrix
 _NUMBERED_CLASSES = 25
+_MOST_CELLS = 125  # on a side of the matrix; a cell of fewer than four pixels is not seen
 _GRID_COLUMNS = 5
 _SMALLEST_SHOWN_PX = 96  # smaller images are magnified without smoothing
 _LONGEST_NAME = 22
@@ -23,15 +24,22 @@ def draw_confusion(
 ) -> None:
     """The matrix as shares of each true class, and the pairs that are mistaken most often.
 
-    confusion: counts [C, C], a row for each true class. With many classes the names stand only beside the pairs.
+    confusion: counts [C, C], a row for each true class. With many classes the names stand only beside the pairs, and a
+        cell is the sum over several neighboring classes.
     """
+    pooled = -(-len(names) // _MOST_CELLS)
+    shares = _pooled(confusion, pooled)
+    shares = shares / np.maximum(shares.sum(axis=1, keepdims=True), 1)
     figure = new_figure(width_inches=13, height_inches=6.6)
     matrix, pairs = figure.subplots(1, 2, width_ratios=(1.15, 1))
-    shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
-    style_axes(matrix, title="Share of each true class (row) by prediction", x_label="predicted", y_label="true")
+    of = "each true class (row)" if pooled == 1 else f"each {pooled} true classes (row)"
+    style_axes(matrix, title=f"Share of {of} by prediction", x_label="predicted", y_label="true")
     matrix.grid(visible=False)
     # The square root shows a mistake of one in a thousand; a thousand classes have no room for its number.
-    shown = matrix.imshow(np.sqrt(shares), cmap="Blues", vmin=0, vmax=1, interpolation="nearest", aspect="equal")
+    edge = len(shares) * pooled - 0.5  # the axes count classes, whatever a cell holds
+    shown = matrix.imshow(
+        np.sqrt(shares), cmap="Blues", vmin=0, vmax=1, interpolation="nearest", extent=(-0.5, edge, edge, -0.5)
+    )
     bar = figure.colorbar(shown, ax=matrix, fraction=0.046)
     ticks = np.array([0, 0.01, 0.1, 0.25, 0.5, 1])
     bar.set_ticks(list(np.sqrt(ticks)), labels=[f"{100 * tick:g} %" for tick in ticks])
@@ -49,6 +57,12 @@ def draw_confusion(
                 matrix.text(column, row, f"{count:,}", ha="center", va="center", fontsize=7, color=color)
     _draw_pairs(pairs, confused)
     save_png(figure, path)
+
+
+def _pooled(confusion: np.ndarray, size: int) -> np.ndarray:
+    """Sums over blocks of `size` by `size`; the last row and column of blocks may be smaller."""
+    starts = np.arange(0, len(confusion), size)
+    return np.add.reduceat(np.add.reduceat(confusion, starts, axis=0), starts, axis=1)
 
 
 def draw_calibration(bins: Sequence[Mapping[str, float]], error: float, path: Path) -> None:

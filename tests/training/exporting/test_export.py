@@ -161,10 +161,15 @@ def test_a_vit_goes_to_torchvision(made_run: Any, tmp_path: Path) -> None:
 
 
 def test_a_vit_goes_to_onnx_at_its_own_size(made_run: Any, tmp_path: Path) -> None:
-    run = made_run("vit", "model=vit_digits", "model.image_size=20")
+    rates = ["optimizer.learning_rate=null", "optimizer.learning_rate_per_256_images=0.1"]
+    sizes = ["data.train.global_batch_size=null", "data.train.per_device_batch_size=64"]
+    run = made_run("vit", "model=vit_digits", "model.image_size=20", *rates, *sizes)
     made = export_run(run, "onnx")
     assert made.written.any_size is False
-    assert "for 20 px only" in (made.folder / "README.md").read_text()
+    card = (made.folder / "README.md").read_text()
+    assert "for 20 px only" in card
+    assert "peak learning rate 0.1 per 256 images of a batch" in card
+    assert "20 px, 64 a step on each device" in card
 
 
 @pytest.mark.parametrize("format_name", ["safetensors", "hf"])
