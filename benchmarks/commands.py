@@ -110,7 +110,7 @@ def commands_of(name: str, folder: Path) -> Iterator[tuple[str, list[str]]]:
     yield f"predict.py, {PREDICTED_IMAGES} pictures", _python("predict.py", run, *pictures)
     yield "training.results.report", _python("-m", "training.results.report", run)
     for to in FORMATS:
-        if to != "hf" or name != "digits":  # the digits' network is this project's own
+        if to != "hf":  # which knows neither the digits' network nor BlurPool
             yield f"training.export --to {to}", _python("-m", "training.export", run, "--to", to)
     yield "demo.py --export", _python("demo.py", run, "--export", str(folder / f"space_{name}"))
 

@@ -44,7 +44,7 @@ def format_evaluation(measured: dict[str, Any]) -> str:
         *([("top-5", format_top1(measured["top5"]))] if measured["top5"] is not None else []),
         ("loss", format_loss(measured["loss"])),
         ("calibration", f"expected error {format_top1(measured['calibration_error'])}"),
-        *([("shifts", f"{format_top1(shifts)} of pairs agree")] if shifts is not None else []),
+        *([("shifts", f"{format_top1(shifts)} of pairs agree{_of_some(measured)}")] if shifts is not None else []),
     ]
     if len(measured["sizes"]) > 1:
         lines += [(f"{one['image_size']} px", f"top-1 {format_top1(one['top1'])}") for one in measured["sizes"]]
@@ -84,6 +84,11 @@ def _evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
+def _of_some(measured: dict[str, Any]) -> str:
+    every = measured["shifted_every"]
+    return "" if every == 1 else f" (one image in {every})"
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="evaluate.py", description=_ABOUT, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -96,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
         "--data", type=Path, metavar="PATH", help="a .beton file, or a folder with a folder for each class"
     )
     parser.add_argument("--sizes", type=_sizes, default=(), metavar="PX,PX", help="further image sizes to measure at")
-    parser.add_argument("--no-shifts", action="store_true", help="leave out the consistency under shifts: five passes")
+    parser.add_argument("--no-shifts", action="store_true", help="leave out the consistency under shifts")
     parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="default: RUN/evaluation")
     parser.add_argument("--workers", type=positive, metavar="N", help="of the loader; default: the recipe's")
     parser.add_argument("--per-device-batch-size", type=positive, metavar="N", help="default: the recipe's")

@@ -32,6 +32,7 @@ from training.trained import Trained
 _MISTAKES = 25  # shown in the picture
 _WORST_CLASSES = 20
 _SHIFTS = 5
+_MOST_SHIFTED = 2_000  # images: the share of pairs is then known to within about 1 %
 _LARGEST_SHIFT = 1 / 14  # of the image size; 16 px at 224 px, as in Zhang 2019
 
 
@@ -74,8 +75,9 @@ def evaluate(
     believed = probabilities(found.logits, loss=loss)
     confusion = confusion_matrix(believed.argmax(dim=1), found.labels, num_classes=len(trained.class_names))
     shifted = None
+    every = -(-len(found.labels) // _MOST_SHIFTED)
     if question.shifts:
-        shifted = _shift_consistency(network, trained, question, rank=rank, world_size=world_size, say=say)
+        shifted = _shift_consistency(network, trained, question, every=every, rank=rank, world_size=world_size, say=say)
     return {
         "run_name": trained.recipe.run_name,
         "checkpoint": trained.checkpoint.name,
@@ -89,6 +91,7 @@ def evaluate(
         "calibration_error": calibration_error(believed, found.labels),
         "reliability": reliability(believed, found.labels),
         "shift_consistency": shifted,
+        "shifted_every": every,
         "sizes": [{"image_size": one, **asdict(sizes[one])} for one in sorted(sizes)],
         "worst_classes": _worst(confusion, trained.class_names),
         "confused": _confused(confusion, trained.class_names),
@@ -146,7 +149,7 @@ def _loader(
     )  # fmt: skip
 
 
-def _shift_consistency(network: Network, trained: Trained, question: Question, **place: Any) -> float:
+def _shift_consistency(network: Network, trained: Trained, question: Question, *, every: int, **place: Any) -> float:
     seen = trained.preprocessing
     margin = max(1, round(seen.image_size * _LARGEST_SHIFT))
     size = seen.image_size + 2 * margin
@@ -155,7 +158,9 @@ def _shift_consistency(network: Network, trained: Trained, question: Question, *
         loader = _loader(trained, question, image_size=size, eval_crop_ratio=ratio, **place)
     else:
         loader = with_margin(_loader(trained, question, **place), margin)
-    classes = predict_shifted(network, loader, image_size=seen.image_size, shifts=_SHIFTS, seed=trained.recipe.seed)
+    classes = predict_shifted(
+        network, loader, image_size=seen.image_size, shifts=_SHIFTS, seed=trained.recipe.seed, every=every
+    )
     return consistency(classes)
 
 
