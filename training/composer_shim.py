@@ -27,7 +27,7 @@ _OF_NO_USE = (
     # Composer imports MosaicML's command line, whose dependency looks for an optional package.
     "SOCKS support in urllib3 requires the installation of optional dependencies",
     # Callbacks that have no state are missing in a checkpoint of another engine, or of a run that had them off.
-    "(LoadShards|LikeDDP|Tracking|Profile) is not in the state_dict",
+    "(LoadShards|RefuseAnother|FiniteGuard|LikeDDP|Tracking|Profile) is not in the state_dict",
     "pkg_resources is deprecated",  # some of Composer's dependencies
     ".*invalid escape sequence.*",  # likewise
 )

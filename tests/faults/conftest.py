@@ -16,7 +16,7 @@ from ranks import run_python
 STEPS_AN_EPOCH = 22
 _SHORT = (
     "duration.epochs=3", "algorithms.progressive_resizing=null", "data.train.image_size=8", "data.eval.image_size=8",
-    "algorithms.fixres=null", "logging.progress_bar=false", "model.width=4",
+    "algorithms.fixres=null", "logging.progress_bar=false",
 )  # fmt: skip
 
 

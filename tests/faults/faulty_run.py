@@ -37,7 +37,8 @@ class Fault(Callback):
             if one == "hang":
                 time.sleep(HANG_SECONDS)
             elif one == "nan":
-                next(p for p in state.model.parameters() if p.grad is not None).grad.view(-1)[0] = float("nan")
+                gradient = next(p.grad for p in state.model.parameters() if p.grad is not None)
+                gradient[(0,) * gradient.dim()] = float("nan")
             else:
                 os.kill(os.getpid(), getattr(signal, one))
 

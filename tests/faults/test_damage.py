@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ranks import needs_fsdp, run_ranks
 
 from training.checkpoints.choosing import choose_checkpoint
 from training.recipe import RecipeError, load_recipe
@@ -66,6 +67,8 @@ def copy_of(cut_run: Path, name: str) -> Path:
     """Links would share the damage."""
     copy = cut_run.with_name(name)
     shutil.copytree(cut_run, copy)
+    recipe = copy / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("run_name: cut", f"run_name: {name}"))
     return copy
 
 
@@ -113,19 +116,20 @@ def test_nothing_whole_is_one_line(runs: Any, cut_run: Path) -> None:
         path.write_bytes(b"")
     refused = runs.start("none", "autoresume=true")
     assert refused.returncode == 2
-    assert refused.stderr.startswith("run.py: yamls/digits_medium.yaml: ")
+    assert refused.stderr.startswith(f"run.py: load: is {folder / 'latest.pt'}, which is no whole checkpoint (")
     assert refused.stderr.count("\n") == 1
     assert all(path.stat().st_size == 0 for path in folder.glob("*.pt"))
 
 
-@pytest.mark.parametrize("file", ["__0_0.distcp", "state.pt", ".metadata", "sums-rank0.json"])
+@needs_fsdp
+@pytest.mark.parametrize("file", ["__0_0.distcp", "__1_0.distcp", "state.pt", ".metadata", "sums-rank0.json"])
 def test_of_shards_every_file_has_a_checksum(runs: Any, file: str) -> None:
     name = "shards"
     if not (runs.folder / name).exists():
-        stopped = runs.start(
-            name, "checkpoints.sharded=true", "checkpoints.every_steps=10", fault="batch_end:25:SIGKILL"
-        )
-        assert stopped.returncode == -9
+        settings = ["parallelism.strategy=fsdp", "checkpoints.sharded=true", "checkpoints.every_steps=10"]
+        arguments = runs.arguments(name, *settings, "algorithms.sam=null")
+        script = "tests/faults/faulty_run.py"
+        run_ranks(2, script, "batch_end:25:SIGKILL", *arguments, timeout=150, statuses=[-9, -9])
     copy = runs.folder / f"shards {file}"
     shutil.copytree(runs.folder / name, copy, symlinks=True)
     path = copy / "checkpoints" / "latest.pt" / file

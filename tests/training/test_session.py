@@ -199,7 +199,7 @@ def test_a_run_leaves_what_people_look_at(short_recipe: Any) -> None:
     files = {str(path.relative_to(recipe.run_dir)) for path in recipe.run_dir.rglob("*") if path.is_file()}
     assert files == {
         "recipe.yaml", "metrics.csv", "metrics.npz", "curves.png", "summary.json", "model.json",
-        "checkpoints/latest.pt", "checkpoints/best.pt",
+        "checkpoints/latest.pt", "checkpoints/previous.pt", "checkpoints/best.pt",
     }  # fmt: skip
     rows = list(csv.DictReader((recipe.run_dir / "metrics.csv").open()))
     assert [row["image_size"] for row in rows] == ["8", "12", "12", "16"]

@@ -48,8 +48,8 @@ class Range:
 
     def __str__(self) -> str:
         if self.maximum is None:
-            return f"be at least {self.minimum:g}{self.note}" if self.above is None else f"be above {self.above:g}"
-        return f"lie in {f'[{self.minimum:g}' if self.above is None else f'({self.above:g}'}, {self.maximum:g}]"
+            return f"be at least {self.minimum}{self.note}" if self.above is None else f"be above {self.above}"
+        return f"lie in {f'[{self.minimum}' if self.above is None else f'({self.above}'}, {self.maximum}]"
 
 
 @contextlib.contextmanager

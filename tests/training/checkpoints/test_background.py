@@ -12,7 +12,7 @@ from training.checkpoints.background import Background, in_memory
 
 
 def test_a_copy_is_equal_and_nobody_elses() -> None:
-    weight = torch.arange(24.0).reshape(1, 2, 3, 4).to(memory_format=torch.channels_last)
+    weight = torch.arange(48.0).reshape(2, 2, 3, 4).to(memory_format=torch.channels_last)
     given = {
         "model": OrderedDict(a=weight, tied=weight.view_as(weight), part=weight[:, 1]),
         "steps": [1, (2, "x")],

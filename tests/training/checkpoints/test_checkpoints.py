@@ -117,7 +117,7 @@ class TestWhatIsKept:
     def test_best_and_kept_epochs(self, tmp_path):
         checkpoints = Checkpoints(tmp_path, keep_every_epochs=2)
         train(callbacks=[FakedTop1([0.3, 0.7, 0.5, 0.7]), checkpoints], epochs=4)
-        assert names(tmp_path) == {"latest.pt", "best.pt", "ep2.pt", "ep4.pt"}
+        assert names(tmp_path) == {"latest.pt", "previous.pt", "best.pt", "ep2.pt", "ep4.pt"}
         assert saved_step(tmp_path / "best.pt") == 2 * BATCHES_PER_EPOCH  # 0.7 again is no improvement
         assert saved_step(tmp_path / "ep2.pt") == 2 * BATCHES_PER_EPOCH
         assert saved_step(tmp_path / "ep4.pt") == saved_step(tmp_path / "latest.pt") == 4 * BATCHES_PER_EPOCH
@@ -208,7 +208,7 @@ class TestFailures:
         assert saved_step(tmp_path / "latest.pt") == 4
         trainer = train(callbacks=[Checkpoints(tmp_path)], load_path=newest_first(tmp_path)[0])
         assert int(trainer.state.timestamp.batch) == 12
-        assert names(tmp_path) == {"latest.pt", "best.pt"}
+        assert names(tmp_path) == {"latest.pt", "previous.pt", "best.pt"}
 
 
 class TestRefusals:

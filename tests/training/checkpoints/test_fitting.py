@@ -15,6 +15,7 @@ from training.recipe import RecipeError
 
 PLAIN = (
     "algorithms=null", "duration.epochs=1", "data.train.image_size=8", "data.eval.image_size=8", "model.width=4",
+    "schedule.warmup_epochs=0",
 )  # fmt: skip
 
 
