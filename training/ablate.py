@@ -105,6 +105,7 @@ def _recommend(recipe: Any, tables: dict[str, Any], results: Sequence[dict[str, 
         "run_name": f"{recipe.run_name}_recommended",
         "results_dir": str(recipe.results_dir.parent),
         "autoresume": False,
+        "on_nan": recipe.on_nan,
         "logging": {**run.recipe.settings["logging"], "progress_bar": None},
         "checkpoints": {**run.recipe.settings["checkpoints"], "keep_best": True},
     }

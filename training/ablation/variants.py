@@ -98,6 +98,7 @@ def _recipe(recipe: Recipe, variant: Variant, *, epochs: int, seed: int, equal: 
             "run_name": f"{name}-{equal}-seed{seed}",
             "load": None,
             "autoresume": True,
+            "on_nan": "continue",  # a variant that diverges is a result, not the end of the others
         }
     )
 

@@ -29,6 +29,7 @@ from training.checkpoints.saving import Checkpoints
 from training.engines.composer import build_trainer
 from training.engines.start import start_distributed
 from training.facts import data_facts
+from training.guards.finite import FiniteGuard
 from training.plan import Plan, choose_place, make_plan
 from training.probing.measure import Enough, measured_recipe
 from training.recipe import Recipe, RecipeError
@@ -122,7 +123,8 @@ def _readings(rates: Sequence[float], losses: Sequence[float]) -> tuple[float, f
 def _range_test(plan: Plan, *, seconds: float, say: Callable[[str], None]) -> tuple[list[float], list[float]]:
     loaders = build_loaders(plan, rank=0, say=say)
     rising = _Rising(plan.peak_learning_rate, seconds=seconds)
-    callbacks = [one for one in build_callbacks(plan, Recorder(None), loaders[0]) if not isinstance(one, Checkpoints)]
+    unwanted = (Checkpoints, FiniteGuard)  # a loss that is no number ends the range, not the command
+    callbacks = [one for one in build_callbacks(plan, Recorder(None), loaders[0]) if not isinstance(one, unwanted)]
     trainer = build_trainer(plan, loaders, callbacks=[*callbacks, rising], load_path=None)
     trainer.state.evaluators[0].eval_interval = lambda state, event: False
     try:

@@ -26,6 +26,7 @@ from training.callbacks import build_callbacks
 from training.checkpoints.saving import Checkpoints
 from training.engines.composer import build_trainer
 from training.engines.start import start_distributed
+from training.guards.finite import FiniteGuard
 from training.plan import Plan, choose_place, make_plan
 from training.probing.phases import Phase, chosen_phases, phases_of
 from training.recipe import Recipe, RecipeError
@@ -151,7 +152,9 @@ def _measure_phase(plan: Plan, phase: Phase, loaders: Any, found: Measured, *, s
 def _train(plan: Plan, phase: Phase, loaders: Any, timer: _Timer, *, whole: bool, busy: Busy | None = None) -> None:
     """Train `phase` until `timer` has enough. whole: with evaluation and checkpoints."""
     callbacks = build_callbacks(plan, Recorder(plan.recipe.run_dir if whole else None), loaders[0])
-    kept = [one for one in callbacks if whole or not isinstance(one, Checkpoints)]
+    # New weights in the middle of a schedule may well diverge, which says nothing of the run.
+    unwanted = (FiniteGuard,) if whole else (FiniteGuard, Checkpoints)
+    kept = [one for one in callbacks if not isinstance(one, unwanted)]
     saving = next((index for index, one in enumerate(kept) if isinstance(one, Checkpoints)), len(kept))
     kept = [*kept[:saving], _Mark(timer), *kept[saving:], timer, *([] if busy is None else [busy])]
     trainer = build_trainer(plan, loaders, callbacks=kept, load_path=None)
