@@ -8,6 +8,7 @@ allocation table at the end. `<file>.json`, the sidecar, stores what the format 
 from __future__ import annotations
 
 import json
+import os
 import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,8 +75,10 @@ class Beton:
         self._modes = frame.images["mode"].copy()
         self._starts = frame.images["data_ptr"].astype(np.int64)
         self._sizes = frame.sizes
+        self._file = self.path.open("rb")  # whose size can be asked for, whatever has this name by then
+        self._num_bytes = frame.num_bytes
         # A plain view: slicing np.memmap itself costs microseconds, once per image.
-        self._bytes = np.memmap(self.path, dtype=np.uint8, mode="r").view(np.ndarray)
+        self._bytes = np.memmap(self._file, dtype=np.uint8, mode="r").view(np.ndarray)
         sidecar = _checked_sidecar(self.path, frame)
         self.described = sidecar is not None
         self.sidecar: dict[str, Any] = sidecar or {}
@@ -86,6 +89,18 @@ class Beton:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def check_size(self) -> None:
+        """Raises OSError if the file was cut short since it was opened.
+
+        Reading mapped bytes that are gone would end the process with SIGBUS and no message.
+        """
+        num_bytes = os.fstat(self._file.fileno()).st_size
+        if num_bytes < self._num_bytes:
+            raise OSError(
+                f"{self.path} was cut short while it was read: it had {self._num_bytes} bytes and has {num_bytes}. "
+                "Write a new version under another name and move it there; this run can resume from its last checkpoint"
+            )
 
     def addresses(self, indices: np.ndarray) -> np.ndarray:
         """uint64 [B]: memory addresses of the images' stored bytes, valid while this object exists."""
@@ -175,8 +190,14 @@ def _image_sizes(path: Path, images: np.ndarray, table: np.ndarray, pages_start:
     sizes = table["size"][found].astype(np.int64)
     starts = images["data_ptr"].astype(np.int64)
     pixels = images["height"].astype(np.int64) * images["width"].astype(np.int64) * 3
-    bad = (table["ptr"][found] != images["data_ptr"]) | (starts < pages_start) | (starts + sizes > table_start)
-    bad |= (sizes <= 0) | (pixels == 0) | ((images["mode"] == MODES["raw"]) & (sizes != pixels))
+    # No sums: a file can hold sizes and addresses whose sum wraps around.
+    bad = (table["ptr"][found] != images["data_ptr"]) | (starts < pages_start) | (starts > table_start)
+    bad |= (
+        (sizes > table_start - starts)
+        | (sizes <= 0)
+        | (pixels == 0)
+        | ((images["mode"] == MODES["raw"]) & (sizes != pixels))
+    )
     bad |= ~np.isin(images["mode"], list(MODES.values()))
     if bad.any():
         index = int(bad.argmax())

@@ -6,6 +6,7 @@ The library is loaded directly: importing the `ffcv` package would also import n
 from __future__ import annotations
 
 import ctypes
+import io
 import threading
 from functools import cache
 from importlib.util import find_spec
@@ -13,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+from PIL import Image
 
 from .stored import StoredImages, damaged_image
 
@@ -58,6 +60,7 @@ def _decode_image(images: StoredImages, index: int, crop: list[int], destination
     stored = images.image_bytes(index)
     size = destination.shape[0]
     if images.is_jpeg(index):
+        _check_header(images, index, stored)  # libffcv believes the height and width that it is given
         denominator = 1 if exact else _jpeg_denominator(crop_height, crop_width, size)
         pixels = _decode_jpeg(stored, height, width, denominator)
         if pixels is None:
@@ -81,6 +84,17 @@ def _decode_image(images: StoredImages, index: int, crop: list[int], destination
         cv2.resize(cut, (size, size), dst=destination, interpolation=cv2.INTER_LINEAR)
     if flip:
         destination[:] = destination[:, ::-1].copy()
+
+
+def _check_header(images: StoredImages, index: int, stored: np.ndarray) -> None:
+    expected = (int(images.widths[index]), int(images.heights[index]))
+    try:
+        with Image.open(io.BytesIO(stored)) as image:  # reads the header alone
+            found = image.size
+    except (OSError, Image.DecompressionBombError):
+        found = None
+    if found != expected:
+        raise damaged_image(images.path, index, f"it is not a whole JPEG of {expected[1]}x{expected[0]} px")
 
 
 def _jpeg_denominator(crop_height: int, crop_width: int, size: int) -> int:

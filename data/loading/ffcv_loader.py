@@ -70,6 +70,7 @@ class FFCVLoader(Loader):
 
 
 def _decode_part(decoder: Decoder, beton: Beton, this_pass: Pass, indices: np.ndarray, memory: np.ndarray) -> None:
+    beton.check_size()
     crops = this_pass.crop_rows(indices, beton.heights[indices], beton.widths[indices])
     decoder.decode(beton, indices, crops, memory, exact=not this_pass.augment)
     this_pass.augment_images(indices, memory)

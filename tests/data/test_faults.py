@@ -12,6 +12,7 @@ import pytest
 from ranks import run_python
 
 from data.beton.format import Beton, sidecar_path
+from data.loading.ffcv_loader import FFCVLoader
 
 pytestmark = pytest.mark.timeout(240)  # up to five processes in a row
 
@@ -132,3 +133,41 @@ def test_labels_beyond_the_models_classes(tmp_path: Path, photos_jpg: Path):
 
 def test_places_that_are_no_files():
     assert take_a_pass("s3://bucket/x.beton").startswith("error: no file s3:/bucket/x.beton: correct the path")
+
+
+CUT_SHORT = """
+import os, sys, time
+from data.loading.ffcv_loader import FFCVLoader
+loader = FFCVLoader(sys.argv[1], per_device_batch_size=4, image_size=32, train=True, num_workers=2)
+passes = iter(loader)
+next(passes)
+time.sleep(1)  # the threads have decoded what they may ahead, and wait
+os.truncate(sys.argv[1], 4096)
+try:
+    for batch in passes: pass
+except OSError as error:
+    print(error)
+"""
+
+
+@pytest.mark.timeout(100)
+def test_a_file_that_is_cut_short_while_it_is_read_is_named(tmp_path: Path, photos_jpg: Path):
+    path = tmp_path / "photos.beton"
+    path.write_bytes(photos_jpg.read_bytes())
+    done = run_python("-c", CUT_SHORT, str(path), timeout=90)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{path} was cut short while it was read: it had ")
+
+
+@pytest.mark.parametrize("decoder", ["native", "libffcv"])
+def test_a_height_that_is_not_the_jpegs_is_refused_by_every_decoder(tmp_path: Path, photos_jpg: Path, decoder: str):
+    whole = bytearray(photos_jpg.read_bytes())
+    first_row = 24 + 2 * 1041
+    width, height = first_row + 1, first_row + 3
+    assert whole[width : height + 2] == bytes([200, 0, 150, 0])
+    whole[height : height + 2] = (1500).to_bytes(2, "little")
+    path = tmp_path / "tall.beton"
+    path.write_bytes(whole)
+    loader = FFCVLoader(path, decoder=decoder, per_device_batch_size=30, image_size=32, train=False)
+    with pytest.raises(ValueError, match=r"image 0 of .*tall\.beton cannot be decoded: .*(1500x200|of another size)"):
+        next(iter(loader))

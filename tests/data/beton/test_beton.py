@@ -125,6 +125,15 @@ def test_entries_that_lead_nowhere_are_refused(tmp_path: Path, digits_beton: Pat
             Beton(tmp_path / "x.beton")
 
 
+@pytest.mark.parametrize("size", [2**63 - 1, 2**63, 2**64 - 1, 2**62, 0])
+def test_sizes_whose_sums_wrap_around_are_refused(tmp_path: Path, photos_jpg: Path, size: int):
+    whole = bytearray(photos_jpg.read_bytes())
+    whole[-8:] = size.to_bytes(8, "little")  # of the last entry of the table
+    (tmp_path / "x.beton").write_bytes(whole)
+    with pytest.raises(ValueError, match=r"the entry of image \d+ does not lead to its bytes"):
+        Beton(tmp_path / "x.beton")
+
+
 def test_missing_file(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match=r"no file .*x.beton: .*data.convert"):
         Beton(tmp_path / "x.beton")
