@@ -11,7 +11,7 @@ endif
 VENV := .venv$(if $(filter newest,$(STACK)),,-$(STACK))
 PY := $(VENV)/bin/python
 
-.PHONY: help setup demo test test-fast test-quarter test-stacks lint format docs table composition lock clean
+.PHONY: help setup demo test test-fast test-quarter test-stacks faults lint format docs table composition lock clean
 .DEFAULT_GOAL := help
 
 help:
@@ -38,6 +38,11 @@ test-fast: setup
 # Each algorithm, each engine, resumption and the loaders, for a stack that is not the default.
 test-quarter: setup
 	@$(PYTEST) -m quarter $(ARGS)
+
+# Whole runs that are stopped, killed, damaged and doubled, each in a process of its own (about ten minutes); a table of
+# the outcomes in results/faults.md.
+faults: setup
+	@$(PYTEST) --exhaustive --table results/faults.md tests/faults $(ARGS)
 
 # The whole suite on every stack, one after the other.
 test-stacks:

@@ -4,30 +4,38 @@ from __future__ import annotations
 
 import argparse
 import ast
+import signal
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from .beton.format import Beton, report_path
 from .beton.write import WRITE_MODES, default_write_settings, write_beton
 from .sources import SOURCES, SPLITS, FolderSource, build_source
 
-INTERRUPTED = 130  # exit status: 128 + SIGINT
+INTERRUPTED, TERMINATED = 130, 143  # exit statuses: 128 + SIGINT, SIGTERM
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which leaves as little behind as Ctrl-C does."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Convert a source to a .beton file; returns the exit status: 0, 2 for a mistake that the message explains, 130
-    for Ctrl-C."""
+    for Ctrl-C, 143 for SIGTERM."""
     args = _parser().parse_args(arguments)
     warnings.filterwarnings("ignore", module="PIL")  # one per file, and bad files are reported anyway
     try:
-        _convert(args)
-    except KeyboardInterrupt:
+        with _terminated_as_interrupted():
+            _convert(args)
+    except KeyboardInterrupt as stop:
         print(f"\ninterrupted: {args.out} was not written", file=sys.stderr)
-        return INTERRUPTED
+        return TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
     except OSError as error:
         print(f"error: {_os_error(error, args.out)}", file=sys.stderr)
         return 2
@@ -35,6 +43,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    def terminate(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    try:
+        before = signal.signal(signal.SIGTERM, terminate)
+    except ValueError:  # not the main thread, which alone has handlers
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _convert(args: argparse.Namespace) -> None:

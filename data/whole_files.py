@@ -29,7 +29,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     file = _locked(path)
     beside = Path(file.name)
     try:
-        with file:
+        with file, _named(path):
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -39,6 +39,17 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """A full disk raises an error that says neither which file it was nor where."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def replace_file(path: str | os.PathLike[str], write: Callable[[BinaryIO], Any]) -> None:

@@ -8,6 +8,7 @@ own processes take seven seconds to start. What a test starts finds this checkou
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +18,31 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 if shutil.which("g++") and shutil.which("flock"):
     os.environ.setdefault("CXX", str(HERE / "precompiling" / "g++"))
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--exhaustive", action="store_true", help="run the tests marked exhaustive too")
+    parser.addoption("--table", type=Path, metavar="FILE", help="write each test's outcome and seconds to FILE")
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """The table of `make faults`."""
+    path: Path | None = config.getoption("--table")
+    if path is None or hasattr(config, "workerinput"):
+        return
+    rows, seconds = {}, {}
+    for outcome, reports in terminalreporter.stats.items():
+        for report in reports:
+            if outcome in ("passed", "failed", "error", "skipped", "xfailed", "xpassed"):
+                name = report.nodeid.partition("@")[0]
+                if report.when == "call" or outcome != "passed":
+                    rows[name] = outcome
+                seconds[name] = seconds.get(name, 0.0) + report.duration
+    lines = [f"| {name} | {outcome} | {seconds[name]:.1f} |" for name, outcome in sorted(rows.items())]
+    counts = ", ".join(f"{list(rows.values()).count(one)} {one}" for one in sorted(set(rows.values())))
+    text = "\n".join([f"{len(rows)} cases: {counts}", "", "| case | outcome | seconds |", "|---|---|---|", *lines, ""])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
 
 
 @pytest.hookimpl(trylast=True)
@@ -41,8 +67,12 @@ _QUARTER = (
 )  # fmt: skip
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of `make test-quarter`."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark the tests of `make test-quarter`, and leave out those of `make faults` alone."""
+    if not config.getoption("--exhaustive"):
+        left_out = [item for item in items if item.get_closest_marker("exhaustive")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
     for item in items:
         whole = any(
             name in item.nodeid for name in ("two_ranks", "compil", "kernels", "pair")

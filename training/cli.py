@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import signal
@@ -105,7 +106,7 @@ def _run(options: argparse.Namespace) -> int:
     except (ValueError, OSError) as error:
         # What the layers below say to users: a full disk, a file that vanished, a label beyond the model's classes.
         logging.getLogger(__name__).debug("raised here", exc_info=True)
-        return _complain(f"{error} (logging.level=debug shows where)", status=1)
+        return _complain(f"{_described(error)} (logging.level=debug shows where)", status=1)
     except RuntimeError as error:
         return _lost_rank(error)
     except Exception as error:
@@ -218,6 +219,15 @@ def _complain(text: str, *, status: int = 2) -> int:
         time.sleep(_PAUSE_FOR_RANK_0_SECONDS)
     print(f"run.py: {text}", file=sys.stderr, flush=True)
     return status
+
+
+def _described(error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        return (
+            f"{error.filename or 'a file'} cannot be written: {error.strerror}. Make room or change what is in the "
+            "way, and the same command with autoresume=true goes on from the last checkpoint"
+        )
+    return str(error)
 
 
 def _lost_rank(error: RuntimeError) -> int:

@@ -128,16 +128,17 @@ def test_killed_outright_it_leaves_nothing_usable_and_the_next_one_clears_up(tmp
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x.beton", "x.beton.json"]
 
 
-def test_ctrl_c(tmp_path: Path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c(tmp_path: Path, number: int):
     out = tmp_path / "x.beton"
     process = start(ENDLESS[0], out, *ENDLESS[1:])
     try:
         wait_until(lambda: being_written(out), process)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, error = process.communicate(timeout=10)
     finally:
         process.kill()
-    assert process.returncode == 130
+    assert process.returncode == 128 + number
     assert error.strip() == f"interrupted: {out} was not written"
     assert list(tmp_path.iterdir()) == []
 

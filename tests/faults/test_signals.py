@@ -14,11 +14,13 @@ pytestmark = [pytest.mark.timeout(200), pytest.mark.slow, pytest.mark.xdist_grou
 @pytest.mark.parametrize(
     ("number", "fault", "step"),
     [
-        (signal.SIGTERM, "batch_end:7:SIGTERM", 7),
+        pytest.param(signal.SIGTERM, "batch_end:7:SIGTERM", 7, marks=pytest.mark.exhaustive),
         (signal.SIGTERM, "before_forward:30:SIGTERM", 30),  # in the middle of a step, which is finished
-        (signal.SIGUSR1, "batch_end:43:SIGUSR1", 43),
+        pytest.param(signal.SIGUSR1, "batch_end:43:SIGUSR1", 43, marks=pytest.mark.exhaustive),
         (signal.SIGUSR1, "batch_end:9:SIGUSR1+SIGTERM+SIGTERM", 9),  # as SLURM does it
-        (signal.SIGTERM, "batch_end:22:SIGTERM", 22),  # an epoch's last step: its evaluation is done first
+        pytest.param(
+            signal.SIGTERM, "batch_end:22:SIGTERM", 22, marks=pytest.mark.exhaustive
+        ),  # an epoch's last step: its evaluation is done first
         (signal.SIGTERM, "eval_batch_end:1:SIGTERM", 22),
     ],
 )
@@ -46,6 +48,7 @@ def test_a_step_that_never_ends_is_not_waited_for(runs: Any) -> None:
     runs.assert_same_end("hangs", "whole")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("fault", ["batch_end:7:SIGKILL", "eval_batch_end:2:SIGKILL", "epoch_checkpoint:2:SIGKILL"])
 def test_a_kill_costs_an_epoch_at_most(runs: Any, fault: str) -> None:
     name = fault.replace(":", "-")
@@ -62,7 +65,7 @@ def test_a_signal_before_the_first_checkpoint_says_so(runs: Any) -> None:
     assert "stopped; there is no checkpoint yet, so the same command begins anew" in stopped.stderr
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.exhaustive), 1])
 def test_a_signal_to_one_rank_stops_both_at_the_same_step(runs: Any, rank: int) -> None:
     name = f"ranks{rank}"
     script = ["tests/faults/faulty_run.py", f"before_forward:7:SIGTERM:{rank}", *runs.arguments(name)]
