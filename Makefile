@@ -11,7 +11,7 @@ endif
 VENV := .venv$(if $(filter newest,$(STACK)),,-$(STACK))
 PY := $(VENV)/bin/python
 
-.PHONY: help setup demo test test-fast test-quarter test-stacks faults lint format docs table composition lock clean
+.PHONY: help setup demo test test-fast test-quarter test-stacks faults soak lint format docs table composition lock clean
 .DEFAULT_GOAL := help
 
 help:
@@ -43,6 +43,10 @@ test-quarter: setup
 # the outcomes in results/faults.md.
 faults: setup
 	@$(PYTEST) --exhaustive --table results/faults.md tests/faults $(ARGS)
+
+# Whether anything grows over 300 epochs and 200 early stops of each loader (some 15 minutes).
+soak: setup
+	@$(PY) -m benchmarks.soak --json results/soak.json $(ARGS)
 
 # The whole suite on every stack, one after the other.
 test-stacks:
