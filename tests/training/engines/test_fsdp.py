@@ -100,7 +100,7 @@ def test_shards_are_folders_that_lose_their_place_with_their_last_name(two_ranks
     assert names["latest.pt"] == names["ep2.pt"] == "shards-ep2-ba44"
     assert {path.name for path in folder.iterdir() if not path.is_symlink()} == set(names.values())
     parts = {path.name for path in (folder / "latest.pt").iterdir()}
-    assert parts == {".metadata", "__0_0.distcp", "__1_0.distcp", "state.pt"}
+    assert parts == {".metadata", "__0_0.distcp", "__1_0.distcp", "state.pt", "sums-rank0.json", "sums-rank1.json"}
 
 
 @pytest.mark.slow
