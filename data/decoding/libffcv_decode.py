@@ -6,7 +6,6 @@ The library is loaded directly: importing the `ffcv` package would also import n
 from __future__ import annotations
 
 import ctypes
-import io
 import threading
 from functools import cache
 from importlib.util import find_spec
@@ -14,12 +13,12 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
-from PIL import Image
 
 from .stored import StoredImages, damaged_image
 
 _INTER_AREA = 3  # OpenCV's number; libffcv 1.0 always uses it and ignores the argument, later versions read it
 _JPEG_DENOMINATORS = (8, 4, 2)  # the reductions for which libjpeg-turbo has vectorized transforms
+_FRAME_HEADERS = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # SOF0 to SOF15; the others are tables
 
 _scratch = threading.local()
 
@@ -87,14 +86,26 @@ def _decode_image(images: StoredImages, index: int, crop: list[int], destination
 
 
 def _check_header(images: StoredImages, index: int, stored: np.ndarray) -> None:
-    expected = (int(images.widths[index]), int(images.heights[index]))
-    try:
-        with Image.open(io.BytesIO(stored)) as image:  # reads the header alone
-            found = image.size
-    except (OSError, Image.DecompressionBombError):
-        found = None
-    if found != expected:
-        raise damaged_image(images.path, index, f"it is not a whole JPEG of {expected[1]}x{expected[0]} px")
+    height, width = int(images.heights[index]), int(images.widths[index])
+    if _jpeg_size(memoryview(stored)) != (height, width):
+        raise damaged_image(images.path, index, f"it is not a whole JPEG of {height}x{width} px")
+
+
+def _jpeg_size(stored: memoryview) -> tuple[int, int] | None:
+    """Height and width in px from the frame header of a JPEG; None if there is none."""
+    place = 2  # after the start of the image
+    while place + 9 <= len(stored) and stored[place] == 0xFF:
+        marker = stored[place + 1]
+        if marker in _FRAME_HEADERS:
+            height, width = stored[place + 5 : place + 7], stored[place + 7 : place + 9]
+            return int.from_bytes(height, "big"), int.from_bytes(width, "big")
+        if marker == 0xFF:  # a fill byte
+            place += 1
+        elif marker == 0x01 or 0xD0 <= marker <= 0xD8:  # these stand alone
+            place += 2
+        else:
+            place += 2 + int.from_bytes(stored[place + 2 : place + 4], "big")
+    return None
 
 
 def _jpeg_denominator(crop_height: int, crop_width: int, size: int) -> int:
