@@ -51,12 +51,16 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         trainer = _trained_for_a_step(options.model)
         state, logger = trainer.state, trainer.logger
+        callbacks = {
+            name: Checkpoints(Path(folder) / name, asynchronous=name == THREAD, keep_best=False)
+            for name in (AT_ONCE, THREAD)
+        }
         for number in range(options.rounds + 1):
             for name in (AT_ONCE, THREAD):
                 progress(f"round {number} of {options.rounds}: {name}")
-                callback = Checkpoints(Path(folder) / name, asynchronous=name == THREAD, keep_best=False)
-                callback.init(state, logger)
-                seconds = _one_save(callback, state)
+                if not number:
+                    callbacks[name].init(state, logger)
+                seconds = _one_save(callbacks[name], state)
                 seconds["checked"] = _timed(lambda name=name: check_checkpoint(Path(folder) / name / "latest.pt"))
                 for what, value in seconds.items() if number else ():  # the first round warms up
                     figures.setdefault(f"{what}, {name}", []).append(round(value, 4))

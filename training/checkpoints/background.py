@@ -41,17 +41,35 @@ class Background:
             self._error = error
 
 
-def in_memory(value: Any, seen: dict[Any, Tensor] | None = None) -> Any:
-    """A copy of nested mappings and lists, with tensors on the CPU; those that shared their memory still do."""
-    seen = {} if seen is None else seen
-    if isinstance(value, Tensor):
-        key = (value.untyped_storage().data_ptr(), value.storage_offset(), value.shape, value.stride(), value.dtype)
-        if key not in seen or not value.numel():
-            seen[key] = value.detach().to("cpu", copy=True)
-        return seen[key]
-    if isinstance(value, dict):
-        copies = ((key, in_memory(item, seen)) for key, item in value.items())
-        return OrderedDict(copies) if isinstance(value, OrderedDict) else dict(copies)
-    if type(value) in (list, tuple):
-        return type(value)(in_memory(item, seen) for item in value)
-    return deepcopy(value)
+class Copies:
+    """Copies states into memory of its own, which the next copy uses again: new memory costs more than the copying.
+
+    A copy is valid until the next one is made.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[Any, Tensor] = {}
+
+    def of(self, value: Any) -> Any:
+        """A copy of nested mappings and lists, with tensors on the CPU; those that shared their memory still do."""
+        before, self._buffers = self._buffers, {}
+        return self._copy(value, (), {}, before)
+
+    def _copy(self, value: Any, path: tuple[Any, ...], seen: dict[Any, Tensor], before: dict[Any, Tensor]) -> Any:
+        if isinstance(value, Tensor):
+            key = (value.untyped_storage().data_ptr(), value.storage_offset(), value.shape, value.stride(), value.dtype)
+            if key not in seen or not value.numel():
+                seen[key] = self._buffers[path] = _filled(before.get(path), value.detach())
+            return seen[key]
+        if isinstance(value, dict):
+            copies = ((key, self._copy(item, (*path, key), seen, before)) for key, item in value.items())
+            return OrderedDict(copies) if isinstance(value, OrderedDict) else dict(copies)
+        if type(value) in (list, tuple):
+            return type(value)(self._copy(item, (*path, i), seen, before) for i, item in enumerate(value))
+        return deepcopy(value)
+
+
+def _filled(buffer: Tensor | None, value: Tensor) -> Tensor:
+    if buffer is None or (buffer.shape, buffer.stride(), buffer.dtype) != (value.shape, value.stride(), value.dtype):
+        return value.to("cpu", copy=True)
+    return buffer.copy_(value)

@@ -16,7 +16,7 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import checkpoint, dist, reproducibility
 
-from training.checkpoints.background import Background, in_memory
+from training.checkpoints.background import Background, Copies
 from training.checkpoints.names import (
     BEST,
     LATEST,
@@ -116,6 +116,7 @@ class Checkpoints(Callback):
         self._sharded = sharded
         self._asynchronous = asynchronous
         self._background = Background()
+        self._copies = Copies()
         self._save_folder = save_folder
         self._best: float | None = None
         self._evaluated: tuple[int, float] | None = None  # step and value of the latest evaluation
@@ -259,7 +260,7 @@ class Checkpoints(Callback):
         whole = {"state": state.state_dict(), "rng": reproducibility.get_rng_state()}  # which all ranks gather
         if dist.get_global_rank() == 0 and self._asynchronous:
             self._background.wait()  # before the copy: two in memory are enough
-            self._background.start(partial(self._write, in_memory(whole), beside, names))
+            self._background.start(partial(self._write, self._copies.of(whole), beside, names))
         elif dist.get_global_rank() == 0:
             self._write(whole, beside, names)
 

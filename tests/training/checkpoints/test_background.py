@@ -8,7 +8,7 @@ from collections import OrderedDict
 import pytest
 import torch
 
-from training.checkpoints.background import Background, in_memory
+from training.checkpoints.background import Background, Copies
 
 
 def test_a_copy_is_equal_and_nobody_elses() -> None:
@@ -18,7 +18,8 @@ def test_a_copy_is_equal_and_nobody_elses() -> None:
         "steps": [1, (2, "x")],
         3: None,
     }
-    copy = in_memory(given)
+    copies = Copies()
+    copy = copies.of(given)
     expected = weight.clone()
     weight.add_(1)
     given["steps"].append(4)  # pyright: ignore
@@ -29,6 +30,11 @@ def test_a_copy_is_equal_and_nobody_elses() -> None:
     assert isinstance(copy["model"], OrderedDict)
     assert copy["steps"] == [1, (2, "x")]
     assert copy[3] is None
+    before = copy["model"]["a"].data_ptr()
+    again = copies.of(given)
+    assert again["model"]["a"].data_ptr() == before
+    assert torch.equal(again["model"]["a"], weight)
+    assert torch.equal(again["model"]["part"], weight[:, 1])
 
 
 def test_one_thing_at_a_time_and_an_error_comes_back_once() -> None:
