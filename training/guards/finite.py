@@ -149,8 +149,8 @@ def not_finite(tensors: Iterable[Tensor]) -> Tensor:
     local = [part for tensor in tensors if (part := _local(tensor)).numel()]
     if not local:
         return torch.zeros(())
-    # Extremes are nan if any value is; a sum of squares could overflow. On a GPU one kernel takes many tensors; on a CPU
-    # the extremes of each are found several times as fast.
+    # Extremes are nan if any value is; a sum of squares could overflow. On a GPU one kernel takes many tensors; on a
+    # CPU the extremes of each are found several times as fast.
     if local[0].device.type == "cpu":
         extremes = torch.stack([end.double() for tensor in local for end in torch.aminmax(tensor)])
     else:
