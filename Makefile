@@ -44,7 +44,7 @@ test-quarter: setup
 faults: setup
 	@$(PYTEST) --exhaustive --table results/faults.md tests/faults $(ARGS)
 
-# Whether anything grows over 300 epochs and 200 early stops of each loader (some 15 minutes).
+# Whether anything grows over 300 epochs and 200 early stops of each loader (some 5 minutes).
 soak: setup
 	@$(PY) -m benchmarks.soak --json results/soak.json $(ARGS)
 

@@ -1,6 +1,6 @@
 """Whether anything grows in a long run: memory, threads, open files, the time of a step; and over many early stops.
 
-    python -m benchmarks.soak --json figures.json     # some 15 minutes of two quiet cores
+    python -m benchmarks.soak --json figures.json     # some 5 minutes of two quiet cores
     python -m benchmarks.soak --epochs 20 --stops 10  # a minute; checks that it works
 
 A run of 300 short epochs with all of the demo's algorithms and four image sizes is sampled at the end of every epoch;

@@ -87,7 +87,7 @@ def _decode_image(images: StoredImages, index: int, crop: list[int], destination
 
 def _check_header(images: StoredImages, index: int, stored: np.ndarray) -> None:
     height, width = int(images.heights[index]), int(images.widths[index])
-    if _jpeg_size(memoryview(stored)) != (height, width):
+    if _jpeg_size(memoryview(stored.data)) != (height, width):
         raise damaged_image(images.path, index, f"it is not a whole JPEG of {height}x{width} px")
 
 
