@@ -118,8 +118,8 @@ class FiniteGuard(Callback):
         if dist.get_global_rank() == 0:
             replace_file(path, lambda file: file.write("\n".join([*map(str, images), ""]).encode()))
         shown = ", ".join(map(str, images[:_NAMED_IMAGES]))
-        more = f" and {len(images) - _NAMED_IMAGES} more, in {path}" if len(images) > _NAMED_IMAGES else ""
-        return f"Its images are number {shown}{more} of the training data. "
+        more = f" and {len(images) - _NAMED_IMAGES} more" if len(images) > _NAMED_IMAGES else ""
+        return f"Its images are number {shown}{more} of the training data (all of them: {path}). "
 
     def _advice(self) -> str:
         latest = self._run_dir / "checkpoints" / "latest.pt"
