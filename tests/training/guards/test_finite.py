@@ -78,8 +78,9 @@ def test_a_run_stops_at_the_step_and_keeps_the_checkpoint_before_it(tmp_path: Pa
     what = "a loss of nan" if loss else r"gradients of bias that are not finite"
     told = (
         rf"step 3, in epoch 1, gave {what} at a learning rate of 0\.1\. Its images are number 16, 17, 18, 19, 20, 21, "
-        rf"22, 23 of the training data \(all of them: \S+\)\. The last checkpoint before it is {tmp_path}/checkpoints/latest\.pt\. Lower "
-        r"the learning rate, or .* on_nan=skip"
+        r"22, 23 of the training data \(all of them: \S+\)\. "
+        rf"The last checkpoint before it is {tmp_path}/checkpoints/latest\.pt\. "
+        r"Lower the learning rate, or .* on_nan=skip"
     )
     with pytest.raises(NotFinite, match=told):
         trainer.fit()
