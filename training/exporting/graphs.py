@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from training.exporting.samples import TOLERANCE, largest_difference, logits_of
 
 _MOST_BYTES_IN_ONE_FILE = 1_800_000_000  # protobuf ends at 2 GiB; larger weights go beside the .onnx file
+_MOST_IMAGES = 2**31 - 1  # in a batch; torch 2.7 cannot trace a ViT for a batch without a limit
 _OPTIONAL = "pip install 'brisk-vision[export]'"
 
 
@@ -69,7 +70,7 @@ def other_size(images: Tensor) -> Tensor:
 
 def _traced(network: nn.Module, images: Tensor) -> tuple[torch.export.ExportedProgram, bool]:
     """The network's program for any batch, and for any size where the network allows it; and whether it does."""
-    batch, any_size = torch.export.Dim("batch", min=1), {}
+    batch, any_size = torch.export.Dim("batch", min=1, max=_MOST_IMAGES), {}
     try:
         logits_of(network, other_size(images))
         any_size = {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
