@@ -259,7 +259,7 @@ class Checkpoints(Callback):
             return
         whole = {"state": state.state_dict(), "rng": reproducibility.get_rng_state()}  # which all ranks gather
         if dist.get_global_rank() == 0 and self._asynchronous:
-            self._background.wait()  # before the copy: two in memory are enough
+            self._background.wait()  # what is being written lies in the memory that the copy takes
             self._background.start(partial(self._write, self._copies.of(whole), beside, names))
         elif dist.get_global_rank() == 0:
             self._write(whole, beside, names)

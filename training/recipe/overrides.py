@@ -77,13 +77,12 @@ def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, 
 
 
 def _with_override(merged: Any, key: str, text: str) -> Any:
-    """key: names joined by dots; an item of a list is named by its index, as stages[0] or stages.0."""
+    """key: names joined by dots; an item of a list is named by its index, as stages[0]."""
     try:
-        value = OmegaConf.from_dotlist([f"value={text}"])["value"]
-        if re.fullmatch(r"[^\[\]]+", key):
-            merged.merge_with(OmegaConf.from_dotlist([f"{key}={text}"]))
+        if "[" in key:
+            OmegaConf.update(merged, key, OmegaConf.from_dotlist([f"value={text}"])["value"], force_add=True)
         else:
-            OmegaConf.update(merged, key, value, force_add=True)
+            merged.merge_with(OmegaConf.from_dotlist([f"{key}={text}"]))
     except (TypeError, ValueError, LookupError, OmegaConfBaseException) as error:
         raise RecipeError(key, f"cannot be {text}: {_one_line(error)}") from None
     if key in _NAMED:
