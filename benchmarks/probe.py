@@ -25,7 +25,7 @@ import torch
 
 from benchmarks.measuring import columns, hardware, progress, versions
 from data.whole_files import replace_file
-from training.probing.probe import probe
+from training.probing.probe import SECONDS, probe
 from training.recipe import Recipe, load_recipe
 from training.session import train
 
@@ -128,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.probe", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--only", nargs="+", choices=tuple(RECIPES), default=list(RECIPES))
     parser.add_argument("--rounds", type=int, default=3, metavar="N")
-    parser.add_argument("--seconds", type=float, default=45.0, help="for a probe's phases (default 45)")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="for a probe's phases (default %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--cache", default=".cache/brisk", metavar="FOLDER", help="where the data are made")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")

@@ -1,9 +1,10 @@
 """`run.py -f RECIPE --find-lr`: a learning-rate range test of a recipe as it is (Smith 2017, arXiv 1506.01186).
 
 The recipe trains with its own algorithms, batch size and precision, at its first epoch's image size, while the learning
-rate rises exponentially from step to step until the loss explodes. Each seed's loss is smoothed in three ways, and each
-curve gives two readings: a tenth of the rate at which the loss is lowest, and the rate at which it falls most steeply.
-The suggestion is the geometric mean of the medians of the two; the spread of all readings says how sure it is.
+rate rises exponentially from step to step until the loss explodes. Each seed's loss over log10 of the rate is smoothed by
+local linear regression with three bandwidths, which unlike a moving average does not lag, and each curve gives two
+readings before the explosion: a tenth of the rate at which the loss is lowest, and the rate at which it falls most
+steeply. The suggestion is the geometric mean of the medians of the two; the spread of all readings says how sure it is.
 """
 
 from __future__ import annotations
@@ -35,12 +36,13 @@ from training.probing.measure import Enough, measured_recipe
 from training.recipe import Recipe, RecipeError
 from training.results.recorder import Recorder
 
-SECONDS = 60.0  # for both seeds
+SECONDS = 42.0  # for both seeds; with imports and the plot: a minute
 LOWEST, HIGHEST = 1e-3, 1e2  # times the recipe's own peak rate
-SMOOTHINGS = (0.8, 0.9, 0.95)  # weight of the past in the moving average
+BANDWIDTHS = (0.2, 0.3, 0.45)  # of the smoothing, in decades of the learning rate
 _TIMED_STEPS = 6
 _FEWEST_STEPS, _MOST_STEPS = 40, 200
-_EXPLODED = 4.0  # times the lowest smoothed loss so far
+_EXPLODED = 4.0  # times the lowest average so far, at which the test ends
+_LOST_SHARE = 0.05  # of the first loss: a curve that rises by more is past its range, and may well fall again at last
 _SURE, _UNSURE = 3.0, 10.0  # largest reading over the smallest
 
 
@@ -89,8 +91,8 @@ def suggestion(curves: Sequence[tuple[Sequence[float], Sequence[float]]]) -> Sug
     """From (learning rates, losses) of each seed. Raises ValueError if no curve falls."""
     tenths, steepest = [], []
     for rates, losses in curves:
-        for weight in SMOOTHINGS:
-            reading = _readings(rates, smoothed(losses, weight=weight))
+        for bandwidth in BANDWIDTHS:
+            reading = _readings(rates, losses, bandwidth=bandwidth)
             if reading is not None:
                 tenths.append(reading[0])
                 steepest.append(reading[1])
@@ -103,21 +105,33 @@ def suggestion(curves: Sequence[tuple[Sequence[float], Sequence[float]]]) -> Sug
     return Suggestion(middle, min(*tenths, *steepest), max(*tenths, *steepest))
 
 
-def smoothed(losses: Sequence[float], *, weight: float) -> list[float]:
-    """Exponential moving average, corrected for its start at 0."""
-    average, made = 0.0, []
-    for step, loss in enumerate(losses, start=1):
-        average = weight * average + (1 - weight) * loss
-        made.append(average / (1 - weight**step))
-    return made
+def smoothed(rates: Sequence[float], losses: Sequence[float], *, bandwidth: float) -> tuple[np.ndarray, np.ndarray]:
+    """Local linear regression of the loss over log10 of the rate, with Gaussian weights: (values, slopes a decade).
+
+    bandwidth: the standard deviation of the weights, in decades. A loss counts as at most 1.5 times the first ones'
+    median, so that an explosion does not reach into what was before it. Fan and Gijbels, Local Polynomial Modelling, 1996.
+    """
+    x, y = np.log10(np.asarray(rates)), np.asarray(losses)
+    y = np.minimum(y, 1.5 * np.median(y[: max(3, len(y) // 5)]))
+    distance = x[:, None] - x
+    weight = np.exp(-0.5 * (distance / bandwidth) ** 2)
+    s0, s1, s2 = (np.sum(weight * distance**power, axis=0) for power in range(3))
+    t0, t1 = (np.sum(weight * distance**power * y[:, None], axis=0) for power in range(2))
+    determinant = s0 * s2 - s1 * s1
+    return (s2 * t0 - s1 * t1) / determinant, (s0 * t1 - s1 * t0) / determinant
 
 
-def _readings(rates: Sequence[float], losses: Sequence[float]) -> tuple[float, float] | None:
-    lowest = int(np.argmin(losses))
-    if lowest < 2:
+def _readings(rates: Sequence[float], losses: Sequence[float], *, bandwidth: float) -> tuple[float, float] | None:
+    if len(losses) < 3:
         return None
-    slopes = np.gradient(np.asarray(losses[: lowest + 1]), np.log(np.asarray(rates[: lowest + 1])))
-    return rates[lowest] / 10, rates[int(np.argmin(slopes))]
+    values, slopes = smoothed(rates, losses, bandwidth=bandwidth)
+    fallen = values[0] - np.minimum.accumulate(values)
+    lost = np.flatnonzero(values > values[0] + np.maximum(fallen, _LOST_SHARE * abs(values[0])))
+    lowest = int(np.argmin(values[: lost[0]] if len(lost) else values))
+    first = int(np.searchsorted(np.log10(rates), np.log10(rates[0]) + bandwidth))  # at the edge slopes are noise
+    if lowest <= first:
+        return None
+    return rates[lowest] / 10, rates[first + int(np.argmin(slopes[first : lowest + 1]))]
 
 
 def _range_test(plan: Plan, *, seconds: float, say: Callable[[str], None]) -> tuple[list[float], list[float]]:
@@ -145,14 +159,14 @@ class _Rising(Callback):
         self._peak, self._seconds, self._clock = peak, seconds, clock
         self._started = 0.0
         self._timed = 0
-        self._steps: int | None = None  # of the whole range, known after a few timed steps at its lowest rate
+        self._share = 0.0  # of the range, by now; it begins after a few timed steps at the lowest rate
         self._average = 0.0
         self._lowest = math.inf
 
     def batch_start(self, state: State, logger: Logger) -> None:
         if self._timed == 1:
             self._started = self._clock()
-        rate = self._peak * LOWEST * (HIGHEST / LOWEST) ** self._share()
+        rate = self._peak * LOWEST * (HIGHEST / LOWEST) ** self._share
         for optimizer in state.optimizers:
             largest = max(float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups)
             for group in optimizer.param_groups:
@@ -165,10 +179,7 @@ class _Rising(Callback):
 
     def batch_end(self, state: State, logger: Logger) -> None:
         self._timed += 1
-        if self._steps is None:
-            if self._timed > _TIMED_STEPS:
-                each = (self._clock() - self._started) / (self._timed - 1)
-                self._steps = min(_MOST_STEPS, max(_FEWEST_STEPS, int(self._seconds / max(each, 1e-6))))
+        if self._timed <= _TIMED_STEPS:
             return
         loss = float(state.total_loss_dict["loss/train/total"])
         if not math.isfinite(loss):
@@ -178,14 +189,18 @@ class _Rising(Callback):
         self._average = 0.9 * self._average + 0.1 * loss
         average = self._average / (1 - 0.9 ** len(self.losses))
         self._lowest = min(self._lowest, average)
-        if len(self.losses) >= self._steps or (len(self.losses) > 10 and average > _EXPLODED * self._lowest):
+        if self._share >= 1 or (len(self.losses) > 10 and average > _EXPLODED * self._lowest):
             raise Enough
+        self._share += (1 - self._share) / self._steps_left()
 
     def epoch_checkpoint(self, state: State, logger: Logger) -> None:
         state.timestamp = Timestamp()  # the first epoch again: its image size, its batch size
 
-    def _share(self) -> float:
-        return 0.0 if self._steps is None else len(self.losses) / max(1, self._steps - 1)
+    def _steps_left(self) -> int:
+        """Steps to the end of the range: as many as fit into what is left of the time at the mean pace so far."""
+        taken, done = self._clock() - self._started, len(self.losses)
+        fits = int((self._seconds - taken) / max(taken / (self._timed - 1), 1e-6))
+        return max(1, _FEWEST_STEPS - done, min(_MOST_STEPS - done, fits))
 
 
 def _text(recipe: Recipe, plan: Plan, found: Suggestion, prefix: Path) -> str:
@@ -196,7 +211,7 @@ def _text(recipe: Recipe, plan: Plan, found: Suggestion, prefix: Path) -> str:
         key, value = "learning_rate_per_256_images", per_256 * ratio
     return (
         f"suggested peak learning rate: {found.learning_rate:.3g} (optimizer.{key}={value:.3g}), {found.confidence}: "
-        f"{len(SMOOTHINGS)} smoothings of 2 seeds read {found.low:.3g} to {found.high:.3g}\n"
+        f"{len(BANDWIDTHS)} smoothings of 2 seeds read {found.low:.3g} to {found.high:.3g}\n"
         f"the recipe's: {plan.peak_learning_rate:.3g}, {1 / ratio:.2g} times the suggestion; measured at "
         f"{plan.epochs[0].image_size} px and {plan.epochs[0].global_batch_size} images a step, from a fresh network\n"
         f"written: {prefix}.png, {prefix}.json; the recipe and the run's folder are as they were"
@@ -226,12 +241,13 @@ def _plot(recipe: Recipe, plan: Plan, curves: dict[int, Any], found: Suggestion,
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     for (seed, (rates, losses)), color in zip(curves.items(), ("#4477aa", "#ee6677"), strict=True):
         axes.plot(rates, losses, color=color, alpha=0.25, linewidth=0.8)
-        axes.plot(rates, smoothed(losses, weight=SMOOTHINGS[1]), color=color, label=f"seed {seed}, smoothed")
+        fitted = smoothed(rates, losses, bandwidth=BANDWIDTHS[1])[0]
+        axes.plot(rates, fitted, color=color, label=f"seed {seed}, smoothed")
     axes.axvspan(found.low, found.high, color="#228833", alpha=0.12, label="readings")
     axes.axvline(found.learning_rate, color="#228833", label=f"suggested: {found.learning_rate:.3g}")
     axes.axvline(plan.peak_learning_rate, color="black", linestyle=":", label=f"recipe: {plan.peak_learning_rate:.3g}")
-    ends = [smoothed(losses, weight=SMOOTHINGS[1]) for _, losses in curves.values()]
-    lowest, first = min(min(one) for one in ends), max(one[0] for one in ends)
+    ends = [smoothed(*curve, bandwidth=BANDWIDTHS[1])[0] for curve in curves.values()]
+    lowest, first = min(one.min() for one in ends), max(one[0] for one in ends)
     axes.set_ylim(lowest - 0.1 * (first - lowest), first + 0.5 * (first - lowest))
     axes.set(xscale="log", xlabel="learning rate", ylabel="training loss", title=f"{recipe.run_name}: range test")
     axes.xaxis.set_major_formatter("{x:g}")  # powers would be drawn with fonts of TeX

@@ -36,7 +36,7 @@ MOST_PHASES = 6
 _WARM_UP_STEPS = 4
 _LEAST_EPOCHS = 2  # measured
 _MOST_EVAL_BATCHES = 16
-_LOADER_SHARE, _CACHED_SHARE = 0.15, 0.2  # of the time for a phase
+_LOADER_SHARE, _CACHED_SHARE, _EVAL_SHARE = 0.1, 0.2, 0.3  # of the time for a phase; evaluation's of what is left
 
 
 @dataclass
@@ -140,7 +140,7 @@ def _measure_phase(plan: Plan, phase: Phase, loaders: Any, found: Measured, *, s
     times.peak_bytes = (
         torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     )
-    cached = _Timer(phase, seconds=seconds * _CACHED_SHARE)
+    cached = _Timer(phase, seconds=seconds * _CACHED_SHARE, warm_up_steps=2, least_epochs=1)
     busy = Busy(steps=phase.window_steps) if on_gpu else None
     _train(plan, phase, (CachedLoader(loaders[0]), loaders[1]), cached, whole=False, busy=busy)
     times.busy_share = None if busy is None else busy.share
@@ -184,9 +184,20 @@ class _Mark(Callback):
 
 
 class _Timer(Callback):
-    """Times the steps of short epochs, all of them at one place of the run; raises Enough when its time is used."""
+    """Times the steps of short epochs, all of them at one place of the run; raises Enough when its time is used.
 
-    def __init__(self, phase: Phase, *, seconds: float, clock: Callable[[], float] = time.perf_counter) -> None:
+    warm_up_steps: of the first epoch, which is not counted; None for one window. least_epochs: counted, whatever they take.
+    """
+
+    def __init__(
+        self,
+        phase: Phase,
+        *,
+        seconds: float,
+        warm_up_steps: int | None = None,
+        least_epochs: int = _LEAST_EPOCHS,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self.windows: list[float] = []
         self.between_epochs: list[float] = []
         self.evaluations: list[float] = []
@@ -195,6 +206,8 @@ class _Timer(Callback):
         self.fit_started = self.before_saving = 0.0
         self.all_eval_batches = 1
         self._phase, self._seconds, self._clock = phase, seconds, clock
+        self._warm_up_steps = warm_up_steps or max(_WARM_UP_STEPS, phase.window_steps + 1)
+        self._least_epochs = least_epochs
         self._epoch = self._planned = 0
         self._deadline = self._epoch_started = self._asked = self._waited = self._stepped = 0.0
         self._ends: list[float] = []  # of the epoch's steps
@@ -248,13 +261,13 @@ class _Timer(Callback):
         if self._epoch:
             self.checkpoints.append(saved)
             self._close(saved)
-        elif self.now() - self.fit_started > self._seconds / 2 and self._evaluated:
+        elif self._least_epochs * self._evaluated > self._seconds * _EVAL_SHARE:
             for evaluator in state.evaluators:  # too slow to be measured again and again; the warm-up's must do
                 evaluator.eval_interval = lambda state, event: False
             self.evaluations.append(extrapolated(self._eval_ends, self._eval_ends[-1], count=self.all_eval_batches))
         self._epoch += 1
         state.timestamp = self.start  # the same epoch again
-        if self._epoch > _LEAST_EPOCHS and self.now() >= self._deadline:
+        if self._epoch > self._least_epochs and self.now() >= self._deadline:
             raise Enough
 
     def _close(self, saved: float) -> None:
@@ -268,14 +281,14 @@ class _Timer(Callback):
         self.between_epochs.append(max(0.0, ended - self._epoch_started - steps - saved - self._evaluated))
 
     def _plan_steps(self) -> int:
-        """Steps of the next epoch: few in the first, then as many as fit into a third of the time."""
+        """Steps of the next epoch: few in the first, then whole windows and one step, as many as fit beside the others."""
         size, steps = self._phase.window_steps, self._phase.steps
         if not self._epoch:
-            return min(steps, max(_WARM_UP_STEPS, size + 1))
+            return min(steps, self._warm_up_steps)
         if self._epoch == 1:
             step = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1) if len(self._ends) > 1 else 0.0
-            fits = int(self._seconds / (_LEAST_EPOCHS + 1) / max(step, 1e-6))
-            self._planned = min(steps, max(2 * size + 1, fits))
+            fits = int(self._seconds / (self._least_epochs + 1) / max(step, 1e-6))
+            self._planned = min(steps, max(1, fits // size) * size + 1)
         return self._planned
 
 
