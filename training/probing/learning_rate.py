@@ -1,10 +1,11 @@
 """`run.py -f RECIPE --find-lr`: a learning-rate range test of a recipe as it is (Smith 2017, arXiv 1506.01186).
 
-The recipe trains with its own algorithms, batch size and precision, at its first epoch's image size, while the learning
-rate rises exponentially from step to step until the loss explodes. Each seed's loss over log10 of the rate is smoothed by
-local linear regression with three bandwidths, which unlike a moving average does not lag, and each curve gives two
-readings before the explosion: a tenth of the rate at which the loss is lowest, and the rate at which it falls most
-steeply. The suggestion is the geometric mean of the medians of the two; the spread of all readings says how sure it is.
+The recipe trains with its own algorithms, batch size and precision, at its first epoch's image size, while the
+learning rate rises exponentially from step to step until the loss explodes. Each seed's loss over log10 of the rate
+is smoothed by local linear regression with three bandwidths, which unlike a moving average does not lag, and each
+curve gives two readings before the explosion: a tenth of the rate at which the loss is lowest, and the rate at which
+it falls most steeply. The suggestion is the geometric mean of the medians of the two; the spread of all readings says
+how sure it is.
 """
 
 from __future__ import annotations
@@ -109,7 +110,8 @@ def smoothed(rates: Sequence[float], losses: Sequence[float], *, bandwidth: floa
     """Local linear regression of the loss over log10 of the rate, with Gaussian weights: (values, slopes a decade).
 
     bandwidth: the standard deviation of the weights, in decades. A loss counts as at most 1.5 times the first ones'
-    median, so that an explosion does not reach into what was before it. Fan and Gijbels, Local Polynomial Modelling, 1996.
+    median, so that an explosion does not reach into what was before it. Fan and Gijbels, Local Polynomial Modelling
+    (1996).
     """
     x, y = np.log10(np.asarray(rates)), np.asarray(losses)
     y = np.minimum(y, 1.5 * np.median(y[: max(3, len(y) // 5)]))

@@ -186,7 +186,7 @@ class _Mark(Callback):
 class _Timer(Callback):
     """Times the steps of short epochs, all of them at one place of the run; raises Enough when its time is used.
 
-    warm_up_steps: of the first epoch, which is not counted; None for one window. least_epochs: counted, whatever they take.
+    warm_up_steps: of the first epoch, not counted; None for one window. least_epochs: counted, whatever they take.
     """
 
     def __init__(
@@ -281,7 +281,7 @@ class _Timer(Callback):
         self.between_epochs.append(max(0.0, ended - self._epoch_started - steps - saved - self._evaluated))
 
     def _plan_steps(self) -> int:
-        """Steps of the next epoch: few in the first, then whole windows and one step, as many as fit beside the others."""
+        """Steps of the next epoch: few in the first, then as many whole windows, and a step, as fit beside others."""
         size, steps = self._phase.window_steps, self._phase.steps
         if not self._epoch:
             return min(steps, self._warm_up_steps)
