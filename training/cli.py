@@ -95,6 +95,7 @@ def _run(options: argparse.Namespace) -> int:
         from training.results.report import REPORT_FILE
         from training.results.text import format_summary
 
+        recipe = options.recipe = session.at_free_name(recipe, say=_say)
         if options.compare:
             _say(session.compare(recipe, say=_say))
             _say(f"report: {recipe.run_dir / REPORT_FILE}")

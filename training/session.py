@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -33,8 +34,9 @@ log = logging.getLogger(__name__)
 
 # Keys that may differ between a run and its continuation: they do not change what is computed.
 _FREE_ON_RESUME = (
-    "load", "autoresume", "trust_checkpoint", "on_nan", "logging", "results_dir", "checkpoints", "device", "compile",
-    "data.cache_dir", "parallelism.strategy", "parallelism.fsdp", "parallelism.lost_rank_timeout_seconds",
+    "load", "autoresume", "run_name_taken", "trust_checkpoint", "on_nan", "logging", "results_dir", "checkpoints",
+    "device", "compile", "data.cache_dir", "parallelism.strategy", "parallelism.fsdp",
+    "parallelism.lost_rank_timeout_seconds",
 )  # fmt: skip
 _FREE_ON_RESUME_ENDINGS = (".num_workers", ".loader", ".path")
 
@@ -45,6 +47,29 @@ class Result:
 
     history: History
     summary: dict[str, Any]
+
+
+def at_free_name(recipe: Recipe, *, say: Callable[[str], None] = print) -> Recipe:
+    """The recipe under its own name, or where it asks for that the first of NAME, NAME-2 ... that no living run has."""
+    if recipe.run_name_taken == "refuse":
+        return recipe
+    start_distributed(recipe, choose_place(recipe))
+    name = _free_name(recipe, say) if dist.get_global_rank() == 0 else ""
+    return recipe.named(dist.all_gather_object(name)[0])
+
+
+def _free_name(recipe: Recipe, say: Callable[[str], None]) -> str:
+    name = recipe.run_name
+    for number in itertools.count(2):
+        try:
+            with RunLock(recipe.results_dir / name, say=say):
+                return name
+        except FolderTaken as error:
+            say(f"{str(error).partition('. ')[0]}; trying the next name")
+            name = f"{recipe.run_name}-{number}"
+        except OSError:  # which taking the folder explains
+            return name
+    raise AssertionError("unreachable")
 
 
 def train(recipe: Recipe, *, say: Callable[[str], None] = print) -> Result:

@@ -27,11 +27,15 @@ def test_the_second_is_refused_and_the_first_ends_undisturbed(runs: Any) -> None
             assert second.returncode == 2
             assert f"run_name: {runs.folder / 'twice'} belongs to a run that is still going: process " in second.stderr
             assert second.stderr.count("\n") == 1
+        beside = runs.start("twice", "run_name_taken=next")
+        assert beside.returncode == 0, beside.stderr
+        assert beside.stdout.rstrip().endswith(f"results: {runs.folder / 'twice-2'}/")
         assert {path: path.stat().st_mtime_ns for path in (runs.folder / "twice").rglob("*")} == before
         first.send_signal(signal.SIGCONT)
         said = first.communicate(timeout=100)[1]
         assert first.returncode == 0, said
     runs.assert_same_end("twice", "whole")
+    runs.assert_same_end("twice-2", "whole")
     assert not (runs.folder / "twice.1").exists()
 
 

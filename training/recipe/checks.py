@@ -71,6 +71,11 @@ def _check_together(top: dict[str, Any]) -> None:
             f"is {top['run_name']!r}; it names a folder: letters, digits, spaces and - _ . + = , @ ( ), at most 128, "
             "not a dot or a space first",
         )
+    if top["run_name_taken"] == "next" and (top["autoresume"] or top["load"] == "latest"):
+        key = "autoresume: true" if top["autoresume"] else "load: latest"
+        raise RecipeError(
+            "run_name_taken", f"is next, and {key} continues the run of exactly this name; set run_name_taken=refuse"
+        )
     if train["crop_ratio"] is not None and _other_crop(train):
         raise RecipeError(
             "data.train.crop_ratio", f"is {train['crop_ratio']} beside {_other_crop(train)}; leave one of them out"

@@ -12,6 +12,7 @@ from training.recipe.schema import Range
 LoaderName = Literal["auto", "ffcv", "torch"]
 Count = Annotated[int, Range(minimum=1)]
 CropRatio = Annotated[float, Range(above=0, maximum=1)]
+RunNameTaken = Literal["refuse", "next"]
 OnNan = Literal["stop", "skip", "continue"]
 Workers = Annotated[int, Range(minimum=0, note=", which loads in the training process")]
 
@@ -151,6 +152,7 @@ class RecipeKeys:
     """The top level of a recipe; sections that name something (model, algorithms ...) are checked separately."""
 
     run_name: str = MISSING
+    run_name_taken: RunNameTaken = "refuse"  # by a run that is still going; next: NAME-2, NAME-3 ...
     model: Any = MISSING
     data: Data = field(default_factory=Data)
     algorithms: Any = None

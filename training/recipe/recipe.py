@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from training.recipe.keys import (
     Logging,
     OnNan,
     Parallelism,
+    RunNameTaken,
     TestData,
     TrainData,
 )
@@ -34,6 +35,7 @@ class Recipe:
 
     settings: dict[str, Any]
     run_name: str
+    run_name_taken: RunNameTaken
     model: dict[str, Any]
     data: Data
     algorithms: dict[str, dict[str, Any]]
@@ -58,6 +60,10 @@ class Recipe:
     def run_dir(self) -> Path:
         """Where this run's results go."""
         return self.results_dir / self.run_name
+
+    def named(self, run_name: str) -> Recipe:
+        """The same recipe under another name."""
+        return replace(self, run_name=run_name, settings={**self.settings, "run_name": run_name})
 
 
 def load_recipe(path: str | Path | Sequence[str | Path], overrides: Sequence[str] = ()) -> Recipe:
@@ -105,6 +111,7 @@ def _recipe(top: dict[str, Any]) -> Recipe:
     return Recipe(
         settings=_plain(top),
         run_name=top["run_name"],
+        run_name_taken=top["run_name_taken"],
         model=top["model"],
         data=Data(**{**data, **sections}),
         algorithms={name: settings for name, settings in top["algorithms"].items() if settings is not None},

@@ -84,6 +84,14 @@ def test_a_mistake_is_one_line_that_names_it(override: str, says: list[str]) -> 
 
 
 @pytest.mark.parametrize(
+    ("asked", "as_written"), [("load=latest", "load: latest"), ("autoresume=true", "autoresume: true")]
+)
+def test_a_run_is_continued_under_its_own_name_only(asked: str, as_written: str) -> None:
+    with pytest.raises(RecipeError, match=f"run_name_taken: is next, and {as_written} continues"):
+        load_recipe(DIGITS, ["run_name_taken=next", asked])
+
+
+@pytest.mark.parametrize(
     ("change", "says"),
     [
         (lambda text: text + "\nseed: 1\n", "found duplicate key seed"),
