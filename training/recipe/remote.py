@@ -38,11 +38,13 @@ def check_remote(url: str | None, *, run_dir: Path) -> None:
             f"is {shown}, which holds a password; leave it out, and give it where {_NEEDS[protocol]} looks for "
             "it: in the environment, a key file or an agent",
         )
+    if set("?#*[") & set(url):
+        raise RecipeError(_PATH, f"is {shown}, and ? # * [ mean something else to some servers; give {_EXAMPLE}")
     if protocol == "file":
         _check_folder(url, run_dir)
     else:
         place, _, path = url.partition("://")[2].partition("/")
-        if not place or set("?#") & set(url) or (protocol == "sftp" and not path.strip("/")):
+        if not place or (protocol == "sftp" and not path.strip("/")):
             raise RecipeError(_PATH, f"is {shown}, which names no folder; give {_EXAMPLE}")
     if importlib.util.find_spec(_NEEDS[protocol]) is None:
         package = _NEEDS[protocol]

@@ -124,7 +124,15 @@ def connect(url: str) -> Any:
         settings["config_kwargs"] = {
             "connect_timeout": _CONNECT_SECONDS, "read_timeout": _SILENCE_SECONDS, "retries": {"max_attempts": 2},
         }  # fmt: skip
-    return fsspec.filesystem(protocol, **settings)
+    if protocol == "file":
+        return fsspec.filesystem(protocol, **settings)
+    from fsspec.asyn import get_loop
+
+    # A request that failed beside the one whose error is raised would be told with a traceback.
+    get_loop().call_soon_threadsafe(get_loop().set_exception_handler, lambda loop, context: None)
+    made = fsspec.filesystem(protocol, **settings)
+    made.retries = 1  # s3fs: beside botocore's own, and ours
+    return made
 
 
 def _connect_sftp(url: str) -> Any:
