@@ -163,8 +163,11 @@ class Checkpoints(Callback):
         except OSError as error:  # on the way out for another reason; after a training to its end, fit_end has waited
             log.error("%s", error)
         if self._uploads is not None:
-            stopped_by_hand = isinstance(sys.exc_info()[1], KeyboardInterrupt)
-            self._uploads.close(seconds=0 if stopped_by_hand else self._signals.left_seconds)
+            error = sys.exc_info()[1]
+            if error is None and not self._uploads.is_started and dist.get_global_rank() == 0:
+                self._upload_complete(_stamp(state))
+            by_hand = isinstance(error, KeyboardInterrupt)
+            self._uploads.close(seconds=0 if by_hand else self._signals.left_seconds)
 
     def eval_end(self, state: State, logger: Logger) -> None:
         metric = state.eval_metrics.get(self._evaluator, {}).get(self._best_metric)
@@ -241,6 +244,15 @@ class Checkpoints(Callback):
             self._uploads.finish(seconds=seconds)
             if dist.get_global_rank() == 0:
                 remove_unnamed(self._folder)
+
+    def _upload_complete(self, stamp: tuple[int, int]) -> None:
+        """For a run that was complete when it was started again: its last upload may not have made it."""
+        assert self._uploads is not None
+        latest, best = self._folder / LATEST, self._folder / BEST
+        if stamp[1] and latest.exists():
+            self._uploads.start(fresh=False)
+            names = [LATEST, *([BEST] if best.exists() and best.samefile(latest) else [])]
+            self._uploads.offer(latest.resolve(), names, stamp)
 
     def _take_best(self, state: State) -> bool:
         """Whether the evaluation of the current weights is the best so far; if so, record it as the best."""

@@ -52,7 +52,7 @@ def test_what_is_written_is_read(place: Place, tmp_path: Path) -> None:
     assert not {"shards", "index.json"} & set(store.names())
 
 
-@pytest.mark.parametrize("sent_bytes", [1, 400_000])
+@pytest.mark.parametrize("sent_bytes", [pytest.param(1, marks=pytest.mark.exhaustive), 400_000])
 def test_a_cut_in_the_middle_leaves_what_was_there(place: Place, tmp_path: Path, sent_bytes: int) -> None:
     store, new = Store(place.url, "run"), file_of(NEW, tmp_path / "new")
     store.put(file_of(OLD, tmp_path / "old"), "latest")

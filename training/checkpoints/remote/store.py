@@ -27,6 +27,7 @@ class Store:
     def __init__(self, url: str, run_name: str) -> None:
         self._url = url.rstrip("/")
         self._run_name = run_name
+        self._partial = f"{PARTIAL}{uuid4().hex[:8]}"  # one name: a failed attempt is overwritten by the next
         self._fs: Any = None
         self._folder = ""
 
@@ -95,7 +96,7 @@ class Store:
             yield path
             return
         self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
-        beside = self._path(f"{PARTIAL}{uuid4().hex[:8]}")
+        beside = self._path(self._partial)
         yield beside
         if protocol_of(self._url) == "file":
             sync(Path(beside))

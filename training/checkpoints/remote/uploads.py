@@ -64,7 +64,13 @@ class Uploads:
         self._claimed = False
         self._away: str | None = None  # why nothing could be uploaded
         self._uploaded: Stored | None = None
+        self._put: list[str] = []  # since the index was last written
         self._unneeded: list[str] = []
+
+    @property
+    def is_started(self) -> bool:
+        """Whether `start` was called."""
+        return self._thread is not None
 
     def start(self, *, fresh: bool) -> None:
         """Begin. fresh: the run starts anew, so that the index of one before it is put aside."""
@@ -188,6 +194,7 @@ class Uploads:
         index = self._own_index()
         state = pinned.described = pinned.described or describe(pinned.path, pinned.stamp)
         if state.key not in index.states:
+            self._put.append(state.key)
             for name in state.files:
                 self.store.put(pinned.path / name, state.path_of(name))
             index = self._own_index()  # which may be another's by now
@@ -195,7 +202,8 @@ class Uploads:
         self.store.write(INDEX, new.to_json())
         if LATEST in names:
             self._uploaded = state
-        self._unneeded += [key for key in index.states if key not in new.states]
+        self._unneeded += [key for key in dict.fromkeys([*index.states, *self._put]) if key not in new.states]
+        self._put.clear()
         self._remove_unneeded()
 
     def _remove_unneeded(self) -> None:
