@@ -86,7 +86,7 @@ def _recipe(options: argparse.Namespace) -> Any:
         **recipe.settings,
         "results_dir": str(folder),
         "logging": {**recipe.settings["logging"], "progress_bar": False},
-        "checkpoints": {**recipe.settings["checkpoints"], "keep_best": False},
+        "checkpoints": {**recipe.settings["checkpoints"], "keep_best": False, "remote": None},
     }
     return replace(recipe_from(settings), run_name=recipe.run_name)
 

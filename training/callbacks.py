@@ -9,10 +9,13 @@ from typing import Any
 from composer.core import Callback, State, Timestamp
 from composer.loggers import Logger
 
+from training.checkpoints.remote.store import Store
+from training.checkpoints.remote.uploads import Uploads
 from training.checkpoints.saving import Checkpoints
 from training.checkpoints.sharded import save_shards
 from training.guards.finite import FiniteGuard
 from training.plan import Plan
+from training.recipe import Recipe
 from training.results.meter import Work, device_peak_flops
 from training.results.progress import ProgressBar
 from training.results.recorder import Recorder
@@ -44,6 +47,7 @@ def build_callbacks(
             stop_seconds=recipe.checkpoints.stop_seconds,
             sharded=recipe.checkpoints.sharded or save_folder is not None,
             save_folder=save_folder or save_shards,
+            uploads=_uploads(recipe),
         ),
         ProgressBar(
             epoch_costs=[epoch.total_macs for epoch in plan.epochs],
@@ -54,6 +58,13 @@ def build_callbacks(
         ),
         *_watching(plan, recorder),
     ]
+
+
+def _uploads(recipe: Recipe) -> Uploads | None:
+    url = recipe.checkpoints.remote
+    if url is None:
+        return None
+    return Uploads(Store(url, recipe.run_name), recipe.run_dir / "checkpoints", keep=recipe.checkpoints.keep)
 
 
 def _watching(plan: Plan, recorder: Recorder) -> list[Callback]:

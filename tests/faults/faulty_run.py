@@ -1,7 +1,8 @@
 """run.py with a fault: python tests/faults/faulty_run.py EVENT:COUNT:WHAT[:RANK] -f RECIPE ...
 
 At the COUNT-th EVENT of Composer's, on rank RANK or on each. WHAT: a signal's name sends it to this process, `hang`
-sleeps for a minute, `nan` makes a weight's gradient nan; several are joined by +.
+sleeps for a minute, `nan` makes a weight's gradient nan, `uploaded` waits until all checkpoints are at the remote;
+several are joined by +.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from composer.core import Callback
 from composer.utils import dist
 
 from training import callbacks, cli
+from training.checkpoints.saving import Checkpoints
 from training.engines import composer
 
 EVENT, COUNT, WHAT, *RANK = sys.argv[1].split(":")
@@ -39,8 +41,16 @@ class Fault(Callback):
             elif one == "nan":
                 gradient = next(p.grad for p in state.model.parameters() if p.grad is not None)
                 gradient[(0,) * gradient.dim()] = float("nan")
+            elif one == "uploaded":
+                wait_for_uploads(state)
             else:
                 os.kill(os.getpid(), getattr(signal, one))
+
+
+def wait_for_uploads(state: Any) -> None:
+    checkpoints = next(one for one in state.callbacks if isinstance(one, Checkpoints))
+    checkpoints._background.wait()
+    checkpoints._finish_uploads(60)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,12 @@ def choose_checkpoint(recipe: Recipe, say: Callable[[str], None]) -> str | None:
     `load: latest` and `autoresume` take the newest whole checkpoint of the run's folder, and say which are damaged. A
     path is taken, or refused.
 
-    Raises RecipeError: none is whole, not all ranks see it, or it names code.
+    Raises RecipeError: none is whole, not all ranks see it, or it names code; or the remote cannot be asked.
     """
+    if recipe.checkpoints.remote is not None and (recipe.load == "latest" or (recipe.autoresume and not recipe.load)):
+        from training.checkpoints.remote.fetching import bring_newest
+
+        bring_newest(recipe, say)
     candidates = _agreed(lambda: _candidates(recipe))
     damaged: list[RecipeError] = []
     for path in candidates:

@@ -20,7 +20,7 @@ _SHARDS_PREFIX = "shards-"
 def newest_first(folder: str | os.PathLike[str]) -> list[Path]:
     """The checkpoints in `folder`, in the order in which a run should try to resume from them."""
     folder = Path(folder)
-    numbered = [folder / LATEST, *(folder / _previous(n) for n in range(1, MOST_KEPT))]
+    numbered = [folder / LATEST, *(folder / previous_name(n) for n in range(1, MOST_KEPT))]
     others = [path for path in folder.glob("*.pt") if path not in numbered and path.exists()]
     return [path for path in numbered if path.exists()] + sorted(others, key=_written, reverse=True)
 
@@ -28,14 +28,14 @@ def newest_first(folder: str | os.PathLike[str]) -> list[Path]:
 def keep_previous(folder: Path, keep: int) -> None:
     """Give what is latest.pt now its next name, of `keep` in all. A kill between two renames loses none."""
     for number in range(keep - 2, 0, -1):
-        if (folder / _previous(number)).exists():
-            os.replace(folder / _previous(number), folder / _previous(number + 1))
+        if (folder / previous_name(number)).exists():
+            os.replace(folder / previous_name(number), folder / previous_name(number + 1))
     latest = folder / LATEST
     if keep > 1 and latest.exists():
-        give_name(latest.resolve() if latest.is_dir() else latest, folder / _previous(1))
+        give_name(latest.resolve() if latest.is_dir() else latest, folder / previous_name(1))
 
 
-def _previous(number: int) -> str:
+def previous_name(number: int) -> str:
     """The name of the checkpoint that is `number` saves older than latest.pt."""
     return f"previous{'' if number == 1 else f'-{number}'}.pt"
 
@@ -79,13 +79,14 @@ def move_shards(beside: Path, stamp: tuple[int, int]) -> Path:
 
 def remove_unnamed(folder: Path) -> None:
     """Remove the folders of shards that no link points to."""
-    named = {path.resolve() for path in folder.glob("*.pt") if path.is_symlink()}
+    links = [*folder.glob("*.pt"), *folder.glob(f"{_BESIDE_PREFIX}*{_BESIDE_SUFFIX}")]
+    named = {path.resolve() for path in links if path.is_symlink()}
     for shards in folder.glob(f"{_SHARDS_PREFIX}*"):
         if shards.resolve() not in named:
             shutil.rmtree(shards, ignore_errors=True)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     """Remove a file, a link or a folder, if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
@@ -106,7 +107,7 @@ def explained(beside: Path) -> Iterator[None]:
         yield
     except BaseException as error:
         if dist.get_global_rank() == 0:
-            _remove(beside)
+            remove(beside)
         cause = _disk_error(error) if isinstance(error, Exception) else None
         if cause is None:
             raise
@@ -155,7 +156,7 @@ def prepare(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for stray in folder.glob(f"{_BESIDE_PREFIX}*{_BESIDE_SUFFIX}"):
-            _remove(stray)
+            remove(stray)
         remove_unnamed(folder)
         probe = beside_of(folder / "probe")
         probe.write_bytes(b"writable")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -31,12 +32,16 @@ from training.checkpoints.names import (
     remove_unnamed,
     sync,
 )
+from training.checkpoints.remote.uploads import Uploads
 from training.checkpoints.sharded import save_shards
 from training.checkpoints.sums import write_sums
 from training.guards.finite import agree, not_finite, weights
 from training.guards.stop_signals import StopSignals
 
 log = logging.getLogger(__name__)
+
+_UPLOAD_SECONDS = 600.0  # that the end of training waits for the last upload
+_MARGIN_SECONDS = 1.0  # of checkpoints.stop_seconds, for what follows the upload
 
 
 class Checkpoints(Callback):
@@ -69,6 +74,7 @@ class Checkpoints(Callback):
         goes wrong is raised at the next save, or at the end. Shards are always waited for.
     stop_seconds: SIGTERM and SIGUSR1 on any rank, while it trains, end the run with 128 + the signal's number at the
         end of the step, after a save; or after so many seconds, whatever it does then.
+    uploads: copies what is saved to another place. At the end, rank 0 waits for the last one, the others for it.
     save_folder: writes them; every rank calls it with the state and the path of a folder that does not exist yet.
 
     Raises:
@@ -91,6 +97,7 @@ class Checkpoints(Callback):
         asynchronous: bool = True,
         stop_seconds: float = 30.0,
         save_folder: Callable[[State, Path], None] = save_shards,
+        uploads: Uploads | None = None,
     ) -> None:
         intervals = {
             "every_epochs": every_epochs, "every_steps": every_steps, "keep_every_epochs": keep_every_epochs,
@@ -118,6 +125,7 @@ class Checkpoints(Callback):
         self._background = Background()
         self._copies = Copies()
         self._save_folder = save_folder
+        self._uploads = uploads
         self._best: float | None = None
         self._evaluated: tuple[int, float] | None = None  # step and value of the latest evaluation
         self._saved: tuple[int, int] | None = None  # epoch and step of the latest save
@@ -145,6 +153,8 @@ class Checkpoints(Callback):
         self._due = False
         self._saved_at = time.monotonic()
         self._signals.watch()
+        if self._uploads is not None and dist.get_global_rank() == 0:
+            self._uploads.start(fresh=not int(state.timestamp.batch))
 
     def close(self, state: State, logger: Logger) -> None:
         self._signals.unwatch()
@@ -152,6 +162,12 @@ class Checkpoints(Callback):
             self._background.wait()
         except OSError as error:  # on the way out for another reason; after a training to its end, fit_end has waited
             log.error("%s", error)
+        if self._uploads is not None:
+            error = sys.exc_info()[1]
+            if error is None and not self._uploads.is_started and dist.get_global_rank() == 0:
+                self._upload_complete(_stamp(state))
+            by_hand = isinstance(error, KeyboardInterrupt)
+            self._uploads.close(seconds=0 if by_hand else self._signals.left_seconds)
 
     def eval_end(self, state: State, logger: Logger) -> None:
         metric = state.eval_metrics.get(self._evaluator, {}).get(self._best_metric)
@@ -186,6 +202,7 @@ class Checkpoints(Callback):
         if self._saved != _stamp(state):
             self._save(state)
         self._background.wait()
+        self._finish_uploads(_UPLOAD_SECONDS)
 
     def eval_after_all(self, state: State, logger: Logger) -> None:
         # If evaluation is not due after every epoch, the Trainer runs a last one after FIT_END.
@@ -193,6 +210,7 @@ class Checkpoints(Callback):
             self._fit_ended = False
             self._save(state, is_best=self._take_best(state))
             self._background.wait()
+            self._finish_uploads(_UPLOAD_SECONDS)
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self._best, "best_metric": self._best_metric}
@@ -217,8 +235,24 @@ class Checkpoints(Callback):
         """End the process as the signal would have, now that the state is saved."""
         if signal:
             self._background.wait()
+            self._finish_uploads(self._signals.left_seconds - _MARGIN_SECONDS)
             self._signals.unwatch()
             raise SystemExit(128 + signal)
+
+    def _finish_uploads(self, seconds: float) -> None:
+        if self._uploads is not None:
+            self._uploads.finish(seconds=seconds)
+            if dist.get_global_rank() == 0:
+                remove_unnamed(self._folder)
+
+    def _upload_complete(self, stamp: tuple[int, int]) -> None:
+        """For a run that was complete when it was started again: its last upload may not have made it."""
+        assert self._uploads is not None
+        latest, best = self._folder / LATEST, self._folder / BEST
+        if stamp[1] and latest.exists():
+            self._uploads.start(fresh=False)
+            names = [LATEST, *([BEST] if best.exists() and best.samefile(latest) else [])]
+            self._uploads.offer(latest.resolve(), names, stamp)
 
     def _take_best(self, state: State) -> bool:
         """Whether the evaluation of the current weights is the best so far; if so, record it as the best."""
@@ -248,35 +282,37 @@ class Checkpoints(Callback):
                     self._folder,
                 )
             return
-        beside = beside_of(self._folder / LATEST)
+        beside, stamp = beside_of(self._folder / LATEST), self._saved
         names = [*([BEST] if is_best else []), *([kept_name] if kept_name is not None else [])]
         if self._sharded:
             with explained(beside):
                 self._save_folder(state, beside)
                 write_sums(beside)
                 if dist.get_global_rank() == 0:
-                    self._name(move_shards(beside, _stamp(state)), names)
+                    self._name(move_shards(beside, stamp), names, stamp)
             return
         whole = {"state": state.state_dict(), "rng": reproducibility.get_rng_state()}  # which all ranks gather
         if dist.get_global_rank() == 0 and self._asynchronous:
             self._background.wait()  # what is being written lies in the memory that the copy takes
-            self._background.start(partial(self._write, self._copies.of(whole), beside, names))
+            self._background.start(partial(self._write, self._copies.of(whole), beside, names, stamp))
         elif dist.get_global_rank() == 0:
-            self._write(whole, beside, names)
+            self._write(whole, beside, names, stamp)
 
-    def _write(self, whole: dict[str, Any], beside: Path, names: Sequence[str]) -> None:
+    def _write(self, whole: dict[str, Any], beside: Path, names: Sequence[str], stamp: tuple[int, int]) -> None:
         with explained(beside):
             checkpoint._write_checkpoint_file(whole, str(beside))
             sync(beside)
-            self._name(beside, names)
+            self._name(beside, names, stamp)
 
-    def _name(self, written: Path, names: Sequence[str]) -> None:
+    def _name(self, written: Path, names: Sequence[str], stamp: tuple[int, int]) -> None:
         """Give a complete checkpoint its names. latest.pt is last: a run killed in between resumes from before this
         evaluation, and repeats it."""
         for name in names:
             give_name(written, self._folder / name)
         keep_previous(self._folder, self._keep)
         give_name(written, self._folder / LATEST, only=not self._sharded)
+        if self._uploads is not None:
+            self._uploads.offer(written if self._sharded else self._folder / LATEST, [LATEST, *names], stamp)
         remove_unnamed(self._folder)
 
 

@@ -75,7 +75,7 @@ def settings_for(
         zero = {**(own.get("zero_optimization") or {}), "stage": int(engine.removeprefix("zero"))}
         parallelism["deepspeed"] = {**own, "zero_optimization": zero}
     settings["data"]["train"] |= {"global_batch_size": None, "per_device_batch_size": per_device_batch_size}
-    settings["checkpoints"]["sharded"] = False
+    settings["checkpoints"] |= {"sharded": False, "remote": None}
     return {**settings, "load": None, "results_dir": str(folder)}
 
 

@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from types import FrameType
 from typing import Any
 
@@ -36,7 +37,14 @@ class StopSignals:
         self._has_launcher = has_launcher
         self._before: dict[int, Any] = {}
         self._closed = threading.Event()
+        self._received_at: float | None = None
         self.received = 0
+
+    @property
+    def left_seconds(self) -> float:
+        """Of the limit; all of it before a signal."""
+        passed = 0.0 if self._received_at is None else time.monotonic() - self._received_at
+        return max(0.0, self._limit_seconds - passed)
 
     def watch(self) -> None:
         """Take the signals over. Does nothing on a thread other than the main one, where Python allows no handlers."""
@@ -56,7 +64,7 @@ class StopSignals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if not self.received:
-            self.received = number
+            self.received, self._received_at = number, time.monotonic()
             threading.Thread(target=self._end_in_time, name="time limit", daemon=True).start()
 
     def _watch_launcher(self) -> None:

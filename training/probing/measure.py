@@ -82,7 +82,7 @@ def measured_recipe(recipe: Recipe, folder: Path) -> Recipe:
         autoresume=False,
         logging=type(logging)(progress_bar=False, level=logging.level, trackers={}),
         data=replace(recipe.data, eval=replace(recipe.data.eval, every_epochs=1)),
-        checkpoints=replace(recipe.checkpoints, every_epochs=1, every_steps=None, keep_every_epochs=None),
+        checkpoints=replace(recipe.checkpoints, every_epochs=1, every_steps=None, keep_every_epochs=None, remote=None),
     )
 
 

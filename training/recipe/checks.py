@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 from training.recipe.keys import RecipeKeys, TrainData
+from training.recipe.remote import check_remote
 from training.recipe.schema import RecipeError, parse, schema_of
 from training.recipe.sections import (
     parse_algorithms,
@@ -76,6 +78,7 @@ def _check_together(top: dict[str, Any]) -> None:
         raise RecipeError(
             "run_name_taken", f"is next, and {key} continues the run of exactly this name; set run_name_taken=refuse"
         )
+    check_remote(top["checkpoints"]["remote"], run_dir=Path(top["results_dir"]) / top["run_name"])
     if train["crop_ratio"] is not None and _other_crop(train):
         raise RecipeError(
             "data.train.crop_ratio", f"is {train['crop_ratio']} beside {_other_crop(train)}; leave one of them out"

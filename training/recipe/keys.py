@@ -134,6 +134,8 @@ class Checkpoints:
     asynchronous: bool = True  # written by a thread, from a copy in the CPU's memory; shards are always waited for
     # SIGTERM and SIGUSR1 end a run after a checkpoint at the step's end, or after so many seconds without one.
     stop_seconds: Annotated[float, Range(above=0)] = 30.0
+    # s3://BUCKET/PREFIX, gs://BUCKET/PREFIX, sftp://USER@HOST/FOLDER or a folder: copies, to RUN_NAME/ there.
+    remote: str | None = None
 
 
 @dataclass
