@@ -28,9 +28,10 @@ class Runs:
     folder: Path
 
     def arguments(self, name: str, *more: str) -> list[str]:
-        """Of run.py."""
+        """Of run.py; `more` has the last word."""
         given = [*_SHORT, f"results_dir={self.folder}", f"data.cache_dir={self.folder / 'cache'}", f"run_name={name}"]
-        return ["-f", "yamls/digits_medium.yaml", *given, *more]
+        keys = {one.partition("=")[0] for one in more}
+        return ["-f", "yamls/digits_medium.yaml", *(one for one in given if one.partition("=")[0] not in keys), *more]
 
     def start(self, name: str, *more: str, fault: str = "", timeout: float = 100) -> CompletedProcess[str]:
         """A run to its end, with a fault if asked."""

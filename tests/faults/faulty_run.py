@@ -71,8 +71,9 @@ def files(state: Any, folder: str) -> None:
 
 def descriptors(state: Any, more: str) -> None:
     """This process can open so many more files."""
-    now = len(os.listdir("/proc/self/fd"))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (now + int(more), resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    lowest = os.dup(0)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + int(more), resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
 
 
 def clock(state: Any, seconds: str) -> None:
@@ -190,6 +191,9 @@ class Fault:
             self._at_composers()
 
     def _at_composers(self) -> None:
+        from training.engines.lean_import import import_lean
+
+        import_lean()
         from composer.core import Callback
 
         from training import callbacks

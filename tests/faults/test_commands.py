@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from ranks import run_python
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.slow, pytest.mark.xdist_group("faults")]
+pytestmark = [pytest.mark.timeout(300), pytest.mark.slow, pytest.mark.xdist_group("faults of commands")]
 only_in_all = pytest.mark.exhaustive
 SCRIPT = "tests/faults/faulty_run.py"
 STATUS = {"SIGINT": 130, "SIGTERM": 143, "SIGKILL": -9}

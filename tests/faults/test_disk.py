@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.slow, pytest.mark.xdist_group("faults")]
+pytestmark = [pytest.mark.timeout(300), pytest.mark.slow, pytest.mark.xdist_group("faults of disk")]
 only_in_all = pytest.mark.exhaustive
 
 
@@ -66,13 +66,19 @@ def test_a_file_that_cannot_be_written(runs: Any, file: str, event: str, error: 
     assert {path.name for path in (runs.folder / name).iterdir()} == wanted
 
 
-def test_a_tracker_whose_file_cannot_be_written(runs: Any) -> None:
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("event", "status"), [("start:1", 1), ("epoch_end:1", 0)])
+def test_a_tracker_whose_file_cannot_be_written(runs: Any, event: str, status: int) -> None:
+    """It is refused before the first step, and left out later."""
     pytest.importorskip("tensorboard")
-    refused = runs.start("no events", "autoresume=true", TRACKED, fault="start:1:deny=ENOSPC=*tfevents*")
-    assert_one_line(refused, 1, "tfevents")
-    again = runs.start("no events", "autoresume=true", TRACKED)
+    name = f"no events at {event.partition(':')[0]}"
+    ended = runs.start(name, "autoresume=true", TRACKED, fault=f"{event}:deny=ENOSPC=*tfevents*")
+    assert ended.returncode == status, ended.stderr
+    assert ended.stderr.count("logging.trackers.tensorboard: ") == 1
+    assert "tfevents" in ended.stderr
+    again = runs.start(name, "autoresume=true", TRACKED)
     assert again.returncode == 0, again.stderr
-    runs.assert_same_end("no events", "whole")
+    runs.assert_same_end(name, "whole")
 
 
 def test_a_recipe_that_could_not_be_replaced_is_as_it_was(runs: Any) -> None:
@@ -114,7 +120,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 )
 def test_a_disk_that_is_full(runs: Any, small_disk: Path, event: str, left: int) -> None:
     name = str(small_disk / "run")
-    settings = [f"results_dir={small_disk}", "run_name=run", "autoresume=true", "checkpoints.every_steps=10"]
+    settings = [
+        f"results_dir={small_disk}",
+        "run_name=run",
+        "autoresume=true",
+        "checkpoints.every_steps=10",
+        "checkpoints.asynchronous=false",
+    ]  # so that the older one is gone before the disk is full
     ended = runs.start(name, *settings, fault=f"{event}:full={small_disk}={left}")
     assert_one_line(ended, 1, str(small_disk), "ake room")
     assert_nothing_half_written(small_disk / "run")

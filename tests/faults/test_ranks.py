@@ -15,9 +15,11 @@ import pytest
 from hosts import Hosts, needs_root
 from ranks import needs_fsdp, run_ranks, start_ranks
 
+from training.engines.ranks import free_port
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = "tests/faults/faulty_run.py"
-pytestmark = [pytest.mark.timeout(590), pytest.mark.slow, pytest.mark.xdist_group("faults")]
+pytestmark = [pytest.mark.timeout(590), pytest.mark.slow, pytest.mark.xdist_group("faults of ranks")]
 
 LOST_AFTER_SECONDS = 5
 ENGINES = {
@@ -115,7 +117,7 @@ def test_both_stopped_for_a_while_go_on(runs: Any, tmp_path: Path) -> None:
 
 LAUNCHERS = {
     "composer": ["composer.cli.launcher", "-n", "2"],
-    "torchrun": ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"],
+    "torchrun": ["torch.distributed.run", "--nproc-per-node", "2"],
 }
 
 
@@ -125,10 +127,7 @@ def test_a_lost_launcher_costs_no_step_and_the_ports_are_this_machines(
 ) -> None:
     name, ports, mark = f"lost {launcher}", tmp_path / "ports", f"faults{os.getpid()}{launcher}"
     fault = f"batch_end:30:ports={ports}+launcher+pause=3:0"  # in which the ranks see that it is gone
-    command = [sys.executable, "-m", *LAUNCHERS[launcher], SCRIPT, fault, *runs.arguments(name, *settings_of("ddp"))]
-    started = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "BRISK_FAULTS": mark}, capture_output=True, text=True, timeout=250
-    )
+    started = launch(launcher, fault, *runs.arguments(name, *settings_of("ddp")), mark=mark)
     assert started.returncode == -9, started.stderr
     wait_until(lambda: not processes_of(mark), seconds=60)
     assert runs.step(name) == 30
@@ -136,6 +135,25 @@ def test_a_lost_launcher_costs_no_step_and_the_ports_are_this_machines(
     assert listening
     assert set(listening) == {"127.0.0.1"}
     goes_on(runs, name, "ddp")
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_launcher_whose_rank_is_stopped_leaves_nobody(runs: Any, launcher: str) -> None:
+    name, mark = f"{launcher} SIGSTOP", f"faults{os.getpid()}{launcher}stopped"
+    ended = launch(launcher, "batch_end:35:SIGSTOP:1", *runs.arguments(name, *settings_of("ddp")), mark=mark)
+    assert ended.returncode not in (0, -9), ended.stderr
+    assert ended.stderr.count("run.py: rank 0 has heard nothing from rank 1") == 1
+    assert processes_of(mark) == []
+    goes_on(runs, name, "ddp")
+
+
+def launch(launcher: str, *arguments: str, mark: str) -> subprocess.CompletedProcess[str]:
+    """`SCRIPT arguments...` under a launcher; its processes can be found by the mark."""
+    port = ["--master-port" if launcher == "torchrun" else "--master_port", str(free_port())]
+    command = [sys.executable, "-m", *LAUNCHERS[launcher], *port, SCRIPT, *arguments]
+    environment = {**os.environ, "BRISK_FAULTS": mark}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=250)
 
 
 def processes_of(mark: str) -> list[psutil.Process]:

@@ -15,7 +15,7 @@ import pytest
 from ranks import run_python
 
 ROOT = Path(__file__).parents[2]
-pytestmark = [pytest.mark.timeout(500), pytest.mark.slow, pytest.mark.xdist_group("faults")]
+pytestmark = [pytest.mark.timeout(500), pytest.mark.slow, pytest.mark.xdist_group("faults of commands")]
 
 
 def wait_until_stopped(process: subprocess.Popen[str]) -> None:
