@@ -230,7 +230,7 @@ def _described(error: Exception) -> str:
         )
     if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
         return (
-            f"{error.filename or 'a file'} cannot be opened: {error.strerror}. Raise the limit, as with ulimit -n 65536, "
+            f"{error.filename or 'a file'} cannot be opened: {error.strerror}. Raise the limit (ulimit -n 65536), "
             "and the same command with autoresume=true goes on from the last checkpoint"
         )
     return str(error)

@@ -63,7 +63,7 @@ def joined_ranks(world_size: int, device: str) -> Iterator[None]:
         return
     import torch
 
-    from training.engines.loopback import join_ranks
+    from training.loopback import join_ranks  # imports torch
 
     if "OMP_NUM_THREADS" not in os.environ:
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))

@@ -47,6 +47,21 @@ class Runs:
         saved = torch.load(self.checkpoint(name, file), weights_only=False)
         return int(saved["state"]["timestamp"]["Timestamp"]["batch"])
 
+    def assert_goes_on(self, name: str, *settings: str, as_one: str = "whole") -> None:
+        """Raise AssertionError unless the same command, resuming, ends as a run that was not disturbed."""
+        again = self.start(name, "autoresume=true", *settings)
+        assert again.returncode == 0, again.stderr
+        self.assert_same_end(name, as_one)
+
+    @staticmethod
+    def assert_one_line(ended: CompletedProcess[str], status: int, *words: str) -> None:
+        """Raise AssertionError unless it ended with this status and one line that has all these words."""
+        assert ended.returncode == status, ended.stderr
+        assert "Traceback" not in ended.stderr
+        (line,) = (line for line in ended.stderr.splitlines() if line.startswith("run.py: "))
+        for word in words:
+            assert word in line, line
+
     def assert_same_end(self, one: str, other: str) -> None:
         """Raise AssertionError unless weights, optimizer state and metrics of two runs are equal bit for bit.
 

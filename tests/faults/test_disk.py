@@ -13,15 +13,6 @@ pytestmark = [pytest.mark.timeout(300), pytest.mark.slow, pytest.mark.xdist_grou
 only_in_all = pytest.mark.exhaustive
 
 
-def assert_one_line(done: Any, status: int, *words: str) -> None:
-    """It ended with one line that has all these words."""
-    assert done.returncode == status, done.stderr
-    (line,) = (line for line in done.stderr.splitlines() if line.startswith("run.py: "))
-    assert "Traceback" not in done.stderr
-    for word in words:
-        assert word in line, line
-
-
 def assert_nothing_half_written(folder: Path) -> None:
     left = [path for path in folder.rglob("*") if path.suffix in (".partial", ".tmp")]
     assert not left
@@ -57,11 +48,9 @@ def test_a_file_that_cannot_be_written(runs: Any, file: str, event: str, error: 
     name = f"no {file.strip('.*')} {error}"
     deny = f"{event}:deny={error}=*{name}{file if file.startswith('.lock') else '/*' + file}"
     refused = runs.start(name, "autoresume=true", fault=deny)
-    assert_one_line(refused, status, str(runs.folder), says)
+    runs.assert_one_line(refused, status, str(runs.folder), says)
     assert_nothing_half_written(runs.folder / name)
-    again = runs.start(name, "autoresume=true")
-    assert again.returncode == 0, again.stderr
-    runs.assert_same_end(name, "whole")
+    runs.assert_goes_on(name)
     wanted = {path.name for path in (runs.folder / "whole").iterdir()}
     assert {path.name for path in (runs.folder / name).iterdir()} == wanted
 
@@ -76,9 +65,7 @@ def test_a_tracker_whose_file_cannot_be_written(runs: Any, event: str, status: i
     assert ended.returncode == status, ended.stderr
     assert ended.stderr.count("logging.trackers.tensorboard: ") == 1
     assert "tfevents" in ended.stderr
-    again = runs.start(name, "autoresume=true", TRACKED)
-    assert again.returncode == 0, again.stderr
-    runs.assert_same_end(name, "whole")
+    runs.assert_goes_on(name, TRACKED)
 
 
 def test_a_recipe_that_could_not_be_replaced_is_as_it_was(runs: Any) -> None:
@@ -88,11 +75,9 @@ def test_a_recipe_that_could_not_be_replaced_is_as_it_was(runs: Any) -> None:
     recipe = runs.folder / name / "recipe.yaml"
     before = recipe.read_text()
     refused = runs.start(name, "load=latest", fault=f"start:1:deny=ENOSPC=*{name}/recipe.yaml*")
-    assert_one_line(refused, 2, "results_dir=DIR")
+    runs.assert_one_line(refused, 2, "results_dir=DIR")
     assert recipe.read_text() == before
-    again = runs.start(name, "load=latest")
-    assert again.returncode == 0, again.stderr
-    runs.assert_same_end(name, "whole")
+    runs.assert_goes_on(name)
 
 
 @pytest.fixture
@@ -120,35 +105,26 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 )
 def test_a_disk_that_is_full(runs: Any, small_disk: Path, event: str, left: int) -> None:
     name = str(small_disk / "run")
-    settings = [
-        f"results_dir={small_disk}",
-        "run_name=run",
-        "autoresume=true",
-        "checkpoints.every_steps=10",
-        "checkpoints.asynchronous=false",
-    ]  # so that the older one is gone before the disk is full
+    settings = [f"results_dir={small_disk}", "run_name=run", "checkpoints.every_steps=10"]
+    settings += ["checkpoints.asynchronous=false"]  # so that the older one is gone before the disk is full
     ended = runs.start(name, *settings, fault=f"{event}:full={small_disk}={left}")
-    assert_one_line(ended, 1, str(small_disk), "ake room")
+    runs.assert_one_line(ended, 1, str(small_disk), "ake room")
     assert_nothing_half_written(small_disk / "run")
-    still_full = runs.start(name, *settings)
-    assert_one_line(still_full, 2 if left < 4096 else 1, str(small_disk))
+    still_full = runs.start(name, "autoresume=true", *settings)
+    runs.assert_one_line(still_full, 2 if left < 4096 else 1, str(small_disk))
     (small_disk / "filler").unlink()
-    again = runs.start(name, *settings)
-    assert again.returncode == 0, again.stderr
-    runs.assert_same_end(name, "whole")
+    runs.assert_goes_on(name, *settings)
 
 
 @pytest.mark.exhaustive
 def test_a_disk_that_takes_no_more_files(runs: Any, small_disk: Path) -> None:
     name = str(small_disk / "run")
-    settings = [f"results_dir={small_disk}", "run_name=run", "autoresume=true", "checkpoints.every_steps=10"]
+    settings = [f"results_dir={small_disk}", "run_name=run", "checkpoints.every_steps=10"]
     ended = runs.start(name, *settings, fault=f"batch_end:35:files={small_disk}")
-    assert_one_line(ended, 1, str(small_disk), "ake room")
+    runs.assert_one_line(ended, 1, str(small_disk), "ake room")
     for path in small_disk.glob("filler*"):
         path.unlink()
-    again = runs.start(name, *settings)
-    assert again.returncode == 0, again.stderr
-    runs.assert_same_end(name, "whole")
+    runs.assert_goes_on(name, *settings)
 
 
 @pytest.mark.exhaustive
@@ -159,10 +135,10 @@ def test_results_on_another_file_system(runs: Any, small_disk: Path, tmp_path: P
         folder = runs.folder / "link to a disk"
         folder.symlink_to(small_disk)
     name = str(folder / "run")
-    settings = [f"results_dir={folder}", "run_name=run", "autoresume=true", "checkpoints.every_steps=10"]
+    settings = [f"results_dir={folder}", "run_name=run", "checkpoints.every_steps=10"]
     killed = runs.start(name, *settings, fault="batch_end:35:SIGKILL")
     assert killed.returncode == -9
-    again = runs.start(name, *settings)
+    again = runs.start(name, "autoresume=true", *settings)
     assert again.returncode == 0, again.stderr
     assert "continuing after epoch" in again.stdout
     runs.assert_same_end(name, "whole")

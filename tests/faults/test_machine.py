@@ -13,32 +13,18 @@ pytestmark = [pytest.mark.timeout(300), pytest.mark.slow, pytest.mark.xdist_grou
 only_in_all = pytest.mark.exhaustive
 
 
-def assert_goes_on(runs: Any, name: str, *settings: str) -> None:
-    again = runs.start(name, "autoresume=true", *settings)
-    assert again.returncode == 0, again.stderr
-    runs.assert_same_end(name, "whole")
-
-
-def assert_one_line(done: Any, status: int, *words: str) -> None:
-    assert done.returncode == status, done.stderr
-    (line,) = (line for line in done.stderr.splitlines() if line.startswith("run.py: "))
-    assert "Traceback" not in done.stderr
-    for word in words:
-        assert word in line, line
-
-
 def test_no_descriptor_is_left(runs: Any) -> None:
     ended = runs.start("descriptors", "checkpoints.every_steps=10", fault="batch_end:35:descriptors=0")
-    assert_one_line(ended, 1, "Too many open files", "ulimit -n")
+    runs.assert_one_line(ended, 1, "Too many open files", "ulimit -n")
     assert runs.step("descriptors") == 30
-    assert_goes_on(runs, "descriptors", "checkpoints.every_steps=10")
+    runs.assert_goes_on("descriptors", "checkpoints.every_steps=10")
 
 
 @pytest.mark.exhaustive
 def test_a_thread_of_the_loader_fails(runs: Any) -> None:
     ended = runs.start("decoder", "checkpoints.every_steps=10", fault="batch_end:25:decoder")
-    assert_one_line(ended, 1, "Input/output error")
-    assert_goes_on(runs, "decoder", "checkpoints.every_steps=10")
+    runs.assert_one_line(ended, 1, "Input/output error")
+    runs.assert_goes_on("decoder", "checkpoints.every_steps=10")
 
 
 @pytest.mark.exhaustive
@@ -47,10 +33,8 @@ def test_a_worker_of_the_torch_loader_is_killed(runs: Any) -> None:
     whole = runs.start("whole torch", *torch_loader)
     assert whole.returncode == 0, whole.stderr
     ended = runs.start("worker", *torch_loader, fault="batch_end:25:workers")
-    assert_one_line(ended, 1, "worker", "autoresume=true")
-    again = runs.start("worker", "autoresume=true", *torch_loader)
-    assert again.returncode == 0, again.stderr
-    runs.assert_same_end("worker", "whole torch")
+    runs.assert_one_line(ended, 1, "worker", "autoresume=true")
+    runs.assert_goes_on("worker", *torch_loader, as_one="whole torch")
 
 
 @pytest.fixture
@@ -67,17 +51,17 @@ def test_a_file_that_is_replaced_under_a_run_is_read_on(runs: Any, own_cache: Pa
     assert done.returncode == 0, done.stderr
     runs.assert_same_end("replaced", "whole")
     refused = runs.start("other data", f"data.cache_dir={own_cache}")  # whose description is of the file before
-    assert_one_line(refused, 2, str(train[0]))
+    runs.assert_one_line(refused, 2, str(train[0]))
 
 
 def test_a_file_that_is_cut_short_under_a_run(runs: Any, own_cache: Path) -> None:
     fault = f"batch_end:30:cut_off={own_cache}/*-train-*.beton=0.5"
     settings = ("checkpoints.every_steps=10", f"data.cache_dir={own_cache}")
     ended = runs.start("short", *settings, fault=fault)
-    assert_one_line(ended, 1, "was cut short while it was read", "resume")
+    runs.assert_one_line(ended, 1, "was cut short while it was read", "resume")
     refused = runs.start("short", "autoresume=true", *settings)
-    assert_one_line(refused, 2, ".beton")
-    assert_goes_on(runs, "short", "checkpoints.every_steps=10")  # with the whole file
+    runs.assert_one_line(refused, 2, ".beton")
+    runs.assert_goes_on("short", "checkpoints.every_steps=10")  # with the whole file
 
 
 @pytest.mark.exhaustive
@@ -123,7 +107,7 @@ def test_a_stop_at_any_moment(runs: Any, event: str, signal_name: str) -> None:
     stopped = runs.start(name, "autoresume=true", "checkpoints.every_steps=15", fault=f"{event}:{signal_name}")
     assert stopped.returncode == STATUS[signal_name], stopped.stderr
     assert "Traceback" not in stopped.stderr
-    assert_goes_on(runs, name, "checkpoints.every_steps=15")
+    runs.assert_goes_on(name, "checkpoints.every_steps=15")
     folder = runs.folder / name
     assert {path.name for path in folder.iterdir()} == {path.name for path in (runs.folder / "whole").iterdir()}
     assert not list((folder / "checkpoints").glob(".*"))

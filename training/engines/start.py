@@ -9,8 +9,8 @@ import torch
 from composer.utils import dist, get_device
 from torch import distributed
 
-from training.engines.loopback import join_ranks
 from training.engines.parallel import check_parallelism
+from training.loopback import join_ranks
 from training.plan import Place
 from training.recipe import Recipe
 

@@ -85,6 +85,15 @@ def test_silence_is_measured_by_change_and_not_by_clocks() -> None:
     assert silence.longer_than(5, now=200.0) == {2: "far"}
 
 
+def test_a_standstill_of_ones_own_is_no_silence_of_the_others() -> None:
+    silence = Silence()
+    silence.note({0: "here 0", 1: "there 7"}, now=100.0)
+    silence.leave_out(50, now=152.0)
+    assert silence.longer_than(5, now=152.0) == {}
+    silence.leave_out(50, now=153.0)  # never beyond the present
+    assert silence.longer_than(5, now=160.0) == {1: "there"}
+
+
 def test_only_a_lost_connection_is_called_one(monkeypatch: pytest.MonkeyPatch) -> None:
     closed = RuntimeError(
         "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.2]"
