@@ -11,6 +11,7 @@ from ranks import run_python
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.slow, pytest.mark.xdist_group("faults of commands")]
 only_in_all = pytest.mark.exhaustive
+WARM = "schedule.warmup_epochs=0"
 SCRIPT = "tests/faults/faulty_run.py"
 STATUS = {"SIGINT": 130, "SIGTERM": 143, "SIGKILL": -9}
 
@@ -84,7 +85,7 @@ def test_an_evaluation_that_is_stopped(runs: Any, tmp_path: Path, signal: str) -
 @pytest.mark.exhaustive
 def test_an_ablation_that_is_killed_goes_on(runs: Any, tmp_path: Path) -> None:
     def ablate(folder: str, fault: str = "batch_end:0:SIGTERM") -> Any:
-        common = runs.arguments("ablated", f"results_dir={tmp_path / folder}", "duration.epochs=1")
+        common = runs.arguments("ablated", f"results_dir={tmp_path / folder}", "duration.epochs=1", WARM)
         off = [f"algorithms.{one}=null" for one in ("blurpool", "channels_last", "label_smoothing", "sam")]
         return command("training.ablate", "--seeds", "1", "--equal", "epochs", *common, *off, fault=fault)
 
