@@ -62,6 +62,11 @@ def full(state: Any, folder: str, left: str) -> None:
         file.write(bytes(max(0, free.f_bavail * free.f_frsize - int(left))))
 
 
+def largest(state: Any, size: str) -> None:
+    """No file can grow beyond so many bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(size), resource.RLIM_INFINITY))
+
+
 def files(state: Any, folder: str) -> None:
     """The folder's file system takes no more files."""
     with contextlib.suppress(OSError):
@@ -132,8 +137,8 @@ def decoder(state: Any) -> None:
 
 FAULTS: dict[str, Callable[..., None]] = {
     one.__name__: one for one in (
-        hang, pause, nan, deny, full, files, descriptors, clock, replaced, cut_off, launcher, cable, workers, ports,
-        decoder,
+        hang, pause, nan, deny, full, largest, files, descriptors, clock, replaced, cut_off, launcher, cable, workers,
+        ports, decoder,
     )
 }  # fmt: skip
 

@@ -13,6 +13,7 @@ pytestmark = [pytest.mark.timeout(300), pytest.mark.slow, pytest.mark.xdist_grou
 only_in_all = pytest.mark.exhaustive
 
 
+@pytest.mark.exhaustive
 def test_no_descriptor_is_left(runs: Any) -> None:
     ended = runs.start("descriptors", "checkpoints.every_steps=10", fault="batch_end:35:descriptors=0")
     runs.assert_one_line(ended, 1, "Too many open files", "ulimit -n")
@@ -54,6 +55,7 @@ def test_a_file_that_is_replaced_under_a_run_is_read_on(runs: Any, own_cache: Pa
     runs.assert_one_line(refused, 2, str(train[0]))
 
 
+@pytest.mark.exhaustive
 def test_a_file_that_is_cut_short_under_a_run(runs: Any, own_cache: Path) -> None:
     fault = f"batch_end:30:cut_off={own_cache}/*-train-*.beton=0.5"
     settings = ("checkpoints.every_steps=10", f"data.cache_dir={own_cache}")
