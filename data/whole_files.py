@@ -29,7 +29,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     file = _locked(path)
     beside = Path(file.name)
     try:
-        with file, _named(path):
+        with _named(path), file:  # closing what could not be flushed fails once more
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _PAUSE_FOR_RANK_0_SECONDS = 10.0
 _HOW_THREADS_WAIT = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 _SPINS = "30000"
+_DEAD_WORKER = "DataLoader worker (pid"  # torch raises it wherever the main thread is
 
 _DESCRIPTION = """\
 Train an image classifier from a recipe: one YAML file that names the model, the data, the speed-ups, the optimizer and
@@ -109,7 +110,7 @@ def _run(options: argparse.Namespace) -> int:
         logging.getLogger(__name__).debug("raised here", exc_info=True)
         return _complain(f"{_described(error)} (logging.level=debug shows where)", status=1)
     except RuntimeError as error:
-        return _lost_rank(error)
+        return _lost_worker(error) if _DEAD_WORKER in str(error) else _lost_rank(error)
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and error.name == "composer":
             return _complain(describe_missing(error))
@@ -228,7 +229,21 @@ def _described(error: Exception) -> str:
             f"{error.filename or 'a file'} cannot be written: {error.strerror}. Make room or change what is in the "
             "way, and the same command with autoresume=true goes on from the last checkpoint"
         )
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        return (
+            f"{error.filename or 'a file'} cannot be opened: {error.strerror}. Raise the limit (ulimit -n 65536), "
+            "and the same command with autoresume=true goes on from the last checkpoint"
+        )
     return str(error)
+
+
+def _lost_worker(error: RuntimeError) -> int:
+    logging.getLogger(__name__).debug("raised here", exc_info=True)
+    return _complain(
+        f"{' '.join(str(error).split())} If memory is short, give fewer with data.train.num_workers=N, or none with "
+        "data.train.loader=ffcv; the same command with autoresume=true goes on from the last checkpoint",
+        status=1,
+    )
 
 
 def _lost_rank(error: RuntimeError) -> int:

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 
 from training.composer_shim import describe_missing, quiet_composer
 
+_JOIN_TIMEOUT_SECONDS = 1800.0  # torch's own for gloo
+
 
 def add_judging_options(parser: argparse.ArgumentParser) -> None:
     """The options of the commands that ask a network for its answers."""
@@ -61,12 +63,14 @@ def joined_ranks(world_size: int, device: str) -> Iterator[None]:
         return
     import torch
 
+    from training.loopback import join_ranks  # imports torch
+
     if "OMP_NUM_THREADS" not in os.environ:
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    torch.distributed.init_process_group("gloo")
+    join_ranks("gloo", timeout_seconds=_JOIN_TIMEOUT_SECONDS)
     try:
         yield
     finally:

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from composer.utils import dist
 
+from data.whole_files import replace_file
 from training.build import build_loaders, build_test_loader
 from training.checkpoints.choosing import choose_checkpoint
 from training.engines.composer import evaluate_composer, train_composer
@@ -219,8 +220,8 @@ def _prepare_run_dir(recipe: Recipe, say: Callable[[str], None]) -> str | None:
                 kept = next(p for n in range(1, 10**6) if not (p := run_dir.with_name(f"{run_dir.name}.{n}")).exists())
                 run_dir.rename(kept)
                 say(f"{run_dir} was there already; it is kept as {kept}")
-            run_dir.mkdir(parents=True, exist_ok=True)
-            (run_dir / "recipe.yaml").write_text(yaml.safe_dump(recipe.settings, sort_keys=False))
+            text = yaml.safe_dump(recipe.settings, sort_keys=False)
+            replace_file(run_dir / "recipe.yaml", lambda file: file.write(text.encode()))
         except OSError as error:
             raise RecipeError("results_dir", _not_writable(run_dir, error)) from None
     dist.barrier()

@@ -216,3 +216,18 @@ def test_a_whole_file_or_none(tmp_path: Path):
     other.write_bytes(b"of another file")
     assert remove_abandoned(path) == [abandoned]
     assert sorted(tmp_path.iterdir()) == sorted([path, other])
+
+
+def test_what_cannot_be_flushed_names_its_file(tmp_path: Path) -> None:
+    """As on a full disk, where closing the file fails once more."""
+    path = tmp_path / "a.beton"
+
+    def write_to_nothing() -> None:
+        with whole_file(path) as file:
+            file.write(b"more")
+            os.close(file.fileno())
+
+    with pytest.raises(OSError, match="Bad file descriptor") as told:
+        write_to_nothing()
+    assert told.value.filename == str(path)
+    assert not list(tmp_path.iterdir())

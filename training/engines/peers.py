@@ -3,7 +3,7 @@
 A process that dies closes its connections, and the ranks that wait for it get an error at once, which
 `describe_lost_rank` explains. A machine that drops off the network closes nothing, and a collective waits for it for
 many minutes. So every rank writes a heartbeat to the run's key-value store every few seconds, and ends when another
-rank's heartbeat has not changed for too long.
+rank's heartbeat has not changed for too long. A silent rank that is stopped, on the same machine, is killed.
 """
 
 from __future__ import annotations
@@ -14,16 +14,19 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import timedelta
-from typing import Any
 
 from composer.utils import dist
 from torch import distributed
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.distributed_c10d import PrefixStore
 
+from training.engines.neighbors import Neighbors
+
 _BEAT_SECONDS = 2.0
+_LOOK_SECONDS = 0.5
+_STANDSTILL_SECONDS = 1.0  # a longer pause of this process's own is no silence of the others
 _DONE = "done"
 _CONTINUE = "the same command with autoresume=true goes on from the last checkpoint"
 # Messages of gloo, NCCL and torch's store for a lost connection; their exceptions are plain RuntimeErrors.
@@ -54,21 +57,22 @@ def describe_lost_rank(error: BaseException) -> str | None:
 class PeerWatch:
     """While open, ends this process with status 1 once a rank has sent no heartbeat for `timeout_seconds`.
 
-    Does nothing in a run of one process. `end` is called with the message; it does not return.
+    Silent ranks of this machine that are stopped are killed. The time for which this process was stopped itself does
+    not count. Does nothing in a run of one process.
     """
 
-    def __init__(self, *, timeout_seconds: float, end: Callable[[str], Any] | None = None) -> None:
+    def __init__(self, *, timeout_seconds: float) -> None:
         self._timeout_seconds = timeout_seconds
-        self._end = end or _end_process
         self._closed = threading.Event()
         self._silence = Silence()
+        self._neighbors = Neighbors()
 
     def __enter__(self) -> PeerWatch:
         if dist.get_world_size() == 1:
             return self
         self._store = _connect(self._timeout_seconds)
         self._beat(0)
-        dist.barrier()  # every rank has written once, so that no read waits for a key
+        self._neighbors.meet()  # every rank has written once by then, so that no read waits for a key
         self._silence.note(self._read(), time.monotonic())
         # Two threads: the one that talks to the store may hang in a call that never returns.
         for loop in (self._keep_beating, self._keep_watching):
@@ -80,6 +84,7 @@ class PeerWatch:
         if dist.get_world_size() > 1:
             with contextlib.suppress(Exception):  # rank 0, which hosts the store, may have ended already
                 self._store.set(_key(dist.get_global_rank()), f"{socket.gethostname()} {_DONE}")
+        self._neighbors.part()
 
     def _keep_beating(self) -> None:
         count = 0
@@ -92,14 +97,26 @@ class PeerWatch:
                 continue
 
     def _keep_watching(self) -> None:
-        while not self._closed.wait(0.5):
-            silent = self._silence.longer_than(self._timeout_seconds, time.monotonic())
+        looked = time.monotonic()
+        while not self._closed.wait(_LOOK_SECONDS):
+            now = time.monotonic()
+            if now - looked > _LOOK_SECONDS + _STANDSTILL_SECONDS:
+                self._silence.leave_out(now - looked, now)
+            looked = now
+            silent = self._silence.longer_than(self._timeout_seconds, now)
             if silent and not self._closed.is_set():
-                names = ", ".join(f"{rank} ({host})" for rank, host in silent.items())
-                self._end(
-                    f"rank {dist.get_global_rank()} has heard nothing from rank {names} for "
-                    f"{self._timeout_seconds:g} s: its process, its machine or the network is gone; {_CONTINUE}"
-                )
+                self._give_up(silent)
+
+    def _give_up(self, silent: Mapping[int, str]) -> None:
+        names = ", ".join(f"{rank} ({host})" for rank, host in silent.items())
+        print(
+            f"run.py: rank {dist.get_global_rank()} has heard nothing from rank {names} for {self._timeout_seconds:g} "
+            f"s: its process, its machine or the network is gone; {_CONTINUE}",
+            file=sys.stderr,
+            flush=True,
+        )
+        self._neighbors.kill_stopped(silent)
+        os._exit(1)  # the main thread waits inside a library, where no exception reaches it
 
     def _beat(self, count: int) -> None:
         self._store.set(_key(dist.get_global_rank()), f"{socket.gethostname()} {count}")
@@ -121,6 +138,11 @@ class Silence:
         for rank, beat in beats.items():
             if self._heard.get(rank, ("", 0.0))[0] != beat:
                 self._heard[rank] = (beat, now)
+
+    def leave_out(self, seconds: float, now: float) -> None:
+        """Count the `seconds` before `now` as no silence of anyone: this rank has not listened."""
+        for rank, (beat, heard) in list(self._heard.items()):
+            self._heard[rank] = (beat, min(heard + seconds, now))
 
     def longer_than(self, seconds: float, now: float) -> dict[int, str]:
         """The ranks that have been silent for longer, with their hosts; excludes this rank and those that are done."""
@@ -146,8 +168,3 @@ def _connect(timeout_seconds: float) -> PrefixStore:
 
 def _key(rank: int) -> str:
     return f"rank{rank}"
-
-
-def _end_process(text: str) -> None:
-    print(f"run.py: {text}", file=sys.stderr, flush=True)
-    os._exit(1)  # the main thread waits inside a library, where no exception reaches it

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from training.engines.ranks import local_ranks
+from training.loopback import join_ranks
 
 _BUCKET_BYTES = 25_000_000  # DDP's
 _ROUNDS = 5
@@ -42,7 +43,7 @@ def _measure(num_parameters: int, on_gpu: bool, answer: Path) -> int:
     rank = int(os.environ["RANK"])
     if on_gpu:
         torch.cuda.set_device(rank)
-    distributed.init_process_group("nccl" if on_gpu else "gloo")
+    join_ranks("nccl" if on_gpu else "gloo", timeout_seconds=_TIMEOUT_SECONDS)
     left, buckets = num_parameters, []
     while left > 0:
         buckets.append(torch.zeros(min(left, _BUCKET_BYTES // 4), device="cuda" if on_gpu else "cpu"))
