@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import shutil
 import subprocess
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hostile import many_scans
 from PIL import Image
 from torchvision.transforms.v2 import functional
 
@@ -21,6 +23,7 @@ from data.decoding.crops import center_crops, random_resized_crops
 from data.decoding.decode import Decoder, make_decoder
 from data.decoding.native_decode import NativeDecoder
 from data.sources import ArraySource
+from data.sources.image_file import MOST_PIXELS, MOST_SCANS
 
 pytestmark = pytest.mark.timeout(120)
 NATIVE = Path(__file__).parents[3] / "data" / "decoding" / "native"
@@ -42,6 +45,7 @@ class Stored:
 
     def __init__(self, images: list[bytes | np.ndarray], sizes: list[tuple[int, int]] | None = None) -> None:
         self.path = Path("stored.beton")
+        self.sums: np.ndarray | None = None
         self._is_jpeg = np.array([isinstance(image, bytes) for image in images])
         self._bytes = [
             np.frombuffer(i, dtype=np.uint8).copy() if isinstance(i, bytes) else np.ascontiguousarray(i).reshape(-1)
@@ -61,6 +65,9 @@ class Stored:
 
     def is_jpeg(self, index: Any) -> Any:
         return self._is_jpeg[index]
+
+    def checksums(self, indices: np.ndarray) -> np.ndarray | None:
+        return None if self.sums is None else self.sums[indices]
 
     def decode(self, decoder: Decoder, crops: Any, *, side: int, exact: bool = True) -> np.ndarray:
         out = np.full((len(crops), side, side, 3), 77, dtype=np.uint8)
@@ -229,11 +236,37 @@ def test_damaged_jpegs_are_errors(name: str, damage: Callable[[bytes], bytes]):
         (WHOLE, (64, 48), (0, 0, 0, 48, 0), "crop does not lie within it"),
         (lambda: np.zeros((5, 5, 3), np.uint8), (5, 6), (0, 0, 5, 5, 0), "bytes are not as many as its pixels need"),
         (WHOLE, (1 << 20, 1 << 20), (0, 0, 64, 48, 0), "size is outside of what is decoded"),
+        (WHOLE, (1, MOST_PIXELS + 1), (0, 0, 1, 48, 0), "size is outside of what is decoded"),
+        (WHOLE, (1, MOST_PIXELS), (0, 0, 1, 48, 0), "of another size than the file says"),
     ],
 )
 def test_sizes_that_do_not_fit_are_errors(image: Any, size: tuple[int, int], crop: Any, message: str):
     with pytest.raises(ValueError, match=message):
         Stored([image()], sizes=[size]).decode(NativeDecoder(), [crop], side=16)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_bytes_are_compared_with_zlibs_checksum(plain: bool):
+    """Of every length around those that vector instructions take at a time."""
+    decoder, random = NativeDecoder(plain=plain), np.random.default_rng(0)
+    for pixels in (*range(1, 100), 4096, 65_537):
+        stored = Stored([random.integers(0, 256, (1, pixels, 3), dtype=np.uint8)])
+        stored.sums = np.array([zlib.crc32(stored.image_bytes(0).tobytes())], dtype=np.uint32)
+        stored.decode(decoder, [(0, 0, 1, pixels, 0)], side=1)
+        stored.image_bytes(0)[int(random.integers(3 * pixels))] ^= 1 << int(random.integers(8))
+        with pytest.raises(ValueError, match="not those that were written, by their checksum"):
+            stored.decode(decoder, [(0, 0, 1, pixels, 0)], side=1)
+
+
+def test_more_scans_than_any_encoder_makes_are_an_error():
+    size = (0, 0, 64, 64, 0)
+    for scans, decodes in ((MOST_SCANS, True), (MOST_SCANS + 1, False), (883, False)):
+        stored = Stored([many_scans(scans)])
+        if decodes:
+            assert (stored.decode(NativeDecoder(), [size], side=16) == 128).all()
+        else:
+            with pytest.raises(ValueError, match="it has more scans than any encoder makes"):
+                stored.decode(NativeDecoder(), [size], side=16)
 
 
 def test_a_cmyk_jpeg_is_an_error():
