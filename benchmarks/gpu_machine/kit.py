@@ -301,7 +301,7 @@ def repeat_entries(path: Path, out: Path, *, times: int) -> None:
     frame = read_frame(out)
     about = {**beton.sidecar, "num_samples": len(rows), "bytes": frame.num_bytes, "checksum": frame.checksum}
     about["class_counts"] = np.bincount(frame.labels, minlength=len(beton.class_names)).tolist()
-    about["image_checksums"] = pack_checksums([zlib.crc32(data) for data in stored] * times)
+    about["image_checksums"] = pack_checksums([zlib.crc32(data.data) for data in stored] * times)
     sidecar_path(out).write_text(json.dumps(about))
 
 

@@ -43,6 +43,7 @@ PAGE_BYTES = 8 << 20
 MAX_SIDE_PX = 65_535
 MODES = {"jpg": 0, "raw": 1}
 SIDECAR_VERSION = 1
+_MOST_CLASSES = 1_000_000  # of a file without a sidecar, where a damaged label would ask for as many names
 _CONVERT = f"{__name__.partition('.beton.')[0]}.convert"  # the command that writes one
 _IMAGENET_MEAN = (123.675, 116.28, 103.53)
 _IMAGENET_STD = (58.395, 57.12, 57.375)
@@ -225,8 +226,8 @@ def _refuse_huge(path: Path, images: np.ndarray, pixels: np.ndarray) -> None:
         index = int((pixels > MOST_PIXELS).argmax())
         raise ValueError(
             f"{path} cannot be used: its image {index} is of {images['height'][index]}x{images['width'][index]} px, "
-            f"and an image may have {MOST_PIXELS:,} pixels; make it smaller, or leave it out: python -m {_CONVERT} SOURCE "
-            f"{path} --max-side 500"
+            f"and an image may have {MOST_PIXELS:,} pixels; convert the images again, without it or smaller: python -m "
+            f"{_CONVERT} SOURCE {path} --max-side 500"
         )
 
 
@@ -236,6 +237,8 @@ def _checked_sidecar(path: Path, frame: Frame) -> dict[str, Any] | None:
         sidecar = json.loads(beside.read_text(encoding="utf-8"))
         expected = {"bytes": frame.num_bytes, "checksum": frame.checksum, "num_samples": len(frame.labels)}
         wrong = [k for k, v in expected.items() if sidecar[k] != v]
+        if not all(isinstance(name, str) for name in sidecar["class_names"]):
+            wrong.append("class_names")
         highest = len(sidecar["class_names"]) - 1
         if sidecar["format_version"] != SIDECAR_VERSION:
             wrong.append("format_version")
@@ -246,14 +249,21 @@ def _checked_sidecar(path: Path, frame: Frame) -> dict[str, Any] | None:
             wrong.append("image_checksums")
         wrong += [key for key in ("mean", "std") if not _is_color(sidecar[key], least=0 if key == "mean" else 1e-9)]
     except FileNotFoundError:
-        if frame.labels.min() < 0:
-            raise _broken(path, f"it has negative labels, down to {frame.labels.min()}") from None
-        return None
-    except (ValueError, KeyError, TypeError) as error:
-        raise _broken(path, f"its description {beside} cannot be read ({error!r})") from error
+        return _refuse_labels(path, frame.labels)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = " ".join(repr(error).split())[:200]
+        raise _broken(path, f"its description {beside} cannot be read ({reason})") from error
     if wrong:
         raise _broken(path, f"it is not the file that {beside} describes; they differ in: {', '.join(wrong)}")
     return sidecar
+
+
+def _refuse_labels(path: Path, labels: np.ndarray) -> None:
+    """Of a file without a sidecar."""
+    if labels.min() < 0:
+        raise _broken(path, f"it has negative labels, down to {labels.min()}") from None
+    if labels.max() >= _MOST_CLASSES:
+        raise _broken(path, f"it has the label {labels.max()}, and {_MOST_CLASSES:,} classes are the most") from None
 
 
 def _unpack_checksums(packed: str | None) -> np.ndarray | None:

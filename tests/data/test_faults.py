@@ -113,7 +113,7 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "zeros in the table": (becomes(lambda whole: whole[:-720] + bytes(720)), "does not lead to its bytes"),
     "an image inside": (damaged_image, "image 3 of"),
     "one bit of an image": (one_bit_of_an_image, "image 3 of"),
-    "a huge image": (huge_image, "its image 0 is of 65500x65500 px, and an image may have 89,478,485 pixels; make it"),
+    "a huge image": (huge_image, "its image 0 is of 65500x65500 px, and an image may have 89,478,485 pixels; convert"),
     "another label": (becomes(lambda whole: whole[:2122] + b"\x02" + whole[2123:]), "they differ in: checksum"),
     "sidecar of another file": (sidecar(checksum=1), "they differ in: checksum"),
     "sidecar with fewer classes": (sidecar(class_names=["a", "b"]), "they differ in: class_names"),
