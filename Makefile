@@ -11,7 +11,7 @@ endif
 VENV := .venv$(if $(filter newest,$(STACK)),,-$(STACK))
 PY := $(VENV)/bin/python
 
-.PHONY: help setup demo test test-fast test-quarter test-stacks faults soak lint format docs table composition lock clean
+.PHONY: help setup demo test test-fast test-quarter test-stacks faults fuzz soak lint format docs table composition lock clean
 .DEFAULT_GOAL := help
 
 help:
@@ -43,6 +43,11 @@ test-quarter: setup
 # the outcomes in results/faults.md.
 faults: setup
 	@$(PYTEST) --exhaustive --table results/faults.md tests/faults $(ARGS)
+
+# Hostile recipes, data files, images and checkpoints, many of each (about ten minutes); a table of what came out in
+# results/fuzz.md.
+fuzz: setup
+	@$(PY) -m pytest --numprocesses 2 --dist loadgroup --exhaustive --table results/fuzz.md tests/fuzz $(ARGS)
 
 # Whether anything grows over 300 epochs and 200 early stops of each loader (some 5 minutes).
 soak: setup

@@ -80,7 +80,7 @@ def verify(beton: Beton, *, num_workers: int = 2) -> str:
     damaged = [index for found in PrefetchIterator(tasks, num_workers=num_workers) for index in found]
     if damaged:
         some = ", ".join(map(str, damaged[:10])) + (" ..." if len(damaged) > 10 else "")
-        raise ValueError(f"{len(damaged)} images of {beton.path} cannot be decoded: {some}; convert the images again")
+        raise ValueError(f"{len(damaged)} images of {beton.path} are damaged: {some}; convert the images again")
     expected = beton.sidecar.get("images_checksum")
     if expected is None:
         return f"all {len(beton):,} images decode; there is no checksum to compare them with"

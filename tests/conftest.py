@@ -26,11 +26,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """The table of `make faults`."""
+    """The table of `make faults` and `make fuzz`."""
     path: Path | None = config.getoption("--table")
     if path is None or hasattr(config, "workerinput"):
         return
-    rows, seconds = {}, {}
+    rows, seconds, noted = {}, {}, {}
     for outcome, reports in terminalreporter.stats.items():
         for report in reports:
             if outcome in ("passed", "failed", "error", "skipped", "xfailed", "xpassed"):
@@ -38,9 +38,15 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
                 if report.when == "call" or outcome != "passed":
                     rows[name] = outcome
                 seconds[name] = seconds.get(name, 0.0) + report.duration
-    lines = [f"| {name} | {outcome} | {seconds[name]:.1f} |" for name, outcome in sorted(rows.items())]
+                noted.update((name, told) for key, told in report.user_properties if key == "outcomes")
+    lines = [
+        f"| {name} | {outcome} | {seconds[name]:.1f} |{f' {noted.get(name, str())} |' if noted else ''}"
+        for name, outcome in sorted(rows.items())
+    ]
     counts = ", ".join(f"{list(rows.values()).count(one)} {one}" for one in sorted(set(rows.values())))
-    text = "\n".join([f"{len(rows)} cases: {counts}", "", "| case | outcome | seconds |", "|---|---|---|", *lines, ""])
+    head = ["| case | outcome | seconds | examples, by what came out |", "|---|---|---|---|"]
+    head = head if noted else ["| case | outcome | seconds |", "|---|---|---|"]
+    text = "\n".join([f"{len(rows)} cases: {counts}", "", *head, *lines, ""])
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
 

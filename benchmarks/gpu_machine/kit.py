@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -270,7 +271,16 @@ def repeat_entries(path: Path, out: Path, *, times: int) -> None:
     """
     import numpy as np
 
-    from data.beton.format import ALLOCATION, FIELD, HEADER, Beton, _metadata_row, read_frame, sidecar_path
+    from data.beton.format import (
+        ALLOCATION,
+        FIELD,
+        HEADER,
+        Beton,
+        _metadata_row,
+        pack_checksums,
+        read_frame,
+        sidecar_path,
+    )
 
     beton, raw = Beton(path), path.read_bytes()
     header = np.frombuffer(raw, HEADER, 1).copy()
@@ -291,6 +301,7 @@ def repeat_entries(path: Path, out: Path, *, times: int) -> None:
     frame = read_frame(out)
     about = {**beton.sidecar, "num_samples": len(rows), "bytes": frame.num_bytes, "checksum": frame.checksum}
     about["class_counts"] = np.bincount(frame.labels, minlength=len(beton.class_names)).tolist()
+    about["image_checksums"] = pack_checksums([zlib.crc32(data.data) for data in stored] * times)
     sidecar_path(out).write_text(json.dumps(about))
 
 

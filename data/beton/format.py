@@ -7,13 +7,17 @@ allocation table at the end. `<file>.json`, the sidecar, stores what the format 
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from ..sources.image_file import MOST_PIXELS
 
 # Little-endian and packed as in FFCV 1.0 (its types.py, fields/basics.py and fields/rgb_image.py).
 HEADER = np.dtype(
@@ -39,6 +43,7 @@ PAGE_BYTES = 8 << 20
 MAX_SIDE_PX = 65_535
 MODES = {"jpg": 0, "raw": 1}
 SIDECAR_VERSION = 1
+_MOST_CLASSES = 1_000_000  # of a file without a sidecar, where a damaged label would ask for as many names
 _CONVERT = f"{__name__.partition('.beton.')[0]}.convert"  # the command that writes one
 _IMAGENET_MEAN = (123.675, 116.28, 103.53)
 _IMAGENET_STD = (58.395, 57.12, 57.375)
@@ -82,6 +87,7 @@ class Beton:
         sidecar = _checked_sidecar(self.path, frame)
         self.described = sidecar is not None
         self.sidecar: dict[str, Any] = sidecar or {}
+        self._checksums = _unpack_checksums(self.sidecar.get("image_checksums"))
         names = self.sidecar.get("class_names") or [str(i) for i in range(int(self.labels.max()) + 1)]
         self.class_names: tuple[str, ...] = tuple(names)
         self.mean: tuple[float, float, float] = tuple(self.sidecar.get("mean", _IMAGENET_MEAN))
@@ -119,6 +125,10 @@ class Beton:
         """Whether the stored bytes are a JPEG file; otherwise they are pixels, [height, width, 3] RGB."""
         return self._modes[index] == MODES["jpg"]
 
+    def checksums(self, indices: np.ndarray) -> np.ndarray | None:
+        """uint32 [B]: CRC-32 of each image's bytes as they were written; None if the sidecar does not have them."""
+        return None if self._checksums is None else self._checksums[indices]
+
 
 def sidecar_path(path: str | Path) -> Path:
     """Path of a .beton file's sidecar."""
@@ -128,6 +138,11 @@ def sidecar_path(path: str | Path) -> Path:
 def report_path(path: str | Path) -> Path:
     """Path of the list of images that the conversion left out; exists only if there are any."""
     return Path(f"{path}.report.txt")
+
+
+def pack_checksums(checksums: Sequence[int]) -> str:
+    """CRC-32 of each image's bytes, as the sidecar holds them."""
+    return base64.b64encode(np.array(checksums, dtype="<u4").tobytes()).decode("ascii")
 
 
 class Frame(NamedTuple):
@@ -202,7 +217,18 @@ def _image_sizes(path: Path, images: np.ndarray, table: np.ndarray, pages_start:
     if bad.any():
         index = int(bad.argmax())
         raise _broken(path, f"the entry of image {index} does not lead to its bytes")
+    _refuse_huge(path, images, pixels // 3)
     return sizes
+
+
+def _refuse_huge(path: Path, images: np.ndarray, pixels: np.ndarray) -> None:
+    if (pixels > MOST_PIXELS).any():
+        index = int((pixels > MOST_PIXELS).argmax())
+        raise ValueError(
+            f"{path} cannot be used: its image {index} is of {images['height'][index]}x{images['width'][index]} px, "
+            f"and an image may have {MOST_PIXELS:,} pixels; convert the images again, without it or smaller: python -m "
+            f"{_CONVERT} SOURCE {path} --max-side 500"
+        )
 
 
 def _checked_sidecar(path: Path, frame: Frame) -> dict[str, Any] | None:
@@ -211,21 +237,38 @@ def _checked_sidecar(path: Path, frame: Frame) -> dict[str, Any] | None:
         sidecar = json.loads(beside.read_text(encoding="utf-8"))
         expected = {"bytes": frame.num_bytes, "checksum": frame.checksum, "num_samples": len(frame.labels)}
         wrong = [k for k, v in expected.items() if sidecar[k] != v]
+        if not all(isinstance(name, str) for name in sidecar["class_names"]):
+            wrong.append("class_names")
         highest = len(sidecar["class_names"]) - 1
         if sidecar["format_version"] != SIDECAR_VERSION:
             wrong.append("format_version")
         if frame.labels.min() < 0 or frame.labels.max() > highest:
             wrong.append("class_names")
+        checksums = _unpack_checksums(sidecar.get("image_checksums"))
+        if checksums is not None and len(checksums) != len(frame.labels):
+            wrong.append("image_checksums")
         wrong += [key for key in ("mean", "std") if not _is_color(sidecar[key], least=0 if key == "mean" else 1e-9)]
     except FileNotFoundError:
-        if frame.labels.min() < 0:
-            raise _broken(path, f"it has negative labels, down to {frame.labels.min()}") from None
-        return None
-    except (ValueError, KeyError, TypeError) as error:
-        raise _broken(path, f"its description {beside} cannot be read ({error!r})") from error
+        return _refuse_labels(path, frame.labels)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = " ".join(repr(error).split())[:200]
+        raise _broken(path, f"its description {beside} cannot be read ({reason})") from error
     if wrong:
         raise _broken(path, f"it is not the file that {beside} describes; they differ in: {', '.join(wrong)}")
     return sidecar
+
+
+def _refuse_labels(path: Path, labels: np.ndarray) -> None:
+    """Of a file without a sidecar."""
+    if labels.min() < 0:
+        raise _broken(path, f"it has negative labels, down to {labels.min()}") from None
+    if labels.max() >= _MOST_CLASSES:
+        raise _broken(path, f"it has the label {labels.max()}, and {_MOST_CLASSES:,} classes are the most") from None
+
+
+def _unpack_checksums(packed: str | None) -> np.ndarray | None:
+    """Sidecars from before 2026-11-29 have none."""
+    return None if packed is None else np.frombuffer(base64.b64decode(packed, validate=True), dtype="<u4")
 
 
 def _is_color(values: Any, *, least: float) -> bool:

@@ -46,6 +46,7 @@ from .format import (
     PAGE_BYTES,
     SIDECAR_VERSION,
     VERSION,
+    pack_checksums,
     read_frame,
     report_path,
     sidecar_path,
@@ -136,6 +137,7 @@ def write_beton(
             "bytes": frame.num_bytes,
             "checksum": frame.checksum,
             "images_checksum": written.images_checksum,
+            "image_checksums": pack_checksums(written.checksums),
         }
         # Write these before the file itself, so that a process that waits for the file finds all three.
         _write_report(report_path(path), written.left_out)
@@ -174,6 +176,7 @@ class _Written:
     left_out: list[_LeftOut] = field(default_factory=list)
     sums: list[np.ndarray] = field(default_factory=list)
     images_checksum: int = 0
+    checksums: list[int] = field(default_factory=list)
 
 
 def _check(
@@ -297,6 +300,9 @@ class _OneJpeg:
     def is_jpeg(self, index: int | np.ndarray) -> np.ndarray:
         return np.ones_like(index, dtype=bool)
 
+    def checksums(self, indices: np.ndarray) -> None:
+        return None
+
 
 def _store(
     pixels: np.ndarray,
@@ -359,6 +365,7 @@ def _write_file(file: BinaryIO, encoded: Iterable[_Encoded | _LeftOut], source: 
         written.stored[item.how] += 1
         written.converted.update(item.converted)
         written.images_checksum = zlib.crc32(item.stored, written.images_checksum)
+        written.checksums.append(zlib.crc32(item.stored))
         if item.sums is not None:
             written.sums.append(item.sums)
     _refuse_empty_classes(source, rows[:count]["f1"], written.left_out)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import zlib
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -49,6 +50,7 @@ class LibffcvDecoder:
         self, images: StoredImages, indices: np.ndarray, crops: np.ndarray, out: np.ndarray, *, exact: bool
     ) -> None:
         """See `data.decoding.decode.Decoder`. A reduced JPEG's crop is off by up to half a pixel of the result."""
+        _check_sums(images, indices)
         for destination, index, crop in zip(out, indices.tolist(), crops.tolist(), strict=True):
             _decode_image(images, index, crop, destination, exact=exact)
 
@@ -83,6 +85,15 @@ def _decode_image(images: StoredImages, index: int, crop: list[int], destination
         cv2.resize(cut, (size, size), dst=destination, interpolation=cv2.INTER_LINEAR)
     if flip:
         destination[:] = destination[:, ::-1].copy()
+
+
+def _check_sums(images: StoredImages, indices: np.ndarray) -> None:
+    checksums = images.checksums(indices)
+    if checksums is None:
+        return
+    for index, checksum in zip(indices.tolist(), checksums.tolist(), strict=True):
+        if zlib.crc32(images.image_bytes(index).data) != checksum:
+            raise damaged_image(images.path, index, "its bytes are not those that were written, by their checksum")
 
 
 def _check_header(images: StoredImages, index: int, stored: np.ndarray) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from .stored import StoredImages, damaged_image
 
-_VERSION = 1  # of the functions in data/decoding/native/decode.cpp
+_VERSION = 2  # of the functions in data/decoding/native/decode.cpp
 _MESSAGE_BYTES = 256
 _EXTENSION = f"{__package__}._native_decode"
 # As `struct Request` in data/decoding/native/decode.cpp.
@@ -23,6 +23,8 @@ _REQUEST = np.dtype(
         ("height", np.int32),
         ("width", np.int32),
         ("crop", np.int32, 5),
+        ("has_checksum", np.int32),
+        ("checksum", np.uint32),
     ],
     align=True,
 )
@@ -61,6 +63,9 @@ class NativeDecoder:
         requests["is_jpeg"] = images.is_jpeg(indices)
         requests["height"], requests["width"] = images.heights[indices], images.widths[indices]
         requests["crop"] = crops
+        checksums = images.checksums(indices)
+        if checksums is not None:
+            requests["has_checksum"], requests["checksum"] = True, checksums
         message = ctypes.create_string_buffer(_MESSAGE_BYTES)
         failed = self._library.brisk_decode_batch(
             *(requests.ctypes.data, len(requests), out.shape[1], exact, self._plain),

@@ -34,6 +34,10 @@ class StoredImages(Protocol):
         """Whether each is a JPEG: bool of the shape of `index`."""
         ...
 
+    def checksums(self, indices: np.ndarray) -> np.ndarray | None:
+        """CRC-32 of each one's bytes as they were written: uint32 [B]; None where that is not known."""
+        ...
+
 
 def damaged_image(path: Path, index: int, reason: str) -> ValueError:
     """The error for an image whose bytes do not decode to what the file's frame says."""

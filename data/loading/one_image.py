@@ -13,7 +13,7 @@ def read_image(data: bytes) -> np.ndarray:
     """The contents of an image file as RGB, uint8 [height, width, 3], upright.
 
     Raises:
-        UnusableImage: not an image, a damaged one, or one with more pixels than Pillow deems safe.
+        UnusableImage: not an image, a damaged one, or one that costs too much to decode; see `open_image`.
     """
     return rgb_pixels(open_image(data))
 

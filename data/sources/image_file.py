@@ -16,8 +16,15 @@ if TYPE_CHECKING:
 
 # Pillow reads more formats, but starts other programs for some (EPS).
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+# Pillow's own limit, a quarter of a GiB of RGB. A progressive JPEG takes three times that while it is decoded, on each
+# thread. data/decoding/native/decode.cpp has the same number.
+MOST_PIXELS = 89_478_485
+# Each scan of a progressive JPEG is a pass over the whole image, and a file of some kB may have thousands. Encoders
+# make 10, and 64 at most. data/decoding/native/decode.cpp has the same number.
+MOST_SCANS = 100
 _ORIENTATION = 0x0112  # EXIF's tag; 1 is upright
 _PLAIN_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended sequential, progressive; some decoders read no others
+_START_OF_SCAN = b"\xff\xda"  # which the coded data cannot contain
 _16_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N")
 
 
@@ -29,8 +36,8 @@ def open_image(data: bytes) -> Image:
     """Read the header of an image file.
 
     Raises:
-        UnusableImage: not an image, an unsupported format, or more pixels than Pillow deems safe
-            (`PIL.Image.MAX_IMAGE_PIXELS`).
+        UnusableImage: not an image, an unsupported format, or one that costs too much to decode: more than
+            `MOST_PIXELS` pixels, or than `MOST_SCANS` scans.
     """
     from PIL import Image as pillow
 
@@ -41,10 +48,14 @@ def open_image(data: bytes) -> Image:
         width, height = image.size
     except pillow.UnidentifiedImageError:
         raise UnusableImage(f"it is not an image file of these kinds: {', '.join(_FORMATS)}") from None
+    except pillow.DecompressionBombError as error:  # of more than twice its limit, before it tells of the size
+        raise UnusableImage(f"{error}; an image may have {MOST_PIXELS:,} pixels: make it smaller") from None
     except Exception as error:  # Pillow's readers raise all kinds of errors for damaged files
         raise UnusableImage(_reason(error)) from error
-    if width * height > (pillow.MAX_IMAGE_PIXELS or width * height):
-        raise UnusableImage(f"{height}x{width} px are more than {pillow.MAX_IMAGE_PIXELS} pixels")
+    if width * height > MOST_PIXELS:
+        raise UnusableImage(f"it is of {height}x{width} px; an image may have {MOST_PIXELS:,} pixels: make it smaller")
+    if image.format == "JPEG" and (scans := data.count(_START_OF_SCAN)) > MOST_SCANS:
+        raise UnusableImage(f"it has {scans} scans; a JPEG may have {MOST_SCANS}: save it anew")
     return image
 
 

@@ -66,6 +66,24 @@ def damaged_image(path: Path) -> None:
         file.write(bytes(500))
 
 
+def one_bit_of_an_image(path: Path) -> None:
+    """Of its coded data, where libjpeg hardly ever notices it."""
+    beton = Beton(path)
+    with path.open("r+b") as file:
+        file.seek(int(beton._starts[3] + beton._sizes[3] // 2))
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 2]))
+
+
+def huge_image(path: Path) -> None:
+    """The first row's mode, width and height; neither is the frame's checksum there nor a sidecar."""
+    sidecar_path(path).unlink()
+    whole = bytearray(path.read_bytes())
+    whole[2107:2111] = (65_500).to_bytes(2, "little") * 2
+    path.write_bytes(whole)
+
+
 def sidecar(**changes: object) -> Callable[[Path], None]:
     def spoil(path: Path) -> None:
         told = json.loads(sidecar_path(path).read_text())
@@ -94,11 +112,15 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "zeros in the table": (becomes(lambda whole: whole[:-720] + bytes(720)), "does not lead to its bytes"),
     "an image inside": (damaged_image, "image 3 of"),
+    "one bit of an image": (one_bit_of_an_image, "image 3 of"),
+    "a huge image": (huge_image, "its image 0 is of 65500x65500 px, and an image may have 89,478,485 pixels; convert"),
     "another label": (becomes(lambda whole: whole[:2122] + b"\x02" + whole[2123:]), "they differ in: checksum"),
     "sidecar of another file": (sidecar(checksum=1), "they differ in: checksum"),
     "sidecar with fewer classes": (sidecar(class_names=["a", "b"]), "they differ in: class_names"),
     "sidecar without numbers": (sidecar(mean=["a", "b", "c"]), "cannot be read"),
     "sidecar with too few numbers": (sidecar(std=[1, 2]), "they differ in: std"),
+    "sidecar with too few checksums": (sidecar(image_checksums="AAAAAA=="), "they differ in: image_checksums"),
+    "sidecar with checksums that are none": (sidecar(image_checksums="AA=A"), "cannot be read"),
     "sidecar of nothing": (sidecar_of_text(""), "cannot be read"),
     "sidecar of a list": (sidecar_of_text("[1, 2]"), "cannot be read"),
 }

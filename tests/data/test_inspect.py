@@ -23,6 +23,13 @@ def copied(beton: Path, to: Path) -> Path:
     return to
 
 
+def without_checksum_of_each(beton: Path) -> None:
+    """A sidecar as it was before 2026-11-29."""
+    told = json.loads(sidecar_path(beton).read_text())
+    del told["image_checksums"]
+    sidecar_path(beton).write_text(json.dumps(told))
+
+
 def test_what_it_shows(digits_beton: Path, photos_jpg: Path, capsys: pytest.CaptureFixture[str]):
     assert main([str(digits_beton)]) == 0
     shown = capsys.readouterr().out.splitlines()
@@ -60,13 +67,16 @@ def test_damage_that_opening_cannot_see(
             file.write(bytes(300))
     assert main([str(jpegs)]) == 0
     assert main([str(jpegs), "--verify"]) == 2
-    assert f"error: 2 images of {jpegs} cannot be decoded: 4, 17; convert" in capsys.readouterr().err
+    assert f"error: 2 images of {jpegs} are damaged: 4, 17; convert" in capsys.readouterr().err
 
     pixels = copied(photos_raw, tmp_path / "pixels.beton")
     start = int(Beton(pixels)._starts[9])
     with pixels.open("r+b") as file:
         file.seek(start + 100)
         file.write(b"\x01\x02\x03")
+    assert main([str(pixels), "--verify"]) == 2
+    assert f"error: 1 images of {pixels} are damaged: 9; convert" in capsys.readouterr().err
+    without_checksum_of_each(pixels)
     assert main([str(pixels), "--verify"]) == 2
     assert "decode, but are not those that" in capsys.readouterr().err
 

@@ -17,11 +17,14 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+_MOST_CHARACTERS = 4000  # of an error; the longest that names all choices has some 2,000
+
 
 class RecipeError(ValueError):
     """A user's mistake in a recipe: `path` is the key it is about, and the text says what is allowed."""
 
     def __init__(self, path: str, message: str) -> None:
+        path, message = _one_line(path), _one_line(message)
         super().__init__(f"{path}: {message}" if path else message)
         self.path = path
         self.message = message
@@ -150,7 +153,7 @@ def _convert(hint: Any, value: Any, *, path: str) -> Any:
     try:
         converted = OmegaConf.merge(OmegaConf.structured(leaf), {"value": value})
         return OmegaConf.to_container(converted)["value"]  # pyright: ignore
-    except OmegaConfBaseException:
+    except (OmegaConfBaseException, TypeError, ValueError, ArithmeticError):  # of what is nothing like the hint
         choices = [str(choice) for choice in get_args(hint)] if get_origin(hint) is Literal else []
         raise RecipeError(path, f"is {value!r}; it must be {_described(hint)}{_nearest(value, choices)}") from None
 
@@ -208,6 +211,13 @@ def _field_names(schema: type) -> list[str]:
 def _nearest(given: Any, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(str(given), known, n=1)
     return f"; did you mean {near[0]}?" if near else ""
+
+
+def _one_line(text: str) -> str:
+    """What a recipe gives may be of any length and have line breaks, or characters that no terminal can print."""
+    if len(text) > _MOST_CHARACTERS:
+        text = f"{text[:_MOST_CHARACTERS]} ..."
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode("ascii") for one in text)
 
 
 def _listed(names: Sequence[str]) -> str:

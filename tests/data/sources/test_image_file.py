@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hostile import many_scans
 from PIL import Image
 
 from data import Beton, FFCVLoader, folder, write_beton
@@ -150,8 +151,12 @@ UNUSABLE = {
     "cut by 1 %": (saved(photo(300, 300), "JPEG", quality=95)[: -len(saved(photo(300, 300), "JPEG")) // 100], "trunc"),
     "png": (saved(photo(), "PNG")[:80], "truncated"),
     "header": (saved(photo(), "JPEG")[:30], "it cannot be decoded|not an image"),
-    "bomb": (png_that_claims(60_000, 60_000), "decompression bomb"),
-    "large": (png_that_claims(10_000, 10_000), "10000x10000 px are more than 89478485 pixels"),
+    "bomb": (
+        png_that_claims(60_000, 60_000),
+        "decompression bomb.*; an image may have 89,478,485 pixels",
+    ),
+    "scans": (many_scans(101), "it has 101 scans; a JPEG may have 100: save it anew"),
+    "large": (png_that_claims(10_000, 10_000), "it is of 10000x10000 px; an image may have 89,478,485 pixels: make"),
     "float": (saved(Image.fromarray(np.zeros((4, 4), np.float32)), "TIFF"), "32 bits .mode F."),
     "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image file of these kinds"),
 }
