@@ -1,4 +1,4 @@
-"""docs/messages.md lists every message of the code and no other, and docs/troubleshooting.md explains those that exist."""
+"""docs/messages.md lists every message of the code and no other; docs/troubleshooting.md explains some of them."""
 
 from __future__ import annotations
 
