@@ -1,13 +1,15 @@
-"""How `make docs` shows docstrings: lines `argument: meaning` as a list (an extension of griffe, see mkdocs.yml)."""
+"""How `make docs` shows docstrings: lines `argument: meaning` as lists (an extension of griffe; mkdocs.yml names it)."""
 
 from __future__ import annotations
 
 import re
+import textwrap
 from typing import Any
 
 import griffe
 
-_ARGUMENT = re.compile(r"^([a-z_]\w*(?:, [a-z_]\w*)*): (.+)$")
+_ARGUMENT = re.compile(r"^([A-Za-z_]\w*(?:, [A-Za-z_]\w*)*): (.+)$")
+_SECTIONS = ("Args:", "Attributes:", "Raises:", "Returns:", "Yields:")
 
 
 class ArgumentLists(griffe.Extension):
@@ -19,9 +21,15 @@ class ArgumentLists(griffe.Extension):
 
 
 def as_markdown(docstring: str) -> str:
-    """`docstring` with a list in place of each paragraph whose first line is `argument: meaning`."""
-    paragraphs = re.split(r"\n\s*\n", docstring)
-    return "\n\n".join(_as_list(one) if _ARGUMENT.match(one.split("\n")[0]) else one for one in paragraphs)
+    """`docstring` with a list in place of each paragraph of `argument: meaning`, and of each section `Args:`."""
+    return "\n\n".join(map(_paragraph, re.split(r"\n\s*\n", docstring)))
+
+
+def _paragraph(text: str) -> str:
+    first, _, rest = text.partition("\n")
+    if first in _SECTIONS and rest.startswith("    "):
+        return f"**{first}**\n\n{_as_list(textwrap.dedent(rest))}"
+    return _as_list(text) if _ARGUMENT.match(first) else text
 
 
 def _as_list(paragraph: str) -> str:

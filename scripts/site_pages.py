@@ -34,10 +34,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
     for path in outside_files([f"docs/{file.src_uri}" for file in files if file.src_uri.endswith(".md")] + _FIRST):
         where = site_path(path)
-        if path.endswith((".md", *_PICTURES)):
-            content = (ROOT / path).read_bytes()
-        else:
-            content = source_page(path).encode()
+        as_it_is = path.endswith((".md", *_PICTURES))
+        content = (ROOT / path).read_bytes() if as_it_is else source_page(path).encode()
         files.append(File.generated(config, where, content=content))
     return files
 
