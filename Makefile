@@ -1,5 +1,5 @@
 # make demo   train on real handwritten digits with every speed-up on, then with all of them off
-# make test   the test suite          make lint   ruff and pyright
+# make test   the test suite          make lint   ruff and pyright          make docs   this documentation as a site
 #
 # STACK=composer installs or tests the versions that Composer's last release asks for, STACK=floor the oldest torch.
 STACK ?= newest
@@ -11,7 +11,7 @@ endif
 VENV := .venv$(if $(filter newest,$(STACK)),,-$(STACK))
 PY := $(VENV)/bin/python
 
-.PHONY: help setup demo test test-fast test-quarter test-stacks faults fuzz soak lint format docs table composition lock clean
+.PHONY: help setup demo test test-fast test-quarter test-stacks faults fuzz soak lint format docs docs-serve docs-tools table composition lock clean
 .DEFAULT_GOAL := help
 
 help:
@@ -78,13 +78,25 @@ lock: setup
 	@echo "torch<2.7" >> .lock.in && $(LOCK) --no-config --python-version 3.10 -c .lock.in -o constraints/floor.txt
 	@rm .lock.in
 
-docs: setup
-	@$(VENV)/bin/uv pip install --quiet --python $(PY) --constraint $(CONSTRAINTS) "mkdocs-material"
-	@$(VENV)/bin/mkdocs build --quiet && echo "site/index.html"
+# What the extra `docs` names; make setup leaves it out.
+DOCS := latex2mathml mkdocs-material "mkdocstrings[python]"
+# Material tells of MkDocs 2, which its own requirements exclude.
+MKDOCS = NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs
+
+# The site, which also opens from disk. A broken link, or a page outside the navigation, fails.
+docs: docs-tools
+	@$(MKDOCS) build --strict --quiet && echo "site/index.html"
+
+# The site on this machine alone, built again after each change.
+docs-serve: docs-tools
+	@$(MKDOCS) serve --strict --dev-addr 127.0.0.1:$(or $(PORT),8000)
+
+docs-tools: setup
+	@$(VENV)/bin/uv pip install --quiet --python $(PY) --constraint $(CONSTRAINTS) $(DOCS)
 
 # The README's table of algorithms, from the registry.
 table: setup
 	@$(PY) scripts/table.py
 
 clean:
-	rm -rf .venv .venv-* .cache build dist *.egg-info
+	rm -rf .venv .venv-* .cache build dist site *.egg-info

@@ -180,12 +180,17 @@ class ProgressiveResizing(SpeedUp):
         self._full_image_size: int | None = None  # px, of the loader before any stage
         self._reference_batch_size: int | None = None  # images per device that the learning rate was chosen for
         self._microbatch_size: int | float | None = None  # the run's own; None: a batch is not split
+        self._num_ranks: int | None = None  # that a plan is made for; None: those that train together
         self._batch_size: int | None = None  # images per device in the current stage
         self._batches_per_epoch: int | None = None  # the run's own; None: all of the loader's
         self._loaded_plan: dict[str, Any] | None = None
 
-    def prepare(self, *, total_epochs: int, image_size: int, per_device_batch_size: int | None) -> None:
+    def prepare(
+        self, *, total_epochs: int, image_size: int, per_device_batch_size: int | None, num_ranks: int | None = None
+    ) -> None:
         """Fix the stages for a run of `total_epochs` whose loader is set to these sizes.
+
+        num_ranks: that the run is planned for; None for the processes that train together.
 
         Raises ValueError when explicit stages do not cover the run exactly.
         """
@@ -200,6 +205,7 @@ class ProgressiveResizing(SpeedUp):
             )
         if self._reference_batch_size is None:
             self._reference_batch_size = per_device_batch_size
+        self._num_ranks = num_ranks
 
     def stage(self, epoch: int) -> Stage:
         """The stage of `epoch` (counted from 0); call `prepare` first."""
@@ -237,7 +243,8 @@ class ProgressiveResizing(SpeedUp):
         """Scale by the ratio of the stage's batch size to the one that the rate was given for."""
         if self.learning_rate_scaling == "none" or self._reference_batch_size is None:
             return learning_rate
-        ratio = self.per_device_batch_size(int(epoch), world_size()) / self._reference_batch_size
+        ranks = world_size() if self._num_ranks is None else self._num_ranks
+        ratio = self.per_device_batch_size(int(epoch), ranks) / self._reference_batch_size
         return learning_rate * (ratio if self.learning_rate_scaling == "linear" else ratio**0.5)
 
     def state_dict(self) -> dict[str, Any]:

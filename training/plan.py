@@ -260,7 +260,12 @@ def _epoch_shapes(
     resizing, fixres = algorithms.get("progressive_resizing"), algorithms.get("fixres")
     try:
         if isinstance(resizing, ProgressiveResizing):
-            resizing.prepare(total_epochs=recipe.epochs, image_size=size, per_device_batch_size=per_device_batch_size)
+            resizing.prepare(
+                total_epochs=recipe.epochs,
+                image_size=size,
+                per_device_batch_size=per_device_batch_size,
+                num_ranks=world_size,
+            )
             shapes = [
                 (resizing.stage(epoch).image_size, resizing.per_device_batch_size(epoch, world_size) * world_size)
                 for epoch in range(recipe.epochs)

@@ -9,7 +9,7 @@ import pytest
 
 from models.registry import find
 from models.summary import count_forward_macs, count_parameters
-from training.plan import plan_run, without_algorithms
+from training.plan import Place, plan_run, without_algorithms
 from training.plan_text import format_plan
 from training.recipe import RecipeError
 from training.session import train
@@ -36,6 +36,19 @@ def test_plan_and_run_agree(short_recipe: Any) -> None:
     for index, epoch in enumerate(plan.epochs):
         of_epoch = rates[epochs == index + 1]
         np.testing.assert_allclose([of_epoch[0], of_epoch[-1]], epoch.learning_rate, rtol=1e-6, atol=1e-12)
+
+
+def test_the_rates_of_stages_with_a_global_batch_do_not_depend_on_the_ranks(short_recipe: Any) -> None:
+    recipe = short_recipe(
+        "algorithms.progressive_resizing.learning_rate_scaling=linear",
+        "algorithms.progressive_resizing.stages=[{epochs: 2, image_size: 8, global_batch_size: 128}, "
+        "{epochs: 2, image_size: 16}]",
+    )
+    rates = [
+        [epoch.learning_rate for epoch in plan_run(recipe, Place("cpu", ranks)).epochs]
+        for ranks in (1, 8)  # the second is planned by one process, as with WORLD_SIZE=8 and --plan
+    ]
+    np.testing.assert_allclose(rates[0], rates[1])
 
 
 def test_text_names_order_phases_and_savings(short_recipe: Any) -> None:
