@@ -83,6 +83,12 @@ def test_a_signal_waits_for_the_last_upload_while_there_is_time(runs: Any, place
     assert again.returncode == 0, again.stderr
     assert "step 37" in again.stdout
     runs.assert_same_end(name, "whole")
+    store = Store(place.url, name)
+    for left in store.names():
+        store.remove(left)
+    complete = runs.start(name, *_OFTEN, remote)  # had its last upload not made it, this would be how to repeat it
+    assert "is complete already" in complete.stdout
+    assert newest_step(place.url, name) == 66
 
 
 @pytest.mark.exhaustive

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from composer.utils import dist
+
 from training.checkpoints.names import LATEST, beside_of, give_name
 from training.checkpoints.remote.index import INDEX, TEXTS, Index, Stored, describe, new_writer, read_index
 from training.checkpoints.remote.store import PARTIAL, Store, reason_of
@@ -103,8 +105,10 @@ class Uploads:
     def finish(self, *, seconds: float) -> None:
         """Wait until all is uploaded, so many seconds at most, and tell what is not. Every rank must call this.
 
-        The others wait with the first one: a launcher ends a rank whose neighbors are gone.
+        The others wait with the first one: a launcher ends a rank whose neighbors are gone. seconds: on each rank what
+        it has; the least counts.
         """
+        seconds = min(dist.all_gather_object(seconds))
         self._in_hurry.set()
         started = time.monotonic()
         for limit_seconds in (min(seconds, _SILENT_SECONDS), seconds):
