@@ -81,8 +81,11 @@ class _Found(Exception):
     pass
 
 
-class _NameFinder(pickle.Unpickler):
-    """Creates nothing but `_Anything`, and stops at the first name that is no known class of data."""
+class _NameFinder(pickle._Unpickler):  # pyright: ignore[reportAttributeAccessIssue]
+    """Creates nothing but `_Anything`, and stops at the first name that is no known class of data.
+
+    It is Python's own unpickler: the one in C makes a list as long as the largest index of the memo that a file names.
+    """
 
     def find(self) -> str | None:
         try:

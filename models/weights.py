@@ -28,6 +28,7 @@ StateDict = dict[str, Tensor]
 POSITIONS = "encoder.pos_embedding"  # torchvision's name of a ViT's position embeddings, [1, 1 + g², D]
 # Keys under which training scripts store weights; Composer's checkpoints, and so this project's, use state.model.
 _WRAPPERS = ("state", "state_dict", "model", "model_state_dict")
+_MOST_EXPANDED_BYTES = 1 << 20  # of a tensor that repeats what is stored
 _PREFIXES = ("module.", "_orig_mod.")  # of parameters under DistributedDataParallel and torch.compile
 # Heads that torchvision's GoogLeNet and Inception have in training only.
 _AUXILIARY = re.compile(r"(aux1|aux2|AuxLogits)\.")
@@ -97,6 +98,17 @@ def copy_weights(model: nn.Module, state: Mapping[str, Tensor], *, source: str) 
         classes = own[new_head[0]].shape[0]
         log.warning("%s: everything but the classifier, which is new for %d classes", source, classes)
     return model
+
+
+def plain_tensors(state: Mapping[str, Tensor], source: str) -> StateDict:
+    """The same tensors; raises ValueError if one of them is not dense, real and all there."""
+    strange = next((_printable(name) for name, value in state.items() if not _is_plain(value)), None)
+    if strange is not None:
+        raise ValueError(
+            f"{source}: {strange} is no plain tensor of numbers: it is quantized, sparse, complex, without data, or "
+            "expanded far beyond what is stored; save it dense and contiguous"
+        )
+    return dict(state)
 
 
 def classifier_names(model: nn.Module) -> list[str]:
@@ -175,16 +187,32 @@ def _unwrap(loaded: Any, source: str) -> StateDict:
     for wrapper in _WRAPPERS:
         if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):
             loaded = loaded[wrapper]
-    if not isinstance(loaded, Mapping) or not loaded or not all(isinstance(value, Tensor) for value in loaded.values()):
+    if not isinstance(loaded, Mapping) or not loaded or not all(map(_is_named_tensor, loaded.items())):
         raise ValueError(
             f"{source} holds no state dict (parameter names and tensors, at the top or under one of "
             f"{', '.join(_WRAPPERS)}); save one: torch.save(model.state_dict(), path)"
         )
-    state = dict(loaded)
+    state = plain_tensors(loaded, source)
     for prefix in _PREFIXES:
         if all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): value for name, value in state.items()}
     return state
+
+
+def _printable(name: str) -> str:
+    """A stranger's file may have any name."""
+    return name if name.isprintable() and len(name) < 200 else f"{name[:200]!r}"
+
+
+def _is_named_tensor(item: tuple[Any, Any]) -> bool:
+    return isinstance(item[0], str) and isinstance(item[1], Tensor)
+
+
+def _is_plain(value: Tensor) -> bool:
+    """Whether its numbers are all there. A few bytes can be a tensor of any shape, with strides of zero."""
+    if value.layout != torch.strided or value.is_quantized or value.is_meta or value.is_complex():
+        return False
+    return value.numel() * value.element_size() <= max(value.untyped_storage().nbytes(), _MOST_EXPANDED_BYTES)
 
 
 def _translate_antialiased(state: StateDict, model: nn.Module) -> StateDict:
@@ -219,7 +247,7 @@ def _refuse_misfits(
         return
     own = model.state_dict()
     said = [
-        f"{len(names)} {what} ({names[0]}{detail(names[0])} first)"
+        f"{len(names)} {what} ({_printable(names[0])}{detail(names[0])} first)"
         for names, what, detail in (
             (missing, "parameters of the model are not in it", lambda name: ""),
             (extra, "of its tensors have no place in the model", lambda name: ""),

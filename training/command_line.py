@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -42,6 +43,7 @@ def positive(text: str) -> int:
 def carry_out(program: str, work: Callable[[], int]) -> int:
     """The exit status of `work`: 2 and one line on stderr for a user's mistake, 130 for Ctrl-C."""
     quiet_composer()
+    warnings.filterwarnings("ignore", message="Image size .* exceeds limit")  # Pillow's; such an image is refused
     try:
         return work()
     except KeyboardInterrupt:

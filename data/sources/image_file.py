@@ -24,6 +24,7 @@ MOST_PIXELS = 89_478_485
 MOST_SCANS = 100
 _ORIENTATION = 0x0112  # EXIF's tag; 1 is upright
 _PLAIN_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended sequential, progressive; some decoders read no others
+_START_OF_JPEG = b"\xff\xd8"
 _START_OF_SCAN = b"\xff\xda"  # which the coded data cannot contain
 _16_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N")
 
@@ -54,7 +55,7 @@ def open_image(data: bytes) -> Image:
         raise UnusableImage(_reason(error)) from error
     if width * height > MOST_PIXELS:
         raise UnusableImage(f"it is of {height}x{width} px; an image may have {MOST_PIXELS:,} pixels: make it smaller")
-    if image.format == "JPEG" and (scans := data.count(_START_OF_SCAN)) > MOST_SCANS:
+    if data.startswith(_START_OF_JPEG) and (scans := data.count(_START_OF_SCAN)) > MOST_SCANS:
         raise UnusableImage(f"it has {scans} scans; a JPEG may have {MOST_SCANS}: save it anew")
     return image
 
@@ -82,7 +83,11 @@ def rgb_pixels(image: Image, *, max_side_px: int | None = None) -> np.ndarray:
 
 
 def conversions(image: Image) -> list[str]:
-    """The conversions to RGB that it needs besides decoding; empty for an upright RGB image of 8 bits."""
+    """The conversions to RGB that it needs besides decoding; empty for an upright RGB image of 8 bits.
+
+    Raises:
+        UnusableImage: a damaged PNG, which is decoded for this.
+    """
     found = []
     if _has_alpha(image):
         found.append("alpha laid over white")
@@ -153,6 +158,11 @@ def _has_alpha(image: Image) -> bool:
 
 
 def _orientation(image: Image) -> int:
+    if image.format == "PNG":  # its EXIF may come after the pixels, which Pillow decodes then, and does not try twice
+        try:
+            image.load()
+        except Exception as error:
+            raise UnusableImage(_reason(error)) from error
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # the image may be intact even if its EXIF is damaged

@@ -40,7 +40,9 @@ class RefuseAnother(Callback):
     def _difference(self, saved: Any, state: State) -> str | None:
         if not isinstance(saved, dict) or not isinstance(saved.get("model"), dict):
             return "holds no state of a run"
-        theirs = {_plain(name): tuple(value.shape) for name, value in saved["model"].items() if hasattr(value, "shape")}
+        theirs = {
+            _plain(str(name)): tuple(value.shape) for name, value in saved["model"].items() if hasattr(value, "shape")
+        }
         ours = {_plain(name): tuple(value.shape) for name, value in state.model.state_dict().items()}
         if missing := _first(name for name in ours if name not in theirs):
             return f"lacks the weights {missing}"
@@ -49,9 +51,12 @@ class RefuseAnother(Callback):
         if other := _first(name for name in ours if ours[name] != theirs[name]):
             name = other.partition(" ")[0]
             return f"has weights of other shapes: {other}, {list(theirs[name])} there and {list(ours[name])} here"
-        needed, found = [type(one).__qualname__ for one in state.optimizers], saved.get("optimizers") or {}
+        needed, found = [type(one).__qualname__ for one in state.optimizers], saved.get("optimizers")
+        found = found if isinstance(found, dict) else {}
         if any(not found.get(name) for name in needed):
-            return f"lacks the state of the optimizer, {', '.join(needed)} (it has {', '.join(found) or 'none'})"
+            return (
+                f"lacks the state of the optimizer, {', '.join(needed)} (it has {', '.join(map(str, found)) or 'none'})"
+            )
         return None
 
 

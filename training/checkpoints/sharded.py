@@ -109,7 +109,8 @@ class DataOnlyReader(FileSystemReader):
         return read
 
 
-class _MetadataUnpickler(pickle.Unpickler):
+# Python's own, since the one in C makes a list as long as the largest index of the memo that the file names.
+class _MetadataUnpickler(pickle._Unpickler):  # pyright: ignore[reportAttributeAccessIssue]
     def find_class(self, module_name: str, global_name: str, /) -> Any:
         if module_name == "torch" and isinstance(getattr(torch, global_name, None), torch.dtype):
             return getattr(torch, global_name)

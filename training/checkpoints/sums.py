@@ -15,6 +15,7 @@ from pathlib import Path
 from composer.utils import dist
 
 _SUMS = "sums-rank{rank}.json"
+_MOST_CHARACTERS = 200  # of a file's name within the folder
 _BLOCK_BYTES = 1 << 20
 
 
@@ -42,6 +43,8 @@ def find_damage(checkpoint: Path, *, shared: bool = False) -> str | None:
         return str(error)
     for name in _share(sorted(sums)) if shared else sums:
         path = checkpoint / name
+        if not path.resolve().is_relative_to(checkpoint.resolve()):
+            return f"a checksum is of {name}, which is outside of it"
         if not path.is_file():
             return f"{name} is missing"
         if _crc32(path) != sums[name]:
@@ -56,6 +59,11 @@ def _damage_of_archive(file: Path) -> str | None:
         return None  # cut off, or of another format, which whoever reads it will find
     try:
         with zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+            if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+                return "it is compressed, as torch.save does not do, and may be a bomb"
+            if sum(member.file_size for member in members) > file.stat().st_size:
+                return "its members declare more bytes than it has"
             bad = archive.testzip()
     except Exception as error:  # what a damaged directory of an archive leads to is not documented
         return f"it is no whole archive: {' '.join(str(error).split()) or type(error).__name__}"
@@ -74,9 +82,9 @@ def _share(names: list[str]) -> list[str]:
 def _read(path: Path) -> dict[str, int]:
     try:
         found = json.loads(path.read_bytes())
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError(f"{path.name} is damaged") from None
-    if not isinstance(found, dict):
+    if not isinstance(found, dict) or any("\0" in name or len(name) > _MOST_CHARACTERS for name in found):
         raise ValueError(f"{path.name} is damaged")
     return found
 

@@ -8,13 +8,15 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from algos.ema import averages_in
-from models.weights import read_weights
+from models.weights import plain_tensors, read_weights
 from training.checkpoints.reading import check_checkpoint, reading
 from training.checkpoints.sharded import is_sharded, reader_of
 from training.checkpoints.zero import is_zero, read_zero_weights
+from training.recipe import RecipeError
 
 _PREFIX = "module."  # of the network within ImageClassifier
 
@@ -45,9 +47,15 @@ def read_network_weights(
     """
     if not trust:
         check_checkpoint(checkpoint)
-    with reading(checkpoint, trust=trust):
-        tensors = {name.removeprefix(_PREFIX): value for name, value in _read(checkpoint, trust).items()}
-        averages = _read_averages(checkpoint) if averaged else {}
+    try:
+        with reading(checkpoint, trust=trust):
+            tensors = {name.removeprefix(_PREFIX): value for name, value in _read(checkpoint, trust).items()}
+            averages = plain_tensors(_read_averages(checkpoint), str(checkpoint)) if averaged else {}
+    except (ValueError, OSError, ModuleNotFoundError):
+        raise
+    except (Exception, CheckpointException) as error:  # whole and data only, but not what a run writes
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise RecipeError("load", f"is {checkpoint}, which no run wrote ({reason}); give another") from None
     kept = {name.removeprefix(_PREFIX): value for name, value in averages.items()}
     for name in kept:
         tensors[name] = kept[name].to(tensors[name])
@@ -77,6 +85,16 @@ def _read_shards(folder: Path, reader: type[FileSystemReader]) -> dict[str, Tens
     from torch.distributed.checkpoint.state_dict_loader import load
 
     entries = reader(folder).read_metadata().state_dict_metadata
+    declared = sum(
+        entry.size.numel() * entry.properties.dtype.itemsize
+        for entry in entries.values()
+        if isinstance(entry, TensorStorageMetadata)
+    )
+    there = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+    if declared > there:
+        raise RecipeError(
+            "load", f"is {folder}, whose files have {there} bytes of the {declared} that they declare; give another"
+        )
     tensors = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in entries.items()
