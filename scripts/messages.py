@@ -118,9 +118,9 @@ def page() -> str:
     ]
     for name in GROUPS:
         rows = [one for one in messages() if one.group == name]
-        lines += ["", f"## {name}", "", "| message | | from |", "|---|---|---|"]
+        lines += ["", f"## {name}", "", "| message | from |", "|---|---|"]
         lines += [
-            f"| `{one.words}` | {_link(name) if any(entry in one.words for entry in entries) else ''} | `{one.file}` |"
+            f"| `{one.words}`{_link(name) if any(entry in one.words for entry in entries) else ''} | `{one.file}` |"
             for one in rows
         ]
     return "\n".join([*lines, ""])
@@ -144,7 +144,7 @@ def problems() -> list[str]:
 
 
 def _link(group: str) -> str:
-    return f"[→](troubleshooting.md#{group.lower().replace(' ', '-')})"
+    return f" [→](troubleshooting.md#{group.lower().replace(' ', '-')})"
 
 
 def _assigned(function: ast.AST) -> dict[str, list[ast.expr]]:

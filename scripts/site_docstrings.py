@@ -1,4 +1,4 @@
-"""How `make docs` shows docstrings: lines `argument: meaning` as lists (an extension of griffe; mkdocs.yml names it)."""
+"""How `make docs` shows docstrings: lines `argument: meaning` as lists (griffe's extension in mkdocs.yml)."""
 
 from __future__ import annotations
 

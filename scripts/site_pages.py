@@ -111,14 +111,17 @@ def with_wider_lists(markdown: str) -> str:
 
 
 def with_formulas(markdown: str) -> str:
-    """Formulas between $$ as MathML, which browsers set without a script."""
+    """Formulas between $$, or with a backslash between $, as MathML, which browsers set without a script."""
     from latex2mathml.converter import convert
 
-    return re.sub(
-        r"\$\$(.+?)\$\$",
-        lambda match: f'\n<div class="formula">{convert(match[1].strip(), display="block")}</div>\n',
-        markdown,
-        flags=re.DOTALL,
+    def block(match: re.Match[str]) -> str:
+        return f'\n<div class="formula">{convert(match[1].strip(), display="block")}</div>\n'
+
+    markdown = re.sub(r"\$\$(.+?)\$\$", block, markdown, flags=re.DOTALL)
+    within = re.compile(r"(?<!`)\$([^$`]*\\[^$`]*)\$(?!`)")
+    lines = markdown.split("\n")
+    return "\n".join(
+        line if line.startswith("    ") else within.sub(lambda match: convert(match[1]), line) for line in lines
     )
 
 
