@@ -140,13 +140,20 @@ def _connect_sftp(url: str) -> Any:
     import paramiko
     from fsspec.implementations.sftp import SFTPFileSystem
 
+    class Refuse(paramiko.MissingHostKeyPolicy):
+        def missing_host_key(self, client: Any, hostname: str, key: Any) -> None:
+            raise paramiko.SSHException(
+                f"~/.ssh/known_hosts does not have {hostname}; add its key (ssh-keyscan), {key.fingerprint} if that is "
+                "the right one"
+            )
+
     class Sftp(SFTPFileSystem):
-        """Keys are those of ~/.ssh and the agent. A host whose key is not the one in known_hosts is refused."""
+        """Keys are those of ~/.ssh and the agent. As by ssh, a host that known_hosts does not have is refused."""
 
         def _connect(self) -> None:
             self.client = paramiko.SSHClient()
             self.client.load_system_host_keys()
-            self.client.set_missing_host_key_policy(paramiko.AutoAddPolicy())
+            self.client.set_missing_host_key_policy(Refuse())
             limits = dict.fromkeys(("timeout", "banner_timeout", "auth_timeout"), _CONNECT_SECONDS)
             self.client.connect(self.host, **limits, **self.ssh_kwargs)
             self.ftp = self.client.open_sftp()
