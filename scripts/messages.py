@@ -101,10 +101,13 @@ def messages_in(code: str, name: str) -> Iterator[Message]:
             yield from (Message(words, name) for words in found)
 
 
-def explained() -> list[str]:
-    """The words by which docs/troubleshooting.md names what it explains."""
-    starts = re.findall(r"^- ((?:`[^`]+`,?\s+)*`[^`]+`):", EXPLAINED.read_text(), re.MULTILINE)
-    return [words for start in starts for words in re.findall(r"`([^`]+)`", start)]
+def explained() -> dict[str, str]:
+    """The words by which docs/troubleshooting.md names what it explains -> the heading that they are under."""
+    found = {}
+    for section in EXPLAINED.read_text().split("\n## ")[1:]:
+        for start in re.findall(r"^- ((?:`[^`]+`,?\s+)*`[^`]+`):", section, re.MULTILINE):
+            found |= dict.fromkeys(re.findall(r"`([^`]+)`", start), section.partition("\n")[0])
+    return found
 
 
 def page() -> str:
@@ -119,10 +122,7 @@ def page() -> str:
     for name in GROUPS:
         rows = [one for one in messages() if one.group == name]
         lines += ["", f"## {name}", "", "| message | from |", "|---|---|"]
-        lines += [
-            f"| `{one.words}`{_link(name) if any(entry in one.words for entry in entries) else ''} | `{one.file}` |"
-            for one in rows
-        ]
+        lines += [f"| `{one.words}`{_link(one, entries)} | `{one.file}` |" for one in rows]
     return "\n".join([*lines, ""])
 
 
@@ -143,8 +143,13 @@ def problems() -> list[str]:
     return wrong
 
 
-def _link(group: str) -> str:
-    return f" [→](troubleshooting.md#{group.lower().replace(' ', '-')})"
+def _link(message: Message, entries: dict[str, str]) -> str:
+    """To the section that explains the message, its own group's where there are several; nothing if there is none."""
+    sections = [section for entry, section in entries.items() if entry in message.words]
+    if not sections:
+        return ""
+    section = message.group if message.group in sections else sections[0]
+    return f" [→](troubleshooting.md#{section.lower().replace(' ', '-')})"
 
 
 def _assigned(function: ast.AST) -> dict[str, list[ast.expr]]:

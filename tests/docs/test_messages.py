@@ -29,7 +29,7 @@ def test_a_message_is_found_however_it_is_made(code: str, words: str) -> None:
 
 def test_a_message_without_repair_or_explanation_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(script, "messages", lambda: [script.Message("the moon is full", "data/moon.py")])
-    monkeypatch.setattr(script, "explained", lambda: ["words of yesterday"])
+    monkeypatch.setattr(script, "explained", lambda: {"words of yesterday": "Data"})
     text = "\n".join(script.problems())
     assert "says no repair, and is not explained: the moon is full" in text
     assert "explained, and in no file: words of yesterday" in text
