@@ -39,7 +39,7 @@ test-fast: setup
 test-quarter: setup
 	@$(PYTEST) -m quarter $(ARGS)
 
-# Whole runs that are stopped, killed, damaged and doubled, each in a process of its own (about three minutes); a table of
+# Whole runs that are stopped, killed, damaged and doubled, each in a process of its own (about ten minutes on two idle cores); a table of
 # the outcomes in results/faults.md.
 faults: setup
 	@$(PYTEST) --exhaustive --table results/faults.md tests/faults $(ARGS)

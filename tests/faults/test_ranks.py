@@ -31,9 +31,9 @@ ENGINES = {
 }  # fmt: skip
 
 
-def settings_of(engine: str) -> list[str]:
+def settings_of(engine: str, *, lost_after_seconds: float = LOST_AFTER_SECONDS) -> list[str]:
     return [*ENGINES[engine], "autoresume=true", "checkpoints.every_steps=10",
-            f"parallelism.lost_rank_timeout_seconds={LOST_AFTER_SECONDS}"]  # fmt: skip
+            f"parallelism.lost_rank_timeout_seconds={lost_after_seconds}"]  # fmt: skip
 
 
 def undisturbed(runs: Any, engine: str) -> str:
@@ -127,7 +127,8 @@ def test_a_lost_launcher_costs_no_step_and_the_ports_are_this_machines(
 ) -> None:
     name, ports, mark = f"lost {launcher}", tmp_path / "ports", f"faults{os.getpid()}{launcher}"
     fault = f"batch_end:30:ports={ports}+launcher+pause=3:0"  # in which the ranks see that it is gone
-    started = launch(launcher, fault, *runs.arguments(name, *settings_of("ddp")), mark=mark)
+    settings = settings_of("ddp", lost_after_seconds=40)  # torchrun's store is gone with it: time enough for a save
+    started = launch(launcher, fault, *runs.arguments(name, *settings), mark=mark)
     assert started.returncode == -9, started.stderr
     wait_until(lambda: not processes_of(mark), seconds=60)
     assert runs.step(name) == 30
