@@ -22,6 +22,7 @@ from training.results.summary import write_json
 
 log = logging.getLogger(__name__)
 
+_MOST_SIDE_PX = 8192  # of the square that a network sees
 MODEL_FILE = "model.json"  # beside a run's recipe.yaml
 
 
@@ -125,13 +126,26 @@ def _read_about(run_dir: Path) -> dict[str, Any]:
         read = json.loads(path.read_text())
         names = [str(name) for name in read.pop("class_names")]
         made = Preprocessing(**{**read, "mean": tuple(read["mean"]), "std": tuple(read["std"])})
+        _check_ranges(names, made)
     except FileNotFoundError:
         raise ValueError(
             f"{run_dir} has no {MODEL_FILE}, which training writes before its first step; continue that run with "
             "load=latest to have it written"
         ) from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{path} is damaged ({error!r}); continue that run with load=latest to have it written"
         ) from None
     return {"class_names": names, "preprocessing": made}
+
+
+def _check_ranges(class_names: Sequence[str], made: Preprocessing) -> None:
+    """Raises ValueError for what training never writes, such as images too large for any memory."""
+    if not class_names:
+        raise ValueError("class_names is empty")
+    if not (isinstance(made.image_size, int) and 1 <= made.image_size <= _MOST_SIDE_PX):
+        raise ValueError(f"image_size must lie in [1, {_MOST_SIDE_PX}]")
+    if not 0 < made.crop_ratio <= 1:
+        raise ValueError("crop_ratio must lie in (0, 1]")
+    if not (len(made.mean) == len(made.std) == 3 and all(0 <= mean <= 255 for mean in made.mean) and min(made.std) > 0):
+        raise ValueError("mean must be three numbers in [0, 255], and std three above 0")
