@@ -26,8 +26,8 @@ $(VENV)/.ready: pyproject.toml setup.py $(CONSTRAINTS) scripts/setup.sh data/dec
 demo: setup
 	@$(PY) run.py -f yamls/digits_medium.yaml --compare $(ARGS)
 
-# Three at a time on two cores: a test runs on one thread (tests/conftest.py), and ranks wait for each other.
-PYTEST := $(PY) -m pytest --numprocesses 3 --dist loadgroup
+# Four at a time on two cores: a test runs on one thread (tests/conftest.py), and processes wait for each other.
+PYTEST := $(PY) -m pytest --numprocesses 4 --dist loadgroup
 
 test: setup
 	@$(PYTEST) $(ARGS)
