@@ -59,7 +59,7 @@ def parse_algorithms(given: Any) -> dict[str, dict[str, Any] | None]:
     parsed: dict[str, dict[str, Any] | None] = {}
     for name, settings in _name_composers(given).items():
         where = f"algorithms.{name}"
-        composers = name.startswith(PREFIX)
+        composers = isinstance(name, str) and name.startswith(PREFIX)  # YAML's keys may be numbers
         known = registry.composer_names() if composers else [*registry.names(), "composer"]
         refuse_unknown(name, known, path=where, what="algorithm")
         if settings is None:

@@ -14,6 +14,8 @@ DIGITS = ROOT / "yamls" / "digits_medium.yaml"
 
 # Ten aliases a line, nine lines: a billion values in 300 bytes.
 BOMB = "\nb0: &b0 [1]\n" + "".join(f"b{i}: &b{i} [{', '.join([f'*b{i - 1}'] * 10)}]\n" for i in range(1, 10))
+# Each line is twice as long as the one before.
+LAUGHS = "\nl0: ha" + "".join(f"\nl{i}: ${{l{i - 1}}}${{l{i - 1}}}" for i in range(1, 40)) + "\n"
 
 
 @pytest.mark.parametrize(
@@ -64,6 +66,7 @@ BOMB = "\nb0: &b0 [1]\n" + "".join(f"b{i}: &b{i} [{', '.join([f'*b{i - 1}'] * 10
         (f"run_name={'a' * 129}", ["run_name: is 'aaa", "at most 128"]),
         ("run_name=${oc.env:HOME}", ["run_name: has ${oc.env:HOME}", "let the shell fill it in: run_name=$NAME"]),
         ("data.cache_dir=/x/${oc.decode:'3'}/y", ["data.cache_dir: has ${oc.decode:"]),
+        ("data.train.augmentations={}", ["data.train.augmentations: is {}; it must be a list"]),
         ("data.train=[1,2]", ["data.train: cannot be [1,2]: "]),
         ("algorithms=[1]", ["algorithms: cannot be [1]: "]),
         ("algorithms.progressive_resizing.stages[7].epochs=3", ["stages[7].epochs: cannot be 3: "]),
@@ -101,6 +104,12 @@ def test_a_run_is_continued_under_its_own_name_only(asked: str, as_written: str)
         (lambda text: "- a\n- b\n", "is not a mapping"),
         (lambda text: text.replace("seed: 0", "seed: ${sed}"), "sed"),
         (lambda text: text.replace("seed: 0", "seed: ${oc.env:SEED}"), "seed: has ${oc.env:SEED}"),
+        (lambda text: text.replace("  sam: {", "  7: {"), "algorithms.7: 7 is no algorithm"),
+        (lambda text: text + "\nx: 0x" + "f" * 5000, "x: is a whole number of 20000 bits"),
+        (lambda text: text + LAUGHS, "has one reference ${...} more than the 8 of a recipe"),
+        (lambda text: text + "\n# " + "a" * 1_000_000, "has more than 1,000,000 bytes"),
+        (lambda text: text + "\nx:" + " {a:" * 60 + " 1" + "}" * 60, "is nested too deeply for a recipe"),
+        (lambda text: text + '\n"a\\x07\\Lb": 1\n', "a\\x07\\u2028b: unknown key"),
         (lambda text: text + BOMB, "stands for more than 20,000 values"),
         (lambda text: text + "\nx: &x [*x]\n", "stands for more than 20,000 values"),
         (lambda text: text + "\nx: " + "[" * 3000 + "]" * 3000 + "\n", "is nested too deeply"),
