@@ -1,4 +1,4 @@
-"""Ranks of one machine listen on loopback alone; tests/faults/test_ranks.py looks at those of a run."""
+"""Ranks of one machine listen on loopback alone; tests/faults/test_lost_ranks.py looks at those of a run."""
 
 from __future__ import annotations
 
