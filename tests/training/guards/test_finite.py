@@ -84,6 +84,7 @@ def test_a_run_stops_at_the_step_and_keeps_the_checkpoint_before_it(tmp_path: Pa
     )
     with pytest.raises(NotFinite, match=told):
         trainer.fit()
+    trainer.close()  # waits for the thread that writes
     saved = torch.load(tmp_path / "checkpoints" / "latest.pt", weights_only=False)["state"]
     assert int(saved["timestamp"]["Timestamp"]["batch"]) == 2
     assert (tmp_path / finite.IMAGES_FILE).read_text().split() == [str(i) for i in range(16, 24)]
