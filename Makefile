@@ -11,7 +11,7 @@ endif
 VENV := .venv$(if $(filter newest,$(STACK)),,-$(STACK))
 PY := $(VENV)/bin/python
 
-.PHONY: help setup demo test test-fast test-quarter test-stacks faults fuzz soak lint format docs docs-serve docs-tools table composition lock clean
+.PHONY: help setup demo test test-all test-fast test-quarter test-stacks faults fuzz soak lint format docs docs-serve docs-tools table composition lock clean
 .DEFAULT_GOAL := help
 
 help:
@@ -31,6 +31,10 @@ PYTEST := $(PY) -m pytest --numprocesses 4 --dist loadgroup
 
 test: setup
 	@$(PYTEST) $(ARGS)
+
+# With what takes minutes beside a test of the same kind: every pair of algorithms, every fault, benchmarks (over an hour).
+test-all: setup
+	@$(PYTEST) --exhaustive $(ARGS)
 
 test-fast: setup
 	@$(PYTEST) -m "not slow" $(ARGS)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,7 @@ def test_compiling_changes_nothing(chosen: list[str]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive  # tests/training/test_session.py trains a recipe with them
 def test_generated_kernels_change_nothing() -> None:
     torch._dynamo.reset()
     chosen = SETS["all together"]
@@ -109,7 +111,7 @@ def two_ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return request.param, launch(request.param, "sets", tmp_path_factory.mktemp(request.param))
 
 
-@pytest.fixture(scope="session", params=["ddp", pytest.param("fsdp", marks=needs_fsdp)])
+@pytest.fixture(scope="session", params=["ddp", pytest.param("fsdp", marks=[needs_fsdp, pytest.mark.exhaustive])])
 def pairs_on_two_ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """The same of every pair."""
     return request.param, launch(request.param, "pairs", tmp_path_factory.mktemp(f"{request.param}_pairs"))
@@ -144,8 +146,18 @@ def test_two_ranks_train_a_pair_as_one_process_does(name: str, pairs_on_two_rank
     assert_as_one_process(PAIRS[name], name, *pairs_on_two_ranks)
 
 
+# Each algorithm with the next one in the registry, and in `make test-all` with every other.
+_NEXT = {"+".join(sorted(pair)) for pair in pairwise([*names(), names()[0]])}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("chosen", PAIRS.values(), ids=PAIRS)
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        pytest.param(pair, id=name, marks=[] if "+".join(sorted(pair)) in _NEXT else pytest.mark.exhaustive)
+        for name, pair in PAIRS.items()
+    ],
+)
 def test_every_pair_survives_microbatches_compiling_and_resuming(chosen: list[str], tmp_path: Path) -> None:
     assert furthest(train(chosen, device_train_microbatch_size=2), reference(chosen)) < ROUNDING
     assert furthest(train_interrupted(chosen, tmp_path, moment="batch 6"), reference(chosen)) == 0.0

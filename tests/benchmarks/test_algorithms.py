@@ -51,6 +51,7 @@ def run(
     return json.loads(written.read_text()), done.stdout, done.stderr
 
 
+@pytest.mark.exhaustive
 @pytest.mark.timeout(170)
 def test_every_variant_of_ours_runs_without_any_peer(tmp_path: Path) -> None:
     report, said, progress = run(tmp_path, "--fresh-memory", blocked=(*ALL_PEERS, "omegaconf", "ffcv"))

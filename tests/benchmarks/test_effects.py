@@ -21,6 +21,7 @@ def runs(*top1: float, cpu_s: float = 10.0) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(300)
 def test_a_quick_run_trains_what_was_asked_for(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")

@@ -89,6 +89,7 @@ def test_a_quick_run_without_ffcv(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(400)
 def test_a_quick_run_beside_ffcv(folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("skimage")

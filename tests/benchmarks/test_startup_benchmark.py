@@ -30,6 +30,7 @@ def report(**cpu_s: list[float]) -> dict[str, Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(300)
 def test_a_quick_run_measures_all_of_it(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")

@@ -181,7 +181,7 @@ def test_when_every_engine_refuses_nothing_is_written(tmp_path: Path, capsys: py
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [pytest.param(signal.SIGINT, marks=pytest.mark.exhaustive), signal.SIGTERM])
 def test_stopping_it_ends_all_its_processes(tmp_path: Path, signum: signal.Signals) -> None:
     command = COMMAND + arguments(tmp_path / "costs", "ddp")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}

@@ -68,6 +68,7 @@ def test_losses_are_those_of_ddp(two_ranks: Path, network: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(560)
 @needs_fsdp
 def test_compiled_ranks_train_as_others_do(tmp_path: Path) -> None:

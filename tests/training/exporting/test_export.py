@@ -120,7 +120,7 @@ def test_the_averages_are_exported_and_not_the_weights_beside_them(trained_run: 
     assert "apply_blurpool(network, filter_size=3" in card_of(made.folder)[1]
 
 
-@pytest.mark.parametrize("format_name", ["torch", "torchscript"])
+@pytest.mark.parametrize("format_name", ["torch", pytest.param("torchscript", marks=pytest.mark.exhaustive)])
 def test_graphs_of_a_blurred_network(format_name: str, made_run: Any, tmp_path: Path) -> None:
     run = made_run("blurred", "algorithms.blurpool={}", crop_ratio=0.875)
     made = export_run(run, format_name)
@@ -172,7 +172,7 @@ def test_a_vit_goes_to_onnx_at_its_own_size(made_run: Any, tmp_path: Path) -> No
     assert "20 px, 64 a step on each device" in card
 
 
-@pytest.mark.parametrize("format_name", ["safetensors", "hf"])
+@pytest.mark.parametrize("format_name", [pytest.param("safetensors", marks=pytest.mark.exhaustive), "hf"])
 def test_a_resnet_goes_to_torchvision_timm_and_transformers(format_name: str, made_run: Any, tmp_path: Path) -> None:
     run = made_run("resnet", "model=resnet18", "algorithms.stochastic_depth={drop_rate: 0.1}", image_size=32)
     made = export_run(run, format_name)

@@ -106,6 +106,7 @@ def bomb() -> bytes:
         (b"\x89PNG" + bytes(MOST_BYTES), "the file has 20.0 MB, and 20 MB is the limit"),
         (bomb, "could be decompression bomb"),
     ],
+    ids=["text", "empty", "large", "bomb"],  # not their contents, which pytest would pass around
 )
 def test_what_is_no_picture_is_refused_in_words(content: Any, said: str, tmp_path: Path) -> None:
     path = tmp_path / "picture.png"
