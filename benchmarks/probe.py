@@ -39,9 +39,20 @@ SYNTHETIC = [
     "algorithms.progressive_resizing.stages=[{epochs: 4, image_size: 24}, {epochs: 4, image_size: 32}]",
     "algorithms.fixres={epochs: 2, image_size: 32, learning_rate: 0.02}",
 ]
+RESNET18 = [
+    "run_name=resnet18",
+    "model=resnet18",
+    "data.source={name: synthetic, num_samples: 1280, num_classes: 10, image_size: 64}",
+    "data.train.image_size=64",
+    "data.eval.image_size=64",
+    "duration.epochs=4",
+    "algorithms.progressive_resizing.stages=[{epochs: 2, image_size: 48}, {epochs: 2, image_size: 64}]",
+    "algorithms.fixres={epochs: 1, image_size: 64, learning_rate: 0.02}",
+]
 RECIPES: dict[str, tuple[str, list[str]]] = {
     "digits": ("digits_medium.yaml", []),
     "synthetic32": ("digits_medium.yaml", SYNTHETIC),
+    "resnet18": ("digits_medium.yaml", RESNET18),
     "resnet50_smoke": ("resnet50_medium.yaml", ["smoke=true"]),
 }
 
