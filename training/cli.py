@@ -105,12 +105,14 @@ def _run(options: argparse.Namespace) -> int:
         _say(f"results: {recipe.run_dir}/")
     except RecipeError as error:
         return _complain(str(error))
+    except (ConnectionError, EOFError) as error:  # a worker that died while it handed a batch over
+        return _lost_worker(f"A worker process of the loader is gone ({str(error) or 'end of file'}).")
     except (ValueError, OSError) as error:
         # What the layers below say to users: a full disk, a file that vanished, a label beyond the model's classes.
         logging.getLogger(__name__).debug("raised here", exc_info=True)
         return _complain(f"{_described(error)} (logging.level=debug shows where)", status=1)
     except RuntimeError as error:
-        return _lost_worker(error) if _DEAD_WORKER in str(error) else _lost_rank(error)
+        return _lost_worker(" ".join(str(error).split())) if _DEAD_WORKER in str(error) else _lost_rank(error)
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and error.name == "composer":
             return _complain(describe_missing(error))
@@ -237,10 +239,10 @@ def _described(error: Exception) -> str:
     return str(error)
 
 
-def _lost_worker(error: RuntimeError) -> int:
+def _lost_worker(text: str) -> int:
     logging.getLogger(__name__).debug("raised here", exc_info=True)
     return _complain(
-        f"{' '.join(str(error).split())} If memory is short, give fewer with data.train.num_workers=N, or none with "
+        f"{text} If memory is short, give fewer with data.train.num_workers=N, or none with "
         "data.train.loader=ffcv; the same command with autoresume=true goes on from the last checkpoint",
         status=1,
     )

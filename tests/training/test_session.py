@@ -273,6 +273,29 @@ def test_mistakes_end_with_status_2_and_one_line(
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."),
+        ConnectionResetError(104, "Connection reset by peer"),  # when it died while it handed a batch over
+        EOFError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_lost_worker_process_is_told_in_one_line(
+    error: Exception, overrides: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def train(recipe: Any, say: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(session, "train", train)
+    assert cli.main(["-f", str(ROOT / "yamls" / "digits_medium.yaml"), *overrides]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(("run.py: DataLoader worker", "run.py: A worker process of the loader is gone"))
+    assert "autoresume=true" in said
+    assert said.count("\n") == 1
+
+
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as done:
         cli.main(["--help"])
