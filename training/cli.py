@@ -105,7 +105,7 @@ def _run(options: argparse.Namespace) -> int:
         _say(f"results: {recipe.run_dir}/")
     except RecipeError as error:
         return _complain(str(error))
-    except (ConnectionError, EOFError) as error:  # a worker that died while it handed a batch over
+    except (ConnectionResetError, EOFError) as error:  # a worker that died while it handed a batch over
         return _lost_worker(f"A worker process of the loader is gone ({str(error) or 'end of file'}).")
     except (ValueError, OSError) as error:
         # What the layers below say to users: a full disk, a file that vanished, a label beyond the model's classes.

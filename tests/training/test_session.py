@@ -296,6 +296,17 @@ def test_a_lost_worker_process_is_told_in_one_line(
     assert said.count("\n") == 1
 
 
+def test_a_closed_pipe_is_no_lost_worker(
+    overrides: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def train(recipe: Any, say: Any) -> None:
+        raise BrokenPipeError(32, "Broken pipe")  # run.py | head
+
+    monkeypatch.setattr(session, "train", train)
+    assert cli.main(["-f", str(ROOT / "yamls" / "digits_medium.yaml"), *overrides]) == 1
+    assert "worker" not in capsys.readouterr().err
+
+
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as done:
         cli.main(["--help"])
