@@ -16,8 +16,10 @@ import torch
 from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import checkpoint, dist, reproducibility
+from torch import Tensor
 
 from training.checkpoints.background import Background, Copies
+from training.checkpoints.gathering import gather, parameters
 from training.checkpoints.names import (
     BEST,
     LATEST,
@@ -272,33 +274,50 @@ class Checkpoints(Callback):
 
         A state whose weights are not finite is of no use to anyone, and does not replace one that is.
         """
-        self._saved = _stamp(state)
-        self._saved_at = time.monotonic()
-        if agree(not_finite(weights(state.model))):
-            if dist.get_global_rank() == 0:
-                log.warning(
-                    "the weights after step %d are not finite; they are not saved, and %s keeps what it holds",
-                    self._saved[1],
-                    self._folder,
-                )
-            return
+        self._saved, self._saved_at = _stamp(state), time.monotonic()
         beside, stamp = beside_of(self._folder / LATEST), self._saved
         names = [*([BEST] if is_best else []), *([kept_name] if kept_name is not None else [])]
         if self._sharded:
-            with explained(beside):
-                self._save_folder(state, beside)
-                write_sums(beside)
-                if dist.get_global_rank() == 0:
-                    self._name(move_shards(beside, stamp), names, stamp)
+            if not self._refuses(agree(not_finite(weights(state.model))), stamp):
+                self._save_shards(state, beside, names, stamp)
             return
-        whole = {"state": state.state_dict(), "rng": reproducibility.get_rng_state()}  # which all ranks gather
-        if dist.get_global_rank() == 0 and self._asynchronous:
+        whole = {"state": gather(state), "rng": reproducibility.get_rng_state()}  # all ranks take part
+        if dist.get_global_rank() != 0:
+            return
+        if self._asynchronous:
             self._background.wait()  # what is being written lies in the memory that the copy takes
-            self._background.start(partial(self._write, self._copies.of(whole), beside, names, stamp))
-        elif dist.get_global_rank() == 0:
-            self._write(whole, beside, names, stamp)
+            whole = self._copies.of(whole)
+        write = partial(self._write, whole, parameters(state.model, whole["state"]), beside, names, stamp)
+        self._background.start(write) if self._asynchronous else write()
 
-    def _write(self, whole: dict[str, Any], beside: Path, names: Sequence[str], stamp: tuple[int, int]) -> None:
+    def _refuses(self, bad: bool, stamp: tuple[int, int]) -> bool:
+        """Whether weights are `bad`, not finite; says so."""
+        if bad and dist.get_global_rank() == 0:
+            log.warning(
+                "the weights after step %d are not finite; they are not saved, and %s keeps what it holds",
+                stamp[1],
+                self._folder,
+            )
+        return bad
+
+    def _save_shards(self, state: State, beside: Path, names: Sequence[str], stamp: tuple[int, int]) -> None:
+        with explained(beside):
+            self._save_folder(state, beside)
+            write_sums(beside)
+            if dist.get_global_rank() == 0:
+                self._name(move_shards(beside, stamp), names, stamp)
+
+    def _write(
+        self,
+        whole: dict[str, Any],
+        judged: Sequence[Tensor],
+        beside: Path,
+        names: Sequence[str],
+        stamp: tuple[int, int],
+    ) -> None:
+        """judged: the tensors in `whole` that must be finite."""
+        if self._refuses(bool(not_finite(judged)), stamp):
+            return
         with explained(beside):
             checkpoint._write_checkpoint_file(whole, str(beside))
             sync(beside)
