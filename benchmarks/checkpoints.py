@@ -35,7 +35,13 @@ from training.checkpoints.saving import Checkpoints
 
 GOAL = 0.1
 COMPOSER, AT_ONCE, THREAD = "Composer's way", "at once", "by a thread"
-_WAYS = (COMPOSER, AT_ONCE, THREAD)
+_WAYS: dict[str, dict[str, bool]] = {
+    COMPOSER: {},
+    AT_ONCE: {"asynchronous": False},
+    THREAD: {"asynchronous": True},
+    "shards, at once": {"asynchronous": False, "sharded": True},
+    "shards, by a thread": {"asynchronous": True, "sharded": True},
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,7 +62,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         trainer = _trained_for_a_step(options.model)
         state, logger = trainer.state, trainer.logger
         callbacks = {
-            name: Checkpoints(Path(folder) / name, asynchronous=name == THREAD, keep_best=False) for name in _WAYS
+            name: Checkpoints(Path(folder) / name, keep_best=False, **settings)  # pyright: ignore[reportArgumentType]
+            for name, settings in _WAYS.items()
         }
         for number in range(options.rounds + 1):
             for name in _WAYS:
@@ -86,15 +93,16 @@ def table(report: dict[str, Any]) -> str:
     for name, values in report["seconds"].items():
         one = spread(values)
         lines.append([name, f"{one['median']:.3f}", f"{one['min']:.3f}, {one['max']:.3f}"])
+    shards = _share(report, "shards, by a thread", "shards, at once")
     return (
         f"{report['model']}, {report['megabytes']} MB\n{columns(lines)}\n\nthe thread stops training for "
-        f"{_share(report, COMPOSER)} of the time of {COMPOSER}; goal: at most {GOAL}. Of {AT_ONCE}: "
-        f"{_share(report, AT_ONCE)}"
+        f"{_share(report, THREAD, COMPOSER)} of the time of {COMPOSER}; goal: at most {GOAL}\n"
+        f"of {AT_ONCE}: {_share(report, THREAD, AT_ONCE)}; shards: {shards}"
     )
 
 
-def _share(report: dict[str, Any], other: str) -> str:
-    pairs = zip(report["seconds"][f"stopped, {THREAD}"], report["seconds"][f"stopped, {other}"], strict=True)
+def _share(report: dict[str, Any], way: str, other: str) -> str:
+    pairs = zip(report["seconds"][f"stopped, {way}"], report["seconds"][f"stopped, {other}"], strict=True)
     ratio = spread([thread / once for thread, once in pairs])
     return f"{ratio['median']:.3f} ({ratio['min']:.3f} to {ratio['max']:.3f})"
 

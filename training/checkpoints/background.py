@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 _UNCHANGING = (bool, bytes, float, int, str, type(None))
 
@@ -64,6 +65,9 @@ class Copies:
         return copied
 
     def _copy(self, value: Any, path: tuple[Any, ...], seen: dict[Any, Tensor], before: dict[Any, Tensor]) -> Any:
+        if isinstance(value, DTensor):
+            # Not by from_local, which would move this rank's part to the device of the mesh.
+            return DTensor(self._copy(value._local_tensor, path, seen, before), value._spec, requires_grad=False)
         if isinstance(value, Tensor):
             key = (value.data_ptr(), value.shape, value.stride(), value.dtype)
             if key not in seen or not value.numel():

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 from composer import Trainer
 from composer.core import State
-from torch import distributed, nn
-from torch._C._distributed_c10d import HashStore
+from ranks import one_rank
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -58,20 +55,6 @@ def trained(optimizer: str, *, change: Callable[[nn.Sequential], None] = lambda 
 
 def compile_a_part(network: nn.Sequential) -> None:
     network[0] = torch.compile(network[0], backend="eager")  # pyright: ignore[reportArgumentType]: other names
-
-
-@contextmanager
-def one_rank() -> Iterator[None]:
-    made = not distributed.is_initialized()  # a Trainer may have made it
-    numbers = {"RANK": "0", "LOCAL_RANK": "0", "NODE_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-    with mock.patch.dict(os.environ, numbers):
-        if made:
-            distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
-        try:
-            yield
-        finally:
-            if made:
-                distributed.destroy_process_group()
 
 
 def same(one: Any, other: Any) -> bool:
