@@ -18,6 +18,7 @@ _MORE = {
     "averaged_state_dict": ".ema",
     "averaged_weights": ".ema",
     "draw_cutmix": ".cutmix",
+    "draw_kept_patches": ".patch_dropout",
     "draw_mixup": ".mixup",
     "draw_randaugment": ".randaugment",
     "draw_stochastic_depth": ".stochastic_depth",

@@ -8,7 +8,6 @@ Shapes: N samples.
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from .framework.base import Contract, Event, Logger, Resource, SpeedUp, State, global_rank
 from .framework.batches import count_samples
+from .framework.changed_layers import Changed, change_class
 from .framework.randomness import MicrobatchDraws, generator_at
 
 Mode = Literal["sample", "batch"]
@@ -173,9 +173,10 @@ class _Settings:
         return f"drop_rate={self.drop_rate!r}, mode={self.mode!r}, distribution={self.distribution!r}"
 
 
-class _Dropped(nn.Module):
-    """First base of every changed layer's class; the layer's former class is the second."""
+class _Dropped(Changed):
+    """The last layer of a residual branch."""
 
+    named = "Dropped"
     drop_branch: int
     drop_rate_here: float
     drop_settings: _Settings
@@ -199,14 +200,6 @@ class _Dropped(nn.Module):
         said = f"dropped at {self.drop_rate_here:.3g} a {self.drop_settings.mode}"
         return ", ".join(filter(None, [super().extra_repr(), said]))
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # Classes created at run time cannot be found by name: rebuild this one from the layer's former class. Other
-        # libraries' subclasses of it (for parametrization, sharding) copy themselves.
-        first, *others = type(self).__bases__
-        if first is not _Dropped:
-            return super().__reduce_ex__(protocol)
-        return _rebuild, tuple(others), self.__dict__.copy()
-
 
 def _branch_ends(module: Any) -> list[nn.Module]:
     """The last layers of the branches of `module`, if it is a known residual block."""
@@ -218,20 +211,10 @@ def _branch_ends(module: Any) -> list[nn.Module]:
 
 
 def _change_layer(layer: Any, branch: int, drop_rate: float, settings: _Settings, draws: MicrobatchDraws) -> None:
-    layer.__class__ = _dropped_class(type(layer))
+    change_class(layer, _Dropped)
     layer.drop_branch, layer.drop_rate_here, layer.drop_settings, layer.microbatch_draws = (
         branch,
         drop_rate,
         settings,
         draws,
     )
-
-
-@functools.cache
-def _dropped_class(cls: type[nn.Module]) -> type[nn.Module]:
-    return type(f"Dropped{cls.__name__}", (_Dropped, cls), {"__module__": __name__})
-
-
-def _rebuild(cls: type[nn.Module]) -> nn.Module:
-    dropped = _dropped_class(cls)
-    return dropped.__new__(dropped)

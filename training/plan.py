@@ -17,6 +17,7 @@ from algos.framework.ordering import arrange
 from algos.framework.protocols import LearningRateModifier
 from algos.framework.registry import planner
 from algos.learning_rate import LearningRate
+from algos.patch_dropout import PatchDropout, kept_in_evaluation
 from algos.progressive_resizing import ProgressiveResizing
 from algos.sam import SAM
 from models.summary import count_forward_macs, count_parameters
@@ -44,6 +45,7 @@ class Epoch:
     frozen: bool  # only the last layers are trained, with a negligible backward pass
     test_crop: bool
     suspended: tuple[str, ...]  # algorithms of the run that are inactive in this epoch
+    keep_rate: float = 1.0  # share of a Vision Transformer's patches that are trained on
 
     @property
     def total_forward_macs(self) -> float:
@@ -170,9 +172,10 @@ def make_plan(recipe: Recipe, facts: DataFacts, place: Place) -> Plan:
     per_device = per_device_batch_size(recipe, world_size=place.world_size)
     peak = peak_learning_rate(recipe.optimizer, global_batch_size=per_device * place.world_size)
     shapes = _epoch_shapes(recipe, algorithms, per_device_batch_size=per_device, world_size=place.world_size)
+    keep_rates = _keep_rates(recipe, algorithms)
     macs = {
-        size: _macs(network, size, _pass_sizes(batch, recipe, facts, place.world_size), recipe)
-        for size, batch in sorted(set(shapes))
+        (size, keep_rate): _macs(network, size, keep_rate, _pass_sizes(batch, recipe, facts, place.world_size), recipe)
+        for (size, batch), keep_rate in sorted(set(zip(shapes, keep_rates, strict=True)))
     }
     plan = Plan(
         recipe=recipe,
@@ -186,8 +189,13 @@ def make_plan(recipe: Recipe, facts: DataFacts, place: Place) -> Plan:
         ),
         parameters=count_parameters(network),
         epochs=tuple(
-            _plan_epoch(index, recipe, facts, algorithms, shape=shape, macs=macs[shape[0]], initial=peak)
-            for index, shape in enumerate(shapes)
+            replace(
+                _plan_epoch(
+                    index, recipe, facts, algorithms, shape=shape, macs=macs[shape[0], keep_rate], initial=peak
+                ),
+                keep_rate=keep_rate,
+            )
+            for index, (shape, keep_rate) in enumerate(zip(shapes, keep_rates, strict=True))
         ),
     )
     check_profiled_steps(recipe.logging.profile, total_steps=plan.steps)
@@ -280,6 +288,15 @@ def _epoch_shapes(
     return shapes
 
 
+def _keep_rates(recipe: Recipe, algorithms: Mapping[str, Any]) -> list[float]:
+    """The share of a Vision Transformer's patches that every epoch trains on."""
+    dropout = algorithms.get("patch_dropout")
+    if not isinstance(dropout, PatchDropout):
+        return [1.0] * recipe.epochs
+    with users_mistake("algorithms"):
+        return [dropout.rate_at(epoch, recipe.epochs) for epoch in range(recipe.epochs)]
+
+
 def _refuse_two_sizes(fixres: FixRes, shapes: list[tuple[int, int]], *, resized: bool) -> None:
     others = {size for size, _ in shapes} - {fixres.image_size}
     if resized and others:
@@ -349,12 +366,13 @@ def _pass_sizes(global_batch_size: int, recipe: Recipe, facts: DataFacts, world_
     return tuple(sorted(set(images) - {0}))
 
 
-def _macs(network: nn.Module, image_size: int, pass_sizes: tuple[int, ...], recipe: Recipe) -> int:
+def _macs(network: nn.Module, image_size: int, keep_rate: float, pass_sizes: tuple[int, ...], recipe: Recipe) -> int:
     """Multiply-adds of one image. Tries a forward pass of every batch size."""
     macs = 0
     for images in pass_sizes:
         try:
-            macs = count_forward_macs(network, image_size=image_size, num_images=images)
+            with kept_in_evaluation(network, keep_rate):
+                macs = count_forward_macs(network, image_size=image_size, num_images=images)
         except (RuntimeError, ValueError, AssertionError) as error:
             reason, name = str(error).splitlines()[0], recipe.model["name"]
             raise RecipeError(

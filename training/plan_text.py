@@ -85,7 +85,8 @@ def _place_line(plan: Plan) -> str:
 def _phase_lines(plan: Plan) -> list[str]:
     lines, first = [], 0
     for _, run in groupby(
-        plan.epochs, key=lambda e: (e.image_size, e.global_batch_size, e.frozen, e.test_crop, e.suspended, e.passes)
+        plan.epochs,
+        key=lambda e: (e.image_size, e.global_batch_size, e.frozen, e.test_crop, e.suspended, e.passes, e.keep_rate),
     ):
         epochs = list(run)
         start, end = epochs[0], epochs[-1]
@@ -94,6 +95,7 @@ def _phase_lines(plan: Plan) -> list[str]:
             *(["last layers only"] if start.frozen else []),
             *(f"no {name}" for name in start.suspended),
             *([f"{start.passes:g} passes a step"] if start.passes > 1 else []),
+            *([f"{start.keep_rate:g} of the patches"] if start.keep_rate < 1 else []),
         ]
         rates = f"{start.learning_rate[0]:.3g} to {end.learning_rate[1]:.3g}"
         lines.append(

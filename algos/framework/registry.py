@@ -21,6 +21,12 @@ _ALGORITHMS: dict[str, tuple[str, str, str, str]] = {
     "fixres": (".fixres", "FixRes", "freeze_for_fixres", "last epochs at test resolution with the test-time crop"),
     "label_smoothing": (".label_smoothing", "LabelSmoothing", "smooth_labels", "targets a little less than certain"),
     "mixup": (".mixup", "MixUp", "mixup_batch", "convex combinations of images and of their targets"),
+    "patch_dropout": (
+        ".patch_dropout",
+        "PatchDropout",
+        "apply_patch_dropout",
+        "a random part of each image's patches for Vision Transformers",
+    ),
     "progressive_resizing": (
         ".progressive_resizing",
         "ProgressiveResizing",

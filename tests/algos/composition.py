@@ -23,9 +23,11 @@ from torch import Tensor, nn
 import algos.framework.base
 from algos import LearningRate, arrange
 from algos.framework.registry import find, maker, names
+from algos.patch_dropout import PatchDropout
 from data import Normalizer, build_loader
 from models.classifier import ImageClassifier
 from models.resnet import SmallResNet
+from models.vit import VisionTransformer
 from training.callbacks import _LoaderPosition
 from training.checkpoints.saving import Checkpoints
 from training.engines.composer import restore_random_state
@@ -43,6 +45,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "fixres": {"epochs": 1, "image_size": 16, "train": "classifier", "learning_rate": 0.01},
     "label_smoothing": {"smoothing": 0.1},
     "mixup": {"alpha": 0.5},
+    "patch_dropout": {"keep_rate": 0.5, "final_epochs": 1},
     "progressive_resizing": {
         "stages": [{"epochs": 1, "image_size": 12}, {"epochs": 2, "image_size": 16, "global_batch_size": 4}],
     },
@@ -66,7 +69,7 @@ COMPOSER_EXAMPLES: dict[str, dict[str, Any]] = {
 # A compilation for each image size. With sizes as variables, torch 2.7.0 has inductor fail on these networks, and
 # aot_eager return wrong gradients behind reflection padding.
 COMPILED = {"backend": "aot_eager", "dynamic": False}
-DRAW_PER_RANK = {"mixup", "cutmix", "randaugment", "stochastic_depth"}
+DRAW_PER_RANK = {"mixup", "cutmix", "patch_dropout", "randaugment", "stochastic_depth"}
 
 
 def composer_sets() -> dict[str, list[str]]:
@@ -112,8 +115,8 @@ def act_as_two_ranks(algorithm: Any) -> None:
                 kept.append(getattr(algorithm, "_kept", None))
         finally:
             algos.framework.base._distributed = whole
-        if kept[0] is not None:  # what stochastic depth has drawn for the rows of the batch
-            algorithm._kept = torch.cat(kept, dim=1)
+        if kept[0] is not None:  # what stochastic depth or patch dropout has drawn for the rows of the batch
+            algorithm._kept = torch.cat(kept, dim=0 if isinstance(algorithm, PatchDropout) else 1)
         state.batch = tuple(torch.cat(parts) for parts in zip(*halves, strict=True))
 
     algorithm.apply = apply
@@ -139,15 +142,36 @@ class _StopAt(Callback):
             raise _Stop
 
 
-def network(num_classes: int) -> nn.Module:
-    """A small ResNet in float64 whose norm knows no batch, so that splitting a batch changes nothing by itself."""
+class _ResNetAndViT(nn.Module):
+    """The sum of both networks' logits, so that every algorithm finds what it changes."""
+
+    def __init__(self, resnet: nn.Module, vit: nn.Module) -> None:
+        super().__init__()
+        self.vit, self.resnet = vit, resnet  # FixRes looks for the last classifier
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.vit(images) + self.resnet(images)
+
+
+def network(num_classes: int, *, vit: bool) -> nn.Module:
+    """In float64, with norms that know no batch, so that splitting a batch changes nothing by itself.
+
+    vit: with a Vision Transformer beside the small ResNet.
+    """
     torch.manual_seed(0)
-    model = SmallResNet(num_classes=num_classes, width=16, blocks_per_stage=1, activation=nn.SiLU)
-    for module in list(model.modules()):
+    resnet = SmallResNet(num_classes=num_classes, width=16, blocks_per_stage=1, activation=nn.SiLU)
+    for module in list(resnet.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.BatchNorm2d):
                 setattr(module, name, nn.GroupNorm(4, child.num_features))
-    return model.double()
+    if not vit:
+        return resnet.double()
+    transformer = VisionTransformer(
+        num_classes=num_classes, image_size=16, patch_size=4, num_layers=1, num_heads=2, hidden_dim=8, mlp_dim=16,
+        dropout=0.0, attention_dropout=0.0,
+    )  # fmt: skip
+    nn.init.normal_(transformer.heads.get_parameter("head.weight"), std=0.1)  # zeros would pass no gradient on
+    return _ResNetAndViT(resnet, transformer).double()
 
 
 def make_trainer(
@@ -155,9 +179,13 @@ def make_trainer(
     *,
     callbacks: Iterable[Callback] = (),
     fsdp: bool = False,
+    vit: bool = False,
     **settings: Any,
 ) -> Trainer:
-    """A Trainer of twelve steps in three epochs (more where a stage has smaller batches) on made-up images."""
+    """A Trainer of twelve steps in three epochs (more where a stage has smaller batches) on made-up images.
+
+    vit: of the network, which has one in any case if an algorithm needs it.
+    """
     rank, ranks = dist.get_global_rank(), dist.get_world_size()
     loader = build_loader(
         source="synthetic", source_settings={"num_samples": GLOBAL_BATCH_SIZE * STEPS_AN_EPOCH, "num_classes": 4},
@@ -165,7 +193,8 @@ def make_trainer(
         num_workers=0, rank=rank, world_size=ranks, log=lambda text: None,
     )  # fmt: skip
     normalize = Normalizer(loader.mean, loader.std, dtype=torch.float64)
-    classifier = ImageClassifier(network(4), num_classes=4)
+    vit = vit or any(isinstance(algorithm, PatchDropout) for algorithm in algorithms)
+    classifier = ImageClassifier(network(4, vit=vit), num_classes=4)
     if fsdp:
         from composer.utils.parallelism import FSDP2Config
 

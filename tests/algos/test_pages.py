@@ -19,6 +19,7 @@ NAMES = [
     "fixres",
     "label_smoothing",
     "mixup",
+    "patch_dropout",
     "progressive_resizing",
     "randaugment",
     "sam",
