@@ -1,0 +1,65 @@
+"""docs/recipes/index.md lists every key of a recipe, with the default that the code has."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import omegaconf
+import pytest
+
+from training.recipe.keys import FSDP, RecipeKeys
+
+PAGE = Path(__file__).parents[2] / "docs" / "recipes" / "index.md"
+# Sections that are one row, whose keys another page lists.
+_ONE_ROW = (FSDP,)
+
+
+def _keys(section: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Each key's path and its default; omegaconf.MISSING where one is required."""
+    hints = get_type_hints(section)
+    for field in fields(section):
+        of = next((one for one in (hints[field.name], *get_args(hints[field.name])) if is_dataclass(one)), None)
+        optional = field.default is None
+        if of is not None and not optional and of not in _ONE_ROW:
+            yield from _keys(of, f"{path}{field.name}.")
+        else:
+            default = field.default if field.default_factory is MISSING else field.default_factory()
+            yield path + field.name, default
+
+
+def _rows() -> dict[str, str]:
+    """Each key on the page and its default there. A name after a comma has the section of the one before it."""
+    found = {}
+    for line in PAGE.read_text().splitlines():
+        cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)]
+        if len(cells) != 5 or not cells[1].startswith("`"):
+            continue
+        names = re.findall(r"`([\w.]+)`", cells[1])
+        defaults = re.split(r", (?![^\[]*\])", cells[3])
+        section = names[0].rpartition(".")[0]
+        for number, name in enumerate(names):
+            whole = name if number == 0 or not section else f"{section}.{name}"
+            found[whole] = defaults[number] if len(defaults) == len(names) else cells[3]
+    return found
+
+
+ROWS = _rows()
+
+
+@pytest.mark.parametrize(("key", "default"), [pytest.param(*one, id=one[0]) for one in _keys(RecipeKeys)])
+def test_the_page_has_the_key_and_its_default(key: str, default: Any) -> None:
+    if any(row.startswith(f"{key}.") for row in ROWS):
+        return  # the page lists what is in it
+    assert key in ROWS
+    if default is omegaconf.MISSING:
+        assert ROWS[key] == "required"
+    elif isinstance(default, bool):
+        assert ROWS[key] == str(default).lower()
+    elif isinstance(default, int | float):
+        assert float(ROWS[key]) == default
+    elif isinstance(default, str):
+        assert ROWS[key].strip("`") == default
