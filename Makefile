@@ -1,4 +1,4 @@
-# make demo   train on real handwritten digits with every speed-up on, then with all of them off
+# make demo   train on real handwritten digits with seven speed-ups on, then with all of them off
 # make test   the test suite          make lint   ruff and pyright          make docs   this documentation as a site
 #
 # STACK=composer installs or tests the versions that Composer's last release asks for, STACK=floor the oldest torch.
