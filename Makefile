@@ -98,7 +98,7 @@ docs-serve: docs-tools
 docs-tools: setup
 	@$(VENV)/bin/uv pip install --quiet --python $(PY) --constraint $(CONSTRAINTS) $(DOCS)
 
-# The README's table of algorithms, from the registry.
+# The tables of algorithms in the README and in docs/algorithms/index.md, from the registry.
 table: setup
 	@$(PY) scripts/table.py
 
