@@ -1,7 +1,8 @@
-"""docs/recipes/index.md lists every key of a recipe, with the default that the code has."""
+"""docs/recipes/index.md has every key of a recipe and its default; docs/models.md has every setting of a model."""
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator
 from dataclasses import MISSING, fields, is_dataclass
@@ -11,9 +12,11 @@ from typing import Any, get_args, get_type_hints
 import omegaconf
 import pytest
 
+from models import registry
 from training.recipe.keys import FSDP, RecipeKeys
 
-PAGE = Path(__file__).parents[2] / "docs" / "recipes" / "index.md"
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE = DOCS / "recipes" / "index.md"
 # Sections that are one row, whose keys another page lists.
 _ONE_ROW = (FSDP,)
 
@@ -63,3 +66,12 @@ def test_the_page_has_the_key_and_its_default(key: str, default: Any) -> None:
         assert float(ROWS[key]) == default
     elif isinstance(default, str):
         assert ROWS[key].strip("`") == default
+
+
+@pytest.mark.parametrize("name", registry.names())
+def test_the_page_on_models_has_every_setting(name: str) -> None:
+    text = (DOCS / "models.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| `")]
+    assert any(f"`{name}`" in row for row in rows)
+    for setting in inspect.signature(registry.find(name)).parameters:
+        assert setting == "num_classes" or any(f"`{setting}`" in row for row in rows), setting
