@@ -1,4 +1,4 @@
-"""docs/recipes/index.md has every key of a recipe and its default; docs/models.md has every setting of a model."""
+"""docs/recipes/index.md has every key of a recipe and its default; docs/models.md and data.md have every setting."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typing import Any, get_args, get_type_hints
 import omegaconf
 import pytest
 
+from data.loading.augment import AUGMENTATIONS
+from data.sources import SOURCES
 from models import registry
 from training.recipe.keys import FSDP, RecipeKeys
 
@@ -68,10 +70,18 @@ def test_the_page_has_the_key_and_its_default(key: str, default: Any) -> None:
         assert ROWS[key].strip("`") == default
 
 
-@pytest.mark.parametrize("name", registry.names())
-def test_the_page_on_models_has_every_setting(name: str) -> None:
-    text = (DOCS / "models.md").read_text()
-    rows = [line for line in text.splitlines() if line.startswith("| `")]
+_SETTINGS = [
+    *(pytest.param("models.md", name, registry.find(name), id=name) for name in registry.names()),
+    *(pytest.param("data.md", name, make, id=name) for name, make in {**SOURCES, **AUGMENTATIONS}.items()),
+]
+# Given by a recipe's other sections, or named once for all.
+_NOT_IN_ROWS = ("num_classes", "split", "probability")
+
+
+@pytest.mark.parametrize(("page", "name", "make"), _SETTINGS)
+def test_the_page_has_every_setting(page: str, name: str, make: Any) -> None:
+    rows = [line for line in (DOCS / page).read_text().splitlines() if line.startswith("| `")]
+    rows = [row for row in rows if page == "models.md" or f"`{name}`" in row]
     assert any(f"`{name}`" in row for row in rows)
-    for setting in inspect.signature(registry.find(name)).parameters:
-        assert setting == "num_classes" or any(f"`{setting}`" in row for row in rows), setting
+    for setting in inspect.signature(make).parameters:
+        assert setting in _NOT_IN_ROWS or any(f"`{setting}`" in row for row in rows), setting
