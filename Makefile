@@ -1,4 +1,4 @@
-# make demo   train on real handwritten digits with every speed-up on, then with all of them off
+# make demo   train on real handwritten digits with seven speed-ups on, then with all of them off
 # make test   the test suite          make lint   ruff and pyright          make docs   this documentation as a site
 #
 # STACK=composer installs or tests the versions that Composer's last release asks for, STACK=floor the oldest torch.
@@ -98,7 +98,7 @@ docs-serve: docs-tools
 docs-tools: setup
 	@$(VENV)/bin/uv pip install --quiet --python $(PY) --constraint $(CONSTRAINTS) $(DOCS)
 
-# The README's table of algorithms, from the registry.
+# The tables of algorithms in the README and in docs/algorithms/index.md, from the registry.
 table: setup
 	@$(PY) scripts/table.py
 

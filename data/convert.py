@@ -101,22 +101,32 @@ def _parser() -> argparse.ArgumentParser:
         description="Write images to a .beton file for the FFCV loader. JPEGs that need no change are stored as they "
         "are. Images that cannot be used are left out and listed in OUT.report.txt.",
         epilog=f"example: python -m {__package__}.convert /data/imagenet imagenet-train.beton --split train "
-        "--max-side 500",
+        "--max-side 500. Exit status: 0 done, 2 a mistake in what was asked or in the images, 130 or 143 stopped.",
     )
-    parser.add_argument("source", help=f"a folder with one folder a class, or one of: {', '.join(sorted(SOURCES))}")
+    parser.add_argument(
+        "source", help=f"a folder with a folder for each class, or one of: {', '.join(sorted(SOURCES))}"
+    )
     parser.add_argument("out", type=Path, help="the file to write, usually ending in .beton")
-    parser.add_argument("--split", choices=SPLITS, help="of a folder: its train/, its val/ (valid/, eval/), its test/")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the source")
-    parser.add_argument("--write-mode", choices=WRITE_MODES, help="default: jpg for folders, raw for the others")
+    parser.add_argument(
+        "--split", choices=SPLITS, help="which images; of a folder: its train/, its val/ (valid/, eval/), its test/"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the source; may be repeated"
+    )
+    parser.add_argument(
+        "--write-mode",
+        choices=WRITE_MODES,
+        help="store pixels, JPEGs, or some of each (default: jpg for folders, raw for the others)",
+    )
     parser.add_argument(
         "--jpeg-share", type=float, metavar="SHARE", help="store this share as JPEGs and the rest as pixels (0..1)"
     )
     parser.add_argument(
         "--max-side", type=int, metavar="PX", help="make larger images smaller (folders: 500; 0: never)"
     )
-    parser.add_argument("--jpeg-quality", type=int, metavar="Q", help="1..100 (default 90), of what is encoded")
-    parser.add_argument("--workers", type=int, metavar="N", help="threads (default: one a core)")
-    parser.add_argument("--strict", action="store_true", help="refuse images that cannot be used")
+    parser.add_argument("--jpeg-quality", type=int, metavar="Q", help="of images that are encoded, 1..100 (default 90)")
+    parser.add_argument("--workers", type=int, metavar="N", help="threads (default: one per core)")
+    parser.add_argument("--strict", action="store_true", help="end at the first image that cannot be used")
     return parser
 
 

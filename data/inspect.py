@@ -190,23 +190,36 @@ def _plain(value: Any) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog=f"python -m {__package__}.inspect", description="Show what a .beton file holds, and check it."
+        prog=f"python -m {__package__}.inspect",
+        description="Show what a .beton file holds, and check it.",
+        epilog=f"example: python -m {__package__}.inspect train.beton --verify --sheet sheet.png",
     )
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--verify", action="store_true", help="decode every image and compare the images' checksum")
+    parser.add_argument("file", type=Path, help="the .beton file")
+    parser.add_argument("--verify", action="store_true", help="decode every image and compare its checksum")
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="threads that verify (default 2)")
-    sheet = parser.add_argument_group("contact sheet: the first training batch, or evaluation batch")
+    sheet = parser.add_argument_group("contact sheet", "a picture of the first batch, as the network would see it")
     sheet.add_argument("--sheet", type=Path, metavar="PNG", help="write the images to this file")
-    sheet.add_argument("--rows", type=int, default=4)
-    sheet.add_argument("--columns", type=int, default=6)
-    sheet.add_argument("--image-size", type=int, default=224, metavar="PX")
-    sheet.add_argument("--eval", action="store_true", help="cropped as in evaluation")
-    sheet.add_argument("--seed", type=int, default=0)
-    sheet.add_argument("--crop-scale", type=float, nargs=2, default=(0.08, 1.0), metavar=("LEAST", "LARGEST"))
-    sheet.add_argument("--crop-ratio", type=float, default=0.875, metavar="R", help="of evaluation")
-    sheet.add_argument("--flip-probability", type=float, default=0.5, metavar="P")
+    sheet.add_argument("--rows", type=int, default=4, metavar="N", help="(default 4)")
+    sheet.add_argument("--columns", type=int, default=6, metavar="N", help="(default 6)")
+    sheet.add_argument("--image-size", type=int, default=224, metavar="PX", help="(default 224)")
+    sheet.add_argument("--eval", action="store_true", help="an evaluation batch instead of a training batch")
     sheet.add_argument(
-        "--augmentations", default="[]", metavar="JSON", help='as [{"name": "color_jitter", "hue": 0.1}]'
+        "--seed", type=int, default=0, metavar="N", help="of training's order, crops and flips (default 0)"
+    )
+    sheet.add_argument(
+        "--crop-scale", type=float, nargs=2, default=(0.08, 1.0), metavar=("LEAST", "LARGEST"),
+        help="in training: share of the image's area (default 0.08 1)",
+    )  # fmt: skip
+    sheet.add_argument(
+        "--crop-ratio", type=float, default=0.875, metavar="R",
+        help="in evaluation: the crop's side over the image's short side (default 0.875)",
+    )  # fmt: skip
+    sheet.add_argument("--flip-probability", type=float, default=0.5, metavar="P", help="in training (default 0.5)")
+    sheet.add_argument(
+        "--augmentations",
+        default="[]",
+        metavar="JSON",
+        help='in training, for example [{"name": "color_jitter", "hue": 0.1}]',
     )
     return parser
 

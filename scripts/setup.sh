@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Build a virtual environment with this project and everything that `make demo` and `make test` need.
-# PYTHON=/path/to/python3 chooses the interpreter; EXTRAS=train,ffcv chooses what is installed (default: dev);
+# PYTHON=/path/to/python3 chooses the interpreter; EXTRAS=train,composer chooses what is installed (default: dev);
 # VENV and CONSTRAINTS, the folder and the pins, are set by the Makefile's STACK.
 set -euo pipefail
 cd "$(dirname "$0")/.."

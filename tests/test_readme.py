@@ -19,9 +19,11 @@ def test_the_example_runs() -> None:
     assert getattr(names["loss"], "requires_grad", False)
 
 
-def test_the_table_is_the_registrys() -> None:
+def test_the_tables_are_the_registrys() -> None:
     script = runpy.run_path(str(ROOT / "scripts" / "table.py"))
-    assert script["with_table"](README) == README, "run: make table"
+    for page, folder in script["PAGES"].items():
+        text = page.read_text()
+        assert script["with_table"](text, folder=folder) == text, "run: make table"
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))], ids=str)

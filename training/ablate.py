@@ -15,21 +15,21 @@ from training.command_line import carry_out, positive
 
 _ABOUT = """\
 Find out which speed-ups pay on your data: train the recipe with all of its algorithms, without each, with each alone
-and without any, over several seeds; print mean, spread and what can be told apart; write the recipe to use."""
+and without any, over several seeds; print means, spreads and significant differences; write the recipe to use."""
 
 _EXAMPLES = """\
 examples
   python -m training.ablate -f my.yaml                              three seeds, at equal epochs and at equal cost
-  python -m training.ablate -f my.yaml --budget 2h                  what fits into two hours; call again to go on
+  python -m training.ablate -f my.yaml --budget 2h                  what fits into two hours; call again to continue
   python -m training.ablate -f my.yaml --equal epochs --seeds 5 duration.epochs=15
   python -m training.ablate -f my.yaml --add "ema={half_life_steps: 100}"
 
-At equal cost every variant trains for as many epochs as cost the arithmetic of the run without algorithms. Intervals
-are of 95 %, over the differences between runs of equal seeds; of twenty comparisons one is told apart by chance.
+At equal cost every variant trains for as many epochs as take the arithmetic of the run without algorithms. Intervals
+are 95 % intervals of the differences between runs of equal seeds; one in twenty comparisons is significant by chance.
 
-Files: results/<run_name>_ablation/ has a folder a run, equal_epochs.txt and .png, equal_cost.txt and .png,
-ablation.json and recommended.yaml. An interrupted call goes on where it was.
-Exit status: 0 done, 2 a mistake in what was asked, 130 stopped with Ctrl-C."""
+Files: results/<run_name>_ablation/ has a folder for each run, equal_epochs.txt and .png, equal_cost.txt and .png,
+ablation.json and recommended.yaml. The same command continues an interrupted ablation.
+Exit status: 0 done, 2 a mistake on the command line or in the recipe, 130 stopped with Ctrl-C."""
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -131,15 +131,25 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("-f", "--file", required=True, metavar="FILE", help="the recipe")
-    parser.add_argument("--seeds", type=positive, default=3, metavar="N", help="runs of each variant (3)")
+    parser.add_argument("--seeds", type=positive, default=3, metavar="N", help="runs of each variant (default: 3)")
     parser.add_argument(
-        "--budget", type=_seconds, metavar="TIME", help="such as 90s, 30m or 2h; begin no run that ends later"
+        "--budget",
+        type=_seconds,
+        metavar="TIME",
+        help="such as 90s, 30m or 2h; start no run that would probably end later",
     )
     parser.add_argument(
-        "--equal", default="both", choices=("epochs", "cost", "both"), help="what variants share (both)"
+        "--equal",
+        default="both",
+        choices=("epochs", "cost", "both"),
+        help="what is equal for all variants (default: both)",
     )
     parser.add_argument(
-        "--add", action="append", default=[], metavar="NAME=SETTINGS", help="an algorithm that the recipe lacks"
+        "--add",
+        action="append",
+        default=[],
+        metavar="NAME=SETTINGS",
+        help="add an algorithm that the recipe does not have",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the recipe to set")
     return parser

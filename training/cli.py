@@ -34,18 +34,19 @@ _EXAMPLES = """\
 examples
   python run.py -f yamls/digits_medium.yaml                            one process
   composer -n 2 run.py -f yamls/digits_medium.yaml                     two processes on this machine
-  python run.py -f yamls/digits_medium.yaml --plan                     what it would do, without training
-  python run.py -f yamls/digits_medium.yaml --compare                  then again with every speed-up off
+  python run.py -f yamls/digits_medium.yaml --plan                     what the run will do, without training
+  python run.py -f yamls/digits_medium.yaml --compare                  and again with every speed-up off
   python run.py -f yamls/digits_medium.yaml algorithms.sam=null        one speed-up off
   python run.py -f yamls/digits_medium.yaml algorithms.mixup.alpha=0.1 one setting changed
   python run.py -f yamls/digits_medium.yaml load=latest                continue a run that was stopped
   python run.py -f yamls/digits_medium.yaml --probe                    how long it will take here, in about a minute
   python run.py -f yamls/digits_medium.yaml --find-lr                  which learning rates suit it
   python run.py --list                                                 the recipes and hardware profiles here
-  python run.py -f yamls/resnet50_medium.yaml -f yamls/hardware/8xa100.yaml --plan    a profile over the recipe
+  python run.py -f yamls/resnet50_medium.yaml -f yamls/hardware/8xa100.yaml --plan    with a hardware profile
 
 Results go to results/<run_name>/: recipe.yaml, metrics.csv, metrics.npz, curves.png, summary.json, checkpoints/.
-Exit status: 0 done, 1 training failed, 2 a mistake in the recipe or the command line, 130 stopped with Ctrl-C."""
+Exit status: 0 done, 1 training failed, 2 a mistake in the recipe or the command line, 130 stopped with Ctrl-C, 138 or
+143 stopped by SIGUSR1 or SIGTERM after a checkpoint."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -169,25 +170,30 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "-f", "--file", action="append", metavar="FILE",
-        help="the recipe, for example yamls/digits_medium.yaml; a second -f lies over it, for example "
+        help="the recipe, for example yamls/digits_medium.yaml; each further -f overrides those before it, for example "
         "yamls/hardware/8xa100.yaml",
     )  # fmt: skip
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--list", action="store_true", help="list the recipes and hardware profiles, with a line each")
+    mode.add_argument("--list", action="store_true", help="list the recipes and hardware profiles, one per line")
     mode.add_argument("--plan", action="store_true", help="print what the run will do and train nothing")
     mode.add_argument(
-        "--probe", action="store_true", help="measure its phases here for about a minute; print the time and the cost"
+        "--probe", action="store_true", help="measure the run's phases for about a minute; predict its time and cost"
     )
     mode.add_argument(
-        "--find-lr", action="store_true", help="raise the learning rate until training fails; suggest one, with a plot"
+        "--find-lr",
+        action="store_true",
+        help="raise the learning rate until training diverges; suggest a rate, with a plot",
     )
-    mode.add_argument("--compare", action="store_true", help="train it, then again with every speed-up off")
+    mode.add_argument("--compare", action="store_true", help="train the recipe, then again with every speed-up off")
     parser.add_argument(
         "--ranks", type=_count, metavar="N", help="with --probe: predict the run on N ranks (default 1)"
     )
     parser.add_argument("--write-profile", metavar="FILE", help="with --probe: write a hardware profile to FILE")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="keys of the recipe to set; null turns one off"
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="keys of the recipe to set; algorithms.NAME=null turns an algorithm off",
     )
     return parser
 

@@ -17,7 +17,7 @@ examples
   python demo.py results/digits_medium --host 0.0.0.0 --port 8000             for other machines too
   python demo.py results/digits_medium --export my_space                      a Hugging Face Space, to upload
 
-RUN is results/RUN, for its best checkpoint, or one of its checkpoints. The page loads nothing from the network and
+RUN is a run's folder, for its best checkpoint, or one of its checkpoints. The page loads nothing from the network and
 sends nothing anywhere; pictures are removed after ten minutes.
 Exit status: 0 the Space was written, 1 its graph differs from the network, 2 a mistake on the command line, 130 stopped
 with Ctrl-C."""

@@ -1,4 +1,4 @@
-"""Take a run's network away: weights or a graph, class names, preprocessing and a model card in one folder."""
+"""Export a run's network: weights or a graph, class names, preprocessing and a model card in one folder."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ examples
   python -m training.export results/vit/checkpoints/ep10.pt --to hf             another checkpoint than the best
   python -m training.export results/digits_medium --to onnx --push-to-hub me/digits   prints how to upload it
 
-RUN is results/RUN, for its best checkpoint, or one of its checkpoints. EMA's averages are taken where the run has them.
+RUN is a run's folder, for its best checkpoint, or one of its checkpoints. EMA's averages are exported if there are any.
 Each export is loaded again by another process that cannot import this project, and compared with the network.
 Exit status: 0 done, 1 the export differs from the network, 2 a mistake on the command line, 130 stopped with Ctrl-C."""
 

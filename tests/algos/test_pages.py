@@ -57,3 +57,17 @@ def test_every_setting_is_in_the_table(name):
         assert row, setting
         if isinstance(parameter.default, (int, float, str)):
             assert str(parameter.default).lower() in row.split("|")[2], setting
+
+
+@pytest.mark.parametrize("name", [*NAMES, "learning_rate"])
+def test_every_page_has_the_same_sections_in_the_same_order(name):
+    found = re.findall(r"^## (.*)$", (PAGES / f"{name}.md").read_text(), re.MULTILINE)
+    assert found == [
+        "Use",
+        "Settings",
+        "Details",
+        "Cost",
+        "Measured effect",
+        "With other algorithms",
+        "Source",
+    ]

@@ -32,7 +32,7 @@ from training.recipe.listing import listing
 _ELSEWHERE = {ROOT / "README.md": "tests/test_readme.py", ROOT / "CONTRIBUTING.md": "below"} | {
     page: "tests/algos/test_pages.py"
     for page in PAGES
-    if page.parent.name == "algorithms" and page.stem != "composer_algorithms"
+    if page.parent.name == "algorithms" and page.stem not in ("composer_algorithms", "learning_rate")
 }
 # What blocks show that are neither code nor commands, by the words that they begin with.
 _SHOWN = (

@@ -64,6 +64,12 @@ def test_links_lead_to_the_same_file_in_the_site() -> None:
     assert "benchmarks/results/time_to_accuracy_2026-11-21_cpu.png" in found  # of a page that this one links to
 
 
+def test_no_code_in_a_table_has_a_bar() -> None:
+    """The repository's pages need a backslash before it, which the site would show."""
+    for page in (ROOT / "docs").rglob("*.md"):
+        assert not re.search(r"`[^`\n]*\\\|[^`\n]*`", page.read_text()), page
+
+
 def test_what_belongs_to_a_numbered_item_is_indented_by_four() -> None:
     given = "1. One:\n\n   ```python\n   x = 1\n   ```\n\n2. Two\n\nEnd\n   three"
     assert site_pages.with_wider_lists(given) == given.replace("   ```", "    ```").replace("   x", "    x")

@@ -354,15 +354,19 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m training.engines.compare", description="What each engine costs for one recipe."
     )
-    parser.add_argument("-f", "--file", required=True, metavar="RECIPE")
+    parser.add_argument("-f", "--file", required=True, metavar="RECIPE", help="the recipe")
     parser.add_argument("--ranks", type=_at_least(1), required=True, metavar="N", help="processes on this machine")
     parser.add_argument("--steps", type=_at_least(1), default=5, metavar="K", help="steps to time (default 5)")
     parser.add_argument(
         "--engines", type=_engines, default=["none", "ddp", "fsdp", "zero1", "zero2", "zero3"], metavar="A,B",
-        help=f"of {', '.join(ENGINES)}; zero<S> is DeepSpeed with ZeRO stage S (default: all but zero0)",
+        help=f"some of {', '.join(ENGINES)}; zero<S> is DeepSpeed with ZeRO stage S (default: all but zero0)",
     )  # fmt: skip
-    parser.add_argument("--timeout", type=_at_least(1), default=900, metavar="SECONDS", help="for each (default 900)")
-    parser.add_argument("--output", metavar="PREFIX", help="of .md, .json and .png (default: in the recipe's results)")
+    parser.add_argument(
+        "--timeout", type=_at_least(1), default=900, metavar="SECONDS", help="limit for each engine (default 900)"
+    )
+    parser.add_argument(
+        "--output", metavar="PREFIX", help="where to write PREFIX.md, .json and .png (default: in the recipe's results)"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the recipe to set")
     return parser
 

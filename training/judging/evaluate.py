@@ -22,7 +22,7 @@ examples
   python evaluate.py results/my_run --data other.beton --flip     other images of the same classes; with mirror images
   composer -n 8 evaluate.py results/my_run                        on eight devices; every image is seen once
 
-Exit status: 0 done, 2 a mistake in what was asked, 130 stopped with Ctrl-C."""
+Exit status: 0 done, 2 a mistake on the command line or in the files, 130 stopped with Ctrl-C."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -95,17 +95,25 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_judging_options(parser)
     parser.add_argument(
-        "--split", default="eval", choices=("eval", "test", "train"), help="of the recipe's data (eval)"
+        "--split",
+        default="eval",
+        choices=("eval", "test", "train"),
+        help="which split of the recipe's data (default: eval)",
     )
     parser.add_argument(
-        "--data", type=Path, metavar="PATH", help="a .beton file, or a folder with a folder for each class"
+        "--data",
+        type=Path,
+        metavar="PATH",
+        help="images instead of the recipe's: a .beton file, or a folder with a folder for each class",
     )
-    parser.add_argument("--sizes", type=_sizes, default=(), metavar="PX,PX", help="further image sizes to measure at")
-    parser.add_argument("--no-shifts", action="store_true", help="leave out the consistency under shifts")
-    parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="default: RUN/evaluation")
-    parser.add_argument("--workers", type=positive, metavar="N", help="of the loader; default: the recipe's")
-    parser.add_argument("--per-device-batch-size", type=positive, metavar="N", help="default: the recipe's")
-    parser.add_argument("--cache-dir", metavar="DIR", help="of converted data; default: the recipe's")
+    parser.add_argument(
+        "--sizes", type=_sizes, default=(), metavar="PX,PX", help="further image sizes to measure top-1 at"
+    )
+    parser.add_argument("--no-shifts", action="store_true", help="do not measure the consistency under shifts")
+    parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="where to write (default: RUN/evaluation)")
+    parser.add_argument("--workers", type=positive, metavar="N", help="loader workers (default: the recipe's)")
+    parser.add_argument("--per-device-batch-size", type=positive, metavar="N", help="(default: the recipe's)")
+    parser.add_argument("--cache-dir", metavar="DIR", help="folder of converted data (default: the recipe's)")
     return parser
 
 

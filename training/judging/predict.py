@@ -20,16 +20,17 @@ if TYPE_CHECKING:
     from training.trained import Trained
 
 _ABOUT = """\
-Classify pictures with what a run has trained: the most probable classes of each, as CSV or JSON lines."""
+Classify pictures with a trained run: the most probable classes of each, as CSV or JSON lines."""
 
 _EXAMPLES = """\
 examples
-  python predict.py results/my_run cat.jpg dog.png                one line a picture
+  python predict.py results/my_run cat.jpg dog.png                one line per picture
   python predict.py results/my_run photos/ --json > found.jsonl   every picture in a folder and below
   find photos -name '*.jpg' | python predict.py results/my_run -  names from stdin
 
 CSV has the columns image, class_1, probability_1, class_2 ... A picture that cannot be read is named on stderr.
-Exit status: 0 done, 1 some pictures could not be read, 2 a mistake in what was asked, 130 stopped with Ctrl-C."""
+Exit status: 0 done, 1 some pictures could not be read, 2 a mistake on the command line or in the files, 130
+stopped with Ctrl-C."""
 
 _SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
@@ -133,6 +134,6 @@ def _parser() -> argparse.ArgumentParser:
     add_judging_options(parser)
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders, or - for names on stdin")
     parser.add_argument("--json", action="store_true", help="JSON lines instead of CSV")
-    parser.add_argument("--top", type=positive, default=5, metavar="K", help="classes a picture (5)")
-    parser.add_argument("--batch-size", type=positive, default=64, metavar="N", help="pictures at a time (64)")
+    parser.add_argument("--top", type=positive, default=5, metavar="K", help="classes per picture (default: 5)")
+    parser.add_argument("--batch-size", type=positive, default=64, metavar="N", help="pictures at a time (default: 64)")
     return parser

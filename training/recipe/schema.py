@@ -131,7 +131,7 @@ def _parse_value(hint: Any, value: Any, *, path: str) -> Any:
 def _parse_list(item: type, value: Any, *, path: str) -> list[Any]:
     if not isinstance(value, (list, tuple)):
         raise RecipeError(
-            path, f"is {value!r}; it must be a list of mappings with the keys {_listed(_field_names(item))}"
+            path, f"is {_shown(value)}; it must be a list of mappings with the keys {_listed(_field_names(item))}"
         )
     made = []
     for index, entry in enumerate(value):
@@ -155,7 +155,14 @@ def _convert(hint: Any, value: Any, *, path: str) -> Any:
         return OmegaConf.to_container(converted)["value"]  # pyright: ignore
     except (OmegaConfBaseException, TypeError, ValueError, ArithmeticError):  # of what is nothing like the hint
         choices = [str(choice) for choice in get_args(hint)] if get_origin(hint) is Literal else []
-        raise RecipeError(path, f"is {value!r}; it must be {_described(hint)}{_nearest(value, choices)}") from None
+        raise RecipeError(
+            path, f"is {_shown(value)}; it must be {_described(hint)}{_nearest(value, choices)}"
+        ) from None
+
+
+def _shown(value: Any) -> str:
+    """As a recipe has it: null, not None."""
+    return "null" if value is None else repr(value)
 
 
 def _refuse_unknown_keys(given: dict[Any, Any], known: Sequence[str], *, path: str) -> None:
