@@ -91,7 +91,8 @@ def build_optimizer_of(model: ImageClassifier, plan: Plan) -> torch.optim.Optimi
 def build_data_specs(plan: Plan, loaders: tuple[Any, Any]) -> tuple[DataSpec, DataSpec]:
     """The training and evaluation loaders, with the transforms of their batches on the device."""
     train, evaluation = loaders
-    normalize = Normalizer(train.mean, train.std)  # evaluation uses the training set's mean and std too
+    dtype = getattr(torch, plan.pixel_type)
+    normalize = Normalizer(train.mean, train.std, dtype=dtype)  # evaluation uses the training set's mean and std too
     torch_device = plan.place.torch_device
     return _data_spec(train, normalize, torch_device), _data_spec(evaluation, normalize, torch_device)
 

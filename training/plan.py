@@ -19,6 +19,7 @@ from algos.framework.registry import planner
 from algos.learning_rate import LearningRate
 from algos.progressive_resizing import ProgressiveResizing
 from algos.sam import SAM
+from models.registry import names
 from models.summary import count_forward_macs, count_parameters
 from training.facts import DataFacts, data_facts
 from training.network import change_network, make_network, shapes_suffice
@@ -28,6 +29,17 @@ from training.recipe.watching import check_profiled_steps
 
 SCHEDULE = "learning_rate"  # an algorithm of every run; its settings are the recipe's section schedule
 _CLIPPING = "composer.gradient_clipping"  # what optimizer.clip_norm turns on
+_AUTOCAST = {"amp_bf16": "bfloat16", "amp_fp16": "float16"}
+_RGB = 3
+# Networks that do nothing to an image before a convolution, which tests/training/test_pixel_type.py looks at.
+_CONVOLVE_FIRST = frozenset(names()) - {"alexnet"}
+# Algorithms that compute with no pixel: in a recipe progressive_resizing's images come in their size from the loader.
+_LEAVE_PIXELS_ALONE = frozenset(
+    {
+        SCHEDULE, _CLIPPING, "blurpool", "channels_last", "cutmix", "ema", "fixres", "label_smoothing",
+        "progressive_resizing", "sam", "stochastic_depth",
+    }
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -102,6 +114,19 @@ class Plan:
     def global_batch_size(self) -> int:
         """Images of all ranks in a training batch, unless a stage overrides it."""
         return self.per_device_batch_size * self.place.world_size
+
+    @property
+    def pixel_type(self) -> str:
+        """torch's name for the type in which normalized images reach algorithms and the network.
+
+        That of autocast where nothing computes with pixels before the network's first convolution, whose input is then
+        bit for bit the same; else float32.
+        """
+        blurs_pixels = any((one.settings.get("min_channels") or _RGB + 1) <= _RGB for one in self.algorithms)
+        plain = all(one.name in _LEAVE_PIXELS_ALONE for one in self.algorithms) and not blurs_pixels
+        if self.recipe.model["name"] in _CONVOLVE_FIRST and plain:
+            return _AUTOCAST.get(self.recipe.precision, "float32")
+        return "float32"
 
     @property
     def largest_image_size(self) -> int:
