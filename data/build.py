@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .beton.format import convert_command, report_path, tier_path
-from .beton.write import check_sizes, default_write_settings, with_sizes, write_beton
+from .beton.format import check_sizes, convert_command, report_path, tier_path
+from .beton.write import default_write_settings, with_sizes, write_beton
 from .decoding.decode import make_decoder, present_decoders
-from .loading.ffcv_loader import FFCVLoader
 from .loading.ahead import BatchesAhead
+from .loading.ffcv_loader import FFCVLoader
 from .loading.loader import Loader
 from .sources import SPLITS, build_source, source_stamp
 from .whole_files import partial_files
@@ -90,6 +90,12 @@ def build_loader(
     _refuse_other_classes(made.class_names, class_names, str(path), named=made.described)
     if not made.described and rank == 0:
         log(f"{path} has no description beside it: using class numbers as names, and ImageNet's mean and std")
+    if rank == 0 and split == "train":
+        for line in made.describe_tiers():
+            log(line)
+        if batches_ahead != "auto":
+            size = batches_ahead * made.batch_size * 3 * made.image_size**2 / 2**20
+            log(f"{batches_ahead} batches ahead take {size:,.0f} MiB a rank at {made.image_size} px")
     return made
 
 
@@ -97,8 +103,8 @@ def _refuse_sizes(sizes: Sequence[int], loader: str, path: str | Path | None) ->
     told = ", ".join(map(str, sizes))
     if path is not None:
         raise ValueError(
-            f"sizes {told} beside {path}, which has the sizes that it was written with: leave one of them out, or write "
-            f"the file anew: {convert_command(path)} --sizes {','.join(map(str, sizes))}"
+            f"sizes {told} beside {path}, which has the sizes that it was written with: leave one of them out, or "
+            f"write the file anew: {convert_command(path)} --sizes {','.join(map(str, sizes))}"
         )
     if loader == "torch":
         raise ValueError(f"sizes {told} beside loader 'torch', which reads no files of ours: leave one of them out")

@@ -14,8 +14,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from .beton.format import MAX_SIDE_PX, Beton, report_path, tier_path
-from .beton.write import WRITE_MODES, check_sizes, default_write_settings, with_sizes, write_beton
+from .beton.format import MAX_SIDE_PX, Beton, check_sizes, report_path, tier_path
+from .beton.write import WRITE_MODES, default_write_settings, with_sizes, write_beton
 from .sources import SOURCES, SPLITS, FolderSource, build_source
 
 INTERRUPTED, TERMINATED = 130, 143  # exit statuses: 128 + SIGINT, SIGTERM
@@ -120,8 +120,8 @@ def _parser() -> argparse.ArgumentParser:
         "--sizes",
         type=_sizes,
         metavar="PX,PX",
-        help="several of --max-side at once, as 256,500: OUT.beton has the largest, OUT.256.beton the others, for stages "
-        "of small images",
+        help="several of --max-side at once, as 256,500: OUT.beton has the largest, OUT.256.beton the other, for "
+        "stages of small images",
     )
     parser.add_argument("--jpeg-quality", type=int, metavar="Q", help="1..100 (default 90), of what is encoded")
     parser.add_argument("--workers", type=int, metavar="N", help="threads (default: one a core)")

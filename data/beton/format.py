@@ -141,6 +141,15 @@ def tier_path(path: str | Path, size: int) -> Path:
     return path.with_name(f"{path.stem}.{size}{path.suffix}")
 
 
+def check_sizes(sizes: Sequence[int]) -> None:
+    """Raise ValueError unless `sizes` are different whole numbers of px that the format holds, one at least."""
+    if not sizes or not all(1 <= size <= MAX_SIDE_PX for size in sizes) or len(set(sizes)) < len(sizes):
+        raise ValueError(
+            f"sizes {', '.join(map(str, sizes)) or '(none)'}: give different longest sides in px, from 1 to "
+            f"{MAX_SIDE_PX}, as 256,500"
+        )
+
+
 def convert_command(path: str | Path) -> str:
     """The command that writes a .beton file, for messages."""
     return f"python -m {_CONVERT} SOURCE {path}"

@@ -49,14 +49,23 @@ class Tiers:
         In evaluation, if the crop of each of its images has at least `image_size` px on its side, or is of an image
         that no tier has larger: no crop loses pixels that the result can show.
         """
-        serves = self._serves_training if augment else self._serves_evaluation
-        return next((tier for tier in self._smaller if serves(tier, image_size, crops)), self.largest)
 
-    def _serves_training(self, tier: Beton, image_size: int, crops: CropSettings) -> bool:
+        def serves(tier: Beton) -> bool:
+            if augment:
+                return image_size <= self._most_training_px(tier, crops)
+            return self._serves_evaluation(tier, image_size, crops)
+
+        return next((tier for tier in self._smaller if serves(tier)), self.largest)
+
+    def training_limits(self, crops: CropSettings) -> list[tuple[Path, int]]:
+        """Each smaller file, smallest first, and the largest image size in px at which it serves training."""
+        return [(tier.path, self._most_training_px(tier, crops)) for tier in self._smaller]
+
+    def _most_training_px(self, tier: Beton, crops: CropSettings) -> int:
         headroom = self._headroom
         if headroom is None:
             headroom = DEFAULT_HEADROOM if crops.crop_ratio is None else 1 / crops.crop_ratio
-        return bool(np.median(np.minimum(tier.heights, tier.widths)) >= headroom * image_size)
+        return int(np.median(np.minimum(tier.heights, tier.widths)) / headroom)
 
     def _serves_evaluation(self, tier: Beton, image_size: int, crops: CropSettings) -> bool:
         shorter = np.minimum(tier.heights, tier.widths)

@@ -35,6 +35,7 @@ from .format import (
     SIDECAR_VERSION,
     VERSION,
     Frame,
+    check_sizes,
     pack_checksums,
     read_frame,
     report_path,
@@ -131,15 +132,6 @@ def with_sizes(settings: dict[str, Any], sizes: Sequence[int] | None) -> dict[st
     if sizes is None:
         return settings
     return {key: value for key, value in settings.items() if key != "max_side_px"} | {"sizes": sorted(sizes)}
-
-
-def check_sizes(sizes: Sequence[int]) -> None:
-    """Raise ValueError unless `sizes` are different whole numbers of px that the format holds, one at least."""
-    if not sizes or not all(1 <= size <= MAX_SIDE_PX for size in sizes) or len(set(sizes)) < len(sizes):
-        raise ValueError(
-            f"sizes {', '.join(map(str, sizes)) or '(none)'}: give different longest sides in px, from 1 to "
-            f"{MAX_SIDE_PX}, as 256,500"
-        )
 
 
 class _Written:

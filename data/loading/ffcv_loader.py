@@ -14,10 +14,11 @@ from ..beton.format import Beton
 from ..beton.tiers import Tiers
 from ..decoding.decode import Decoder, make_decoder
 from ..prefetch import PrefetchIterator
-from .ahead import Ahead, BatchesAhead
+from .ahead import Ahead, BatchesAhead, timed
 from .loader import Loader, Pass
 from .to_device import Batch, HostBuffers
 
+_TimedBatch = tuple[Batch, list[float]]
 _LEAST_IMAGES_IN_A_PART = 8  # fewer cost more to schedule than they gain
 
 
@@ -68,21 +69,26 @@ class FFCVLoader(Loader):
         """The file that a pass at `image_size` px reads, with training's crops or, for `test_crop`, evaluation's."""
         return self._tiers.serving(image_size, self._crops, augment=self.train and not test_crop).path
 
-    def _decode(
-        self, batches: list[np.ndarray], this_pass: Pass, buffers: HostBuffers
-    ) -> Generator[Batch, None, None]:
+    def describe_tiers(self) -> list[str]:
+        """A line for each smaller file: up to which image size training reads it."""
+        return [f"{path} serves training at up to {px} px" for path, px in self._tiers.training_limits(self._crops)]
+
+    def _decode(self, batches: list[np.ndarray], this_pass: Pass, buffers: HostBuffers) -> Generator[Batch, None, None]:
         beton = self._tiers.serving(this_pass.image_size, self._crops, augment=this_pass.augment)
-        num_parts, batch_bytes = self._num_parts(self.batch_size), self.batch_size * 3 * this_pass.image_size**2
-        tasks = self._tasks(beton, batches, this_pass, buffers)
+        num_parts = self._num_parts(self.batch_size)
+        num_ahead = self._ahead.begin(self.batch_size * 3 * this_pass.image_size**2)
         iterator = PrefetchIterator(
-            tasks, num_workers=self.num_workers, num_ahead=num_parts * self._ahead.batches(batch_bytes)
+            self._tasks(beton, batches, this_pass, buffers),
+            num_workers=self.num_workers,
+            num_ahead=num_parts * num_ahead,
         )
         try:
             # Parts arrive in order, so a batch is complete when its last part is done.
-            for batch in iterator:
-                if batch is not None:
+            for done in iterator:
+                if done is not None:
+                    batch, seconds = done
+                    iterator.num_ahead = num_parts * self._ahead.after(sum(seconds))
                     yield batch
-                    iterator.num_ahead = num_parts * self._ahead.batches(batch_bytes)
         finally:
             iterator.close()
 
@@ -91,15 +97,17 @@ class FFCVLoader(Loader):
 
     def _tasks(
         self, beton: Beton, batches: list[np.ndarray], this_pass: Pass, buffers: HostBuffers
-    ) -> Iterator[Callable[[], Batch | None]]:
+    ) -> Iterator[Callable[[], _TimedBatch | None]]:
         for indices in batches:
             images, memory = buffers.take(len(indices), this_pass.image_size)
             batch = images, torch.from_numpy(beton.labels[indices])
             num_parts = self._num_parts(len(indices))
+            seconds: list[float] = []  # of its parts
             parts = zip(np.array_split(indices, num_parts), np.array_split(memory, num_parts), strict=True)
             for number, (own_indices, own_memory) in enumerate(parts, start=1):
                 decode = partial(_decode_part, self._decoder, beton, this_pass, own_indices, own_memory)
-                yield partial(_done, self._ahead.timed(decode), batch if number == num_parts else None)
+                result = (batch, seconds) if number == num_parts else None
+                yield partial(_done, partial(timed, decode, seconds), result)
 
 
 def _decode_part(decoder: Decoder, beton: Beton, this_pass: Pass, indices: np.ndarray, memory: np.ndarray) -> None:
@@ -109,6 +117,6 @@ def _decode_part(decoder: Decoder, beton: Beton, this_pass: Pass, indices: np.nd
     this_pass.augment_images(indices, memory)
 
 
-def _done(task: Callable[[], None], result: Batch | None) -> Batch | None:
+def _done(task: Callable[[], None], result: _TimedBatch | None) -> _TimedBatch | None:
     task()
     return result

@@ -209,9 +209,7 @@ class Loader(ABC):
         )
 
     @abstractmethod
-    def _decode(
-        self, batches: list[np.ndarray], this_pass: Pass, buffers: HostBuffers
-    ) -> Generator[Batch, None, None]:
+    def _decode(self, batches: list[np.ndarray], this_pass: Pass, buffers: HostBuffers) -> Generator[Batch, None, None]:
         """The batches of one pass, given the image indices of each. Closing it stops the decoding.
 
         Images in memory of `buffers` are given back once they are on the device.

@@ -57,9 +57,7 @@ class TorchLoader(Loader):
         """Per channel, on the 0..255 scale; computed from up to 2,000 images on first use."""
         return self._statistics[1]
 
-    def _decode(
-        self, batches: list[np.ndarray], this_pass: Pass, buffers: HostBuffers
-    ) -> Generator[Batch, None, None]:
+    def _decode(self, batches: list[np.ndarray], this_pass: Pass, buffers: HostBuffers) -> Generator[Batch, None, None]:
         self._sampler.batches = [[(int(index), this_pass) for index in indices] for indices in batches]
         yield from self._dataloader
 
