@@ -302,7 +302,9 @@ def test_a_file_of_before_is_its_own_only_tier(images: Path, tmp_path: Path):
 def build(images: Path, cache_dir: Path, **settings) -> tuple[FFCVLoader, list[str]]:
     log: list[str] = []
     settings = {"split": "train", "per_device_batch_size": 4, "image_size": 16, "log": log.append} | settings
-    loader = build_loader(source="folder", source_settings={"path": str(images), "eval_fraction": 0.25}, cache_dir=cache_dir, **settings)
+    loader = build_loader(
+        source="folder", source_settings={"path": str(images), "eval_fraction": 0.25}, cache_dir=cache_dir, **settings
+    )
     assert isinstance(loader, FFCVLoader)
     return loader, log
 
