@@ -95,7 +95,7 @@ def build_loader(
             log(line)
         if batches_ahead != "auto":
             size = batches_ahead * made.batch_size * 3 * made.image_size**2 / 2**20
-            log(f"{batches_ahead} batches ahead take {size:,.0f} MiB a rank at {made.image_size} px")
+            log(f"{batches_ahead} batches ahead take {size:,.1f} MiB a rank at {made.image_size} px")
     return made
 
 
