@@ -57,6 +57,11 @@ class Tiers:
 
         return next((tier for tier in self._smaller if serves(tier)), self.largest)
 
+    @property
+    def all(self) -> list[Beton]:
+        """Every file, smallest images first."""
+        return [*self._smaller, self.largest]
+
     def training_limits(self, crops: CropSettings) -> list[tuple[Path, int]]:
         """Each smaller file, smallest first, and the largest image size in px at which it serves training."""
         return [(tier.path, self._most_training_px(tier, crops)) for tier in self._smaller]
