@@ -26,6 +26,7 @@ import torch
 from benchmarks.loading import files
 from benchmarks.measuring import columns, progress, spread
 from data import FFCVLoader, normalize
+from data.loading.ahead import Ahead, BatchesAhead
 
 NUM_CLASSES = 1000
 _WARM_UP_BATCHES = 5
@@ -43,14 +44,23 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--image-sizes", type=int, nargs="+", default=[128, 224], metavar="PX")
     parser.add_argument("--batch-size", type=int, default=64, help="images")
     parser.add_argument("--batches", type=int, default=30, help="of each measurement")
-    parser.add_argument("--batches-ahead", default="auto", help="decoded batches that may wait for the step")
+    parser.add_argument(
+        "--batches-ahead", type=_ahead, default="auto", help="decoded batches that may wait for the step"
+    )
     parser.add_argument("--path", type=Path, help="a .beton file of your own in place of the photos")
     options = files.checked(parser, arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU here; give --device cpu")
-    if options.batches_ahead != "auto":
-        options.batches_ahead = int(options.batches_ahead)
     files.carry_out(lambda: measure(options), table, options.json)
+
+
+def _ahead(text: str) -> BatchesAhead:
+    setting: Any = int(text) if text.isdecimal() else text
+    try:
+        Ahead(setting)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return setting
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
