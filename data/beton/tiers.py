@@ -81,15 +81,16 @@ class Tiers:
 def _open_tier(largest: Beton, size: int, checksums: dict[int, int]) -> Beton:
     path = tier_path(largest.path, size)
     sizes = ",".join(map(str, [*sorted(checksums), largest.sidecar["written_as"]["max_side_px"]]))
-    repair = f"write all sizes anew: {convert_command(largest.path)} --sizes {sizes}"
+    command = f"{convert_command(largest.path)} --sizes {sizes}"
     if not path.is_file():
         raise FileNotFoundError(
-            f"{largest.path} has a tier of {size} px, and there is no file {path}: copy it there, or {repair}"
+            f"{largest.path} has a tier of {size} px, and there is no file {path}: copy it there, or write all sizes "
+            f"anew: {command}"
         )
     tier = Beton(path)
     if tier.sidecar.get("images_checksum") != checksums[size] or not np.array_equal(tier.labels, largest.labels):
         raise ValueError(
             f"{path} is not the tier of {size} px with which {largest.path} was written: copy both from one place, or "
-            f"{repair}"
+            f"write all sizes anew: {command}"
         )
     return tier
