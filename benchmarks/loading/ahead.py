@@ -6,7 +6,7 @@
 Records the wall-clock time of every part of a batch in passes at each image size, and then plays the times back to a
 consumer that takes a batch every so often: at a load of 0.9, decoding would take 0.9 of the consumer's time. The table
 has the share of its time for which the consumer waits, by the number of batches ahead. "rule" is the number that
-`batches_ahead: auto` takes by the spread of these times (`data.loading.ahead`).
+`batches_ahead: auto` takes after these times (`data.loading.ahead`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from benchmarks.loading import files
 from benchmarks.measuring import columns, progress
 from data import FFCVLoader
 from data.loading import ffcv_loader
-from data.loading.ahead import batches_for_spread
+from data.loading.ahead import batches_for_times
 
 DEPTHS = (1, 2, 3, 4, 6, 8, 16, 32)
 LOADS = (0.7, 0.8, 0.9, 0.95)
@@ -109,16 +109,17 @@ def described(times: np.ndarray, workers: int, image_size: int, batch_size: int)
     """The spread of the times at one size, and what each number of batches ahead leaves of the waiting."""
     sums = times.sum(axis=1)
     cv, pace = float(sums.std() / sums.mean()), float(sums.mean()) / min(workers, times.shape[1])
+    rule = batches_for_times(sums[-1024:])
     return {
         "image_size": image_size,
         "batches": len(times),
         "batch_ms": pace * 1000,
         "cv": cv,
         "longest_over_mean": float(sums.max() / sums.mean()),
-        "rule": batches_for_spread(cv),
+        "rule": rule,
         "mib_per_batch": batch_size * 3 * image_size**2 / 2**20,
         "waiting": {
-            str(load): {str(ahead): share_waited(times, workers, ahead, pace / load) for ahead in DEPTHS}
+            str(load): {str(ahead): share_waited(times, workers, ahead, pace / load) for ahead in (*DEPTHS, rule)}
             for load in LOADS
         },
     }
@@ -156,11 +157,13 @@ def share_waited(times: np.ndarray, workers: int, ahead: int, step_seconds: floa
 
 def table(report: dict[str, Any]) -> str:
     """The report as text."""
-    lines = [["px", "load", *(f"{ahead} ahead" for ahead in DEPTHS)]]
+    lines = [["px", "load", *(f"{ahead} ahead" for ahead in DEPTHS), "rule"]]
     notes = []
     for row in report["rows"]:
         for load, waiting in row["waiting"].items():
-            lines.append([str(row["image_size"]), load, *(f"{waiting[str(ahead)]:.2%}" for ahead in DEPTHS)])
+            lines.append(
+                [str(row["image_size"]), load, *(f"{waiting[str(ahead)]:.2%}" for ahead in (*DEPTHS, row["rule"]))]
+            )
         notes.append(
             f"{row['image_size']} px: {row['batches']} batches of {row['batch_ms']:.0f} ms, cv {row['cv']:.3f}, the "
             f"longest {row['longest_over_mean']:.1f} times the mean; rule: {row['rule']} ahead, "

@@ -1,9 +1,8 @@
 """How many decoded batches wait for the consumer, so that a slow one does not make it wait.
 
-A consumer that takes batches at 95 % of the pace at which they are decoded falls behind only by chance. The backlog of
-such a queue is nearly exponential (Kingman 1962: its mean is cv² / (2 (1 - load)) batches, cv being the standard
-deviation of a batch's decoding time over its mean), so ln(1000) times that mean covers all but one batch in 1,000.
-`python -m benchmarks.loaders --ahead` compares this with recorded times.
+A consumer that takes batches more slowly than they are decoded still falls behind now and then: where some batches in a
+row take long, as beside another process, or by chance. How far follows from the times themselves, without assuming
+that they are independent. `python -m benchmarks.loaders --ahead` plays recorded times back at each number of batches.
 """
 
 from __future__ import annotations
@@ -19,20 +18,26 @@ import numpy as np
 BatchesAhead: TypeAlias = "Literal['auto'] | int"
 LEAST_AHEAD = 2
 MOST_AHEAD_BYTES = 1 << 30  # of "auto", in one process
-LOAD, SHARE_WAITED_FOR = 0.95, 0.001
+LOAD = 0.95  # of the consumer's time, in which the batches could be decoded
 _FIRST_TIMES, _MOST_TIMES = 32, 1024
 
 
-def batches_for_spread(cv: float) -> int:
-    """ceil(ln(1 / SHARE_WAITED_FOR) * cv² / (2 (1 - LOAD))), at least 2; cv: std over mean of the times of batches."""
-    return max(LEAST_AHEAD, math.ceil(math.log(1 / SHARE_WAITED_FOR) * cv**2 / (2 * (1 - LOAD))))
+def batches_for_times(seconds: np.ndarray) -> int:
+    """As many batches as a consumer would have fallen behind at most, at least 2.
+
+    The decoding times x are scaled so that their mean is LOAD of a step of the consumer. Its backlog, in steps, is
+    w(n) = max(0, w(n - 1) + x(n) - 1) (Lindley 1952, for a queue); the result is the largest w, rounded up.
+    """
+    behind = np.cumsum(seconds / seconds.mean() * LOAD - 1)
+    backlog = behind - np.minimum.accumulate(np.minimum(behind, 0))
+    return max(LEAST_AHEAD, math.ceil(backlog.max()))
 
 
 class Ahead:
-    """The number of batches ahead: a given one, or what the spread of the decoding times asks for.
+    """The number of batches ahead: a given one, or what the decoding times ask for.
 
     Args:
-        setting: a whole number of at least 1; or "auto": `batches_for_spread` of the last 1,024 batches of this size,
+        setting: a whole number of at least 1; or "auto": `batches_for_times` of the last 1,024 batches of this size,
             as far as they fit into 1 GiB, and 2 for the first 32.
 
     Raises:
@@ -61,9 +66,8 @@ class Ahead:
             return self._number
         self._seconds.append(seconds)
         if len(self._seconds) % _FIRST_TIMES == 0:  # once it is full, after every batch, for which it is fast enough
-            times = np.array(self._seconds)
-            most = MOST_AHEAD_BYTES // self._batch_bytes
-            self._number = max(LEAST_AHEAD, min(batches_for_spread(times.std() / times.mean()), most))
+            asked, most = batches_for_times(np.array(self._seconds)), MOST_AHEAD_BYTES // self._batch_bytes
+            self._number = max(LEAST_AHEAD, min(asked, most))
         return self._number
 
 
