@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image, JpegImagePlugin
 
+import data.build
 from data import Beton, FFCVLoader
 from data.beton.format import sidecar_path, tier_path
 from data.beton.tiers import Tiers
@@ -20,6 +21,7 @@ from data.build import build_loader
 from data.convert import main
 from data.decoding.crops import CropSettings, random_resized_crops
 from data.decoding.decode import present_decoders
+from data.inspect import describe
 from data.sources import ArraySource, folder
 from data.sources.image_file import fitted_size
 
@@ -326,6 +328,27 @@ def test_conversion_at_first_use(images: Path, tmp_path: Path):
     assert build(images, tmp_path)[0].file_for(16) != loader.file_for(160)
     with pytest.raises(FileNotFoundError, match="has not come"):
         build(images, tmp_path, sizes=[50, 160], rank=1, world_size=2, stall_timeout_seconds=0.3)
+
+
+def test_without_a_decoder_sizes_are_told_to_be_of_no_use(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(data.build, "present_decoders", list)
+    log: list[str] = []
+    settings = {"split": "train", "per_device_batch_size": 4, "image_size": 16, "num_workers": 0}
+    source = {"source": "folder", "source_settings": {"path": str(images), "eval_fraction": 0.25}}
+    build_loader(cache_dir=tmp_path, sizes=[60, 160], batches_ahead=4, log=log.append, **settings, **source)
+    assert log[-1] == "the torch loader reads the images themselves: no files of other sizes are written"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_inspection_lists_the_smaller_files(tiered: Path, tmp_path: Path):
+    path = copy(tiered, tmp_path)
+    tier_path(path, 60).unlink()
+    said = describe(Beton(path)).splitlines()
+    size = tier_path(path, 100).stat().st_size / 1e6
+    assert f"  smaller images: {tier_path(path, 100)}, {size:,.1f} MB" in said
+    assert f"  smaller images: {tier_path(path, 60)}, which is not there" in said
 
 
 def test_sizes_of_what_has_none_of_our_files(images: Path, tiered: Path, tmp_path: Path):
