@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -236,6 +237,17 @@ def test_a_failed_conversion_leaves_no_file_at_any_size(images: Path, tmp_path: 
     with pytest.raises(ValueError, match=r"bad\.jpg cannot be stored"):
         write_beton(folder(images), tmp_path / "x.beton", sizes=SIZES, **JPEGS | {"strict": True})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_largest_file_appears_last(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Other ranks wait for it, and then need all the others with their descriptions."""
+    appeared = []
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda old, new: appeared.append(Path(new).name) or replace(old, new))
+    write_beton(folder(images), tmp_path / "x.beton", sizes=SIZES, **JPEGS)
+    files = ["x.60.beton", "x.100.beton", "x.beton"]
+    assert [name for name in appeared if name in files] == files
+    assert {f"{name}.json" for name in files} < set(appeared[: appeared.index("x.60.beton")])
 
 
 def copy(tiered: Path, tmp_path: Path) -> Path:
