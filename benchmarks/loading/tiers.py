@@ -3,7 +3,7 @@
     python -m benchmarks.loaders --tiers --json tiers.json
 
 Three files hold the same photos: "single" at 500 px (JPEGs as they were), "encoded" at 499 px (all encoded at quality
-90, as FFCV's writer does), and the tiers of 256 and 500 px, of which the loader takes the one that serves the size. In
+90), and the tiers of 256 and 500 px, of which the loader takes the one that serves the size. In
 every round each makes a pass at each size, in random order, in one process. Ratios are of passes of the same round.
 
 Pixels are compared crop by crop at the same seed and epoch: the tier's with the single file's, and both with the single
