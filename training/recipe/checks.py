@@ -25,6 +25,8 @@ _NAME = re.compile(r"(?![. ])[\w\-.+=,@() {}]{1,128}")  # a hidden file beside t
 def check(raw: dict[str, Any]) -> dict[str, Any]:
     """Every section checked and filled with its defaults. Checks that cost an import come last."""
     from algos import LearningRate
+    from data.beton.format import check_sizes
+    from data.loading.ahead import Ahead
     from data.loading.augment import build_augmentations
 
     top = parse(RecipeKeys, raw, path="")
@@ -37,6 +39,9 @@ def check(raw: dict[str, Any]) -> dict[str, Any]:
     try_settings(
         build_augmentations, {"entries": top["data"]["train"]["augmentations"]}, path="data.train.augmentations"
     )
+    if top["data"]["train"]["sizes"] is not None:
+        try_settings(check_sizes, {"sizes": top["data"]["train"]["sizes"]}, path="data.train.sizes")
+    try_settings(Ahead, {"setting": top["data"]["train"]["batches_ahead"]}, path="data.train.batches_ahead")
     _check_together(top)
     top["optimizer"] = parse_optimizer(top["optimizer"])
     top["model"] = parse_model(top["model"])
@@ -83,6 +88,12 @@ def _check_together(top: dict[str, Any]) -> None:
         raise RecipeError(
             "data.train.crop_ratio", f"is {train['crop_ratio']} beside {_other_crop(train)}; leave one of them out"
         )
+    for key, given in (("path", train["path"]), ("loader", "torch" if train["loader"] == "torch" else None)):
+        if train["sizes"] is not None and given is not None:
+            raise RecipeError(
+                "data.train.sizes",
+                f"is {train['sizes']} beside data.train.{key}: {given}, for which no files are written; leave one out",
+            )
     if top["data"]["test"] is not None and not top["checkpoints"]["keep_best"]:
         raise RecipeError(
             "data.test", "is judged by best.pt, which checkpoints.keep_best: false does not keep; drop one"

@@ -28,7 +28,13 @@ class TrainData:
     per_device_microbatch_size: int | str | None = None
     loader: LoaderName = "auto"
     path: str | None = None  # an existing .beton file; null: converted from the source at first use
+    # [256, 500]: the conversion writes the images at these longest sides (px), and each stage reads the smallest file
+    # that serves it. A file of your own has the sizes that it was written with. null: one file.
+    sizes: list[int] | None = None
+    # Of the shorter side of such a file over the image size, at least. null: 1.5, or 1 / crop_ratio.
+    tier_headroom: Annotated[float, Range(minimum=1)] | None = None
     num_workers: Workers = 2
+    batches_ahead: int | str = "auto"  # decoded batches that may wait for the step; auto: 2, or more if times vary
     drop_last: bool = True
     crop_scale: tuple[float, float] = (0.08, 1.0)  # share of the image's area
     crop_aspect_ratio: tuple[float, float] = (3 / 4, 4 / 3)
