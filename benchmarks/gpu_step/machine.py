@@ -14,17 +14,15 @@ from benchmarks.measuring import time_step
 _Made = tuple[Callable[[], Any], float]  # work, and how many units of it one call does
 _SIDES = {"cuda": (4096, 8192, 16384), "cpu": (512, 1024, 2048)}  # of square matrices
 _COPIED_MIB = {"cuda": (256, 1024, 4096), "cpu": (32, 64, 128)}
-_SECONDS = {"cuda": 0.4, "cpu": 0.3}  # for each size
 
 
-def measure_machine(device: torch.device, precisions: Sequence[str], *, seconds: float | None = None) -> dict[str, Any]:
+def measure_machine(device: torch.device, precisions: Sequence[str], *, seconds: float) -> dict[str, Any]:
     """`flops`: precision -> FLOP/s of the best size, `bytes_per_second` of a copy, and each size's own figure.
 
     precisions: of `DTYPES`; fp32 is measured as torch multiplies it by default, which is without TF32. The matrices are
     random, since a GPU draws less power, and runs faster, on zeros. A byte that is copied counts twice, read and
-    written. seconds: for each size; None for the device's own. A size that does not fit into memory is left out.
+    written. seconds: for each size. A size that does not fit into memory is left out.
     """
-    seconds = _SECONDS[device.type] if seconds is None else seconds
     products = {
         precision: _best({side: _product(device, precision, side) for side in _SIDES[device.type]}, device, seconds)
         for precision in precisions
@@ -44,7 +42,8 @@ def _best(makers: dict[int, Callable[[], _Made]], device: torch.device, seconds:
     for size, make in makers.items():
         try:
             work, units = make()
-            once_ms = max(time_step(work, device, 2)[1], 1e-3)
+            time_step(work, device, 2)  # which loads the library, and its kernel
+            once_ms = max(time_step(work, device, 1)[1], 1e-3)
             steps = max(1, round(seconds * 1e3 / 5 / once_ms))
             fastest_ms, begun = float("inf"), time.monotonic()
             while time.monotonic() - begun < seconds:

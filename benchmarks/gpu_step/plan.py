@@ -101,11 +101,11 @@ class Scale:
 _PHOTOS = ("resnet50", "vit_b16", (224, 176, 128, 160, 288))
 _TIMM = ("timm.resnet50", "timm.vit_base_patch16_224")
 SCALES = {
-    "cuda": Scale(*_PHOTOS, (256, 512, 128, 64), ("bf16", "fp16"), 7, _TIMM, 40.0),
+    "cuda": Scale(*_PHOTOS, (256, 512, 128, 64), ("bf16", "fp16"), 7, _TIMM, 30.0),
     "cpu": Scale(*_PHOTOS, (8, 16, 4), ("fp32", "bf16"), 5, _TIMM, 90.0),
     # Small enough to end within a minute on two cores.
     "quick cuda": Scale("resnet_digits", "vit_digits", (32, 16), (64, 128), ("bf16", "fp16"), 3, None, 25.0),
-    "quick cpu": Scale("resnet_digits", "vit_digits", (32, 16), (16, 32), ("fp32", "bf16"), 3, None, 25.0),
+    "quick cpu": Scale("resnet_digits", "vit_digits", (32, 16), (16, 32), ("fp32", "bf16"), 3, None, 5.0),
 }
 
 

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.algorithm_variants import OURS
 from benchmarks.gpu_step.plan import GOAL_NETWORK, GOAL_PRECISION, GOAL_PX, Case
-from benchmarks.gpu_step.running import MEASURED, Result, build_network
+from benchmarks.gpu_step.running import Result, build_network
 from benchmarks.measuring import columns, excess_over_share, spread, verdict
 
 SCHEMA = 1
@@ -67,8 +67,8 @@ def described(result: Result, group: Sequence[Result], peak_flops: float | None)
         "algorithm": case.algorithm,
         "library": case.library,
         "label": case.label,
-        "status": result.status if times or result.status != MEASURED else "left out",
-        "note": result.note or ("" if times or result.status != MEASURED else "stopped"),
+        "status": result.status,
+        "note": result.note,
         "n": len(result.times_ms),
     }
     if times:
@@ -219,7 +219,9 @@ def _heading(report: dict[str, Any]) -> str:
     device = hardware.get("gpu") or f"{hardware['cpu']}, {report['settings']['threads']} threads"
     said = ", ".join(f"{name} {version}" for name, version in versions.items())
     stopped = "; stopped before its end" if report["stopped"] else ""
-    first = f"{report['date']}, {device}, {report['seconds']:.0f} s{stopped}"
+    backend = report["settings"]["backend"]
+    compiler = "" if backend == "inductor" else f", compiled means torch.compile(backend={backend!r})"
+    first = f"{report['date']}, {device}, {report['seconds']:.0f} s{compiler}{stopped}"
     return "\n".join([short(first, WIDTH), *textwrap.wrap(said, WIDTH)])
 
 

@@ -97,19 +97,22 @@ class Runner:
     _random: random.Random = field(default_factory=lambda: random.Random(0))
 
     def run(self, groups: Sequence[Group], *, after_group: Callable[[int], None] = lambda index: None) -> None:
-        """Measure `groups` in order; each is in `results` from its beginning on, whatever interrupts it."""
-        for index, group in enumerate(groups):
+        """Measure `groups` in order; `results` has every case of theirs, whatever interrupts it.
+
+        after_group: gets the index of each group when it is done, while its steps are still there.
+        """
+        for group in groups:
             self.results.append([Result(case) for case in group.cases])
             self.titles.append(group.title)
-            needed = self.expected_seconds(group.cases)
-            if needed > self.budget.left:
-                for result in self.results[-1]:
-                    result.note = f"no time: needs some {needed:.0f} s, {max(0, self.budget.left):.0f} s left"
-                continue
-            self.say(f"{index + 1} of {len(groups)}: {group.title}, {self._eta(groups[index:])}")
-            self._run_group(group, self.results[-1])
-            after_group(index)
-            self._forget_all_but(case for later in groups[index + 1 :] for case in later.cases)
+        try:
+            for index, group in enumerate(groups):
+                self._run_or_leave_out(index, group, self._eta(groups[index:]))
+                after_group(index)
+                self._forget_all_but(case for later in groups[index + 1 :] for case in later.cases)
+        finally:
+            for result in (result for results in self.results for result in results):
+                if result.status == LEFT_OUT and not result.note:
+                    result.note = "stopped before it"
 
     def expected_seconds(self, cases: Iterable[Case]) -> float:
         """Seconds that `cases` are likely to take together: as others of their network and mode did."""
@@ -125,6 +128,15 @@ class Runner:
         return made[0] if made else None
 
     # --- one group ---------------------------------------------------------------------------------------------
+
+    def _run_or_leave_out(self, index: int, group: Group, eta: str) -> None:
+        needed = self.expected_seconds(group.cases)
+        if index > 0 and needed > self.budget.left:  # of the first, what the time allows
+            for result in self.results[index]:
+                result.note = f"no time: needs some {needed:.0f} s, {max(0, self.budget.left):.0f} s left"
+        else:
+            self.say(f"{index + 1} of {len(self.results)}: {group.title}, {eta}")
+            self._run_group(group, self.results[index])
 
     def _run_group(self, group: Group, results: list[Result]) -> None:
         ready: list[Result] = []
