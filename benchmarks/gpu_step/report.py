@@ -19,7 +19,7 @@ SCHEMA = 1
 WIDTH = 120
 GOAL_IMAGES_PER_SECOND, GOAL_GPU = 3200, "H100"
 GOAL_BLURPOOL = 0.5  # our overhead over that of Composer's
-# Images/s of one GPU in a run of ResNet-50 on a single node; docs/gpu_benchmark.md has the sources.
+# Images/s of one GPU in the best runs of ResNet-50 on a single node, as published by MLPerf Training.
 MLPERF = {"A100": 3398, "H100": 7160, "H200": 7950}
 PYTORCH_ON_A100 = (2470, 2600)
 FLOPS_PER_FORWARD_MAC = 2 * 3  # a multiplication and an addition; the backward pass does both of its products

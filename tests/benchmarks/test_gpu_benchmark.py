@@ -1,4 +1,4 @@
-"""The benchmark for a GPU, run on the CPU: its plan, time budget, failures, command line, report, and the check's rows."""
+"""The benchmark for a GPU, run on the CPU: its plan, time budget, failures, command line, report and files."""
 
 from __future__ import annotations
 
