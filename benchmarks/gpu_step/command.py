@@ -65,6 +65,8 @@ class Session:
         self.options, self.device = options, device
         if device.type == "cpu":
             torch.set_num_threads(options.threads)
+        # For the whole process, in which torch keeps the first choice that it made for a shape.
+        torch.backends.cudnn.benchmark = options.cudnn_benchmark
         minutes = options.minutes or (_QUICK_MINUTES if options.quick else _MINUTES[device.type])
         self.runner = Runner(
             device,
@@ -198,6 +200,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=("cuda", "cpu"), help="cuda where there is one")
     parser.add_argument("--rounds", type=int, metavar="N", help="measurements of each variant; otherwise 7 to 15")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="of torch on a CPU (default: 1)")
+    parser.add_argument("--cudnn-benchmark", action="store_true", help="let cuDNN choose by measuring; recipes do not")
     parser.add_argument(
         "--backend", metavar="NAME", help="of torch.compile: inductor, or aot_eager in --quick on a CPU"
     )

@@ -24,16 +24,17 @@ def draw(report: dict[str, Any], path: Path) -> None:
     from data.whole_files import replace_file
 
     lines = lines_of(report)
-    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    figure = Figure(figsize=(11, 5.5), layout="constrained")
     axes = figure.subplots()
     for label, points in lines.items():
         axes.plot(list(points), list(points.values()), marker="o", label=label)
     sizes = sorted({size for points in lines.values() for size in points})
     axes.set_xticks(sizes, [str(size) for size in sizes])
-    axes.set(xlabel="image size, px", ylabel="images/s", ylim=(0, None))
+    axes.set(xlabel="image size, px", ylabel="images/s")
+    axes.set_ylim(bottom=0)
     device = report["hardware"].get("gpu") or report["hardware"]["cpu"]
     axes.set_title(f"Training steps on {device}, {report['date']}")
     axes.grid(alpha=0.3)
     if lines:
-        axes.legend(fontsize="small")
+        figure.legend(fontsize="small", loc="outside right upper")
     replace_file(path, lambda file: figure.savefig(file, format=path.suffix.removeprefix(".")))

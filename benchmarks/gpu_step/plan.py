@@ -18,10 +18,7 @@ CHANGE_THE_MODEL = ("blurpool", "blurpool_after", "channels_last", "stochastic_d
 
 @dataclass(frozen=True)
 class Case:
-    """One training step. network: as in a recipe's `model`. algorithm and who: of `VARIANTS`, empty for none.
-
-    tuned: with torch.backends.cudnn.benchmark, which recipes leave off.
-    """
+    """One training step. network: as in a recipe's `model`. algorithm and who: of `VARIANTS`, empty for none."""
 
     network: str
     image_size: int
@@ -29,7 +26,6 @@ class Case:
     precision: str
     channels_last: bool = True
     compiled: bool = False
-    tuned: bool = False
     algorithm: str = ""
     who: str = OURS
 
@@ -38,7 +34,6 @@ class Case:
         """What distinguishes it from others of its network and image size."""
         words = [f"b{self.batch_size}", self.precision, "nhwc" if self.channels_last else "nchw"]
         words += ["compiled" if self.compiled else "eager"]
-        words += ["cudnn.benchmark"] if self.tuned else []
         words += [self.algorithm] if self.algorithm else []
         words += [self.library] if self.algorithm or self.library != OURS else []
         return " ".join(words)
@@ -164,7 +159,7 @@ def _headline(scale: Scale) -> Iterator[Group]:
     """What the goals ask for."""
     eager, compiled = _pair(_base(scale))
     rounds = 2 * scale.rounds + 1
-    yield Group("compiler", (eager, compiled, replace(compiled, tuned=True)), rounds)
+    yield Group("compiler", (eager, compiled), rounds)
     yield Group("blurpool", _with_algorithm(eager, "blurpool"), rounds)
     yield Group("blurpool, compiled", _with_algorithm(compiled, "blurpool"), rounds)
 
@@ -174,7 +169,7 @@ def _formats(scale: Scale) -> Iterator[Group]:
     eager, compiled = _pair(_base(scale))
     other = scale.precisions[1]
     rows, compiled_rows = replace(eager, channels_last=False), replace(compiled, channels_last=False)
-    yield Group("precision", (eager, replace(eager, precision=other), replace(eager, tuned=True)), scale.rounds)
+    yield Group("precision", (eager, replace(eager, precision=other)), scale.rounds)
     yield Group("memory format", (rows, eager, *_with_algorithm(rows, "channels_last")[1:]), scale.rounds)
     yield Group("compiler", _pair(_base(scale, scale.vit)), scale.rounds)
     yield Group("precision, compiled", (compiled, replace(compiled, precision=other)), scale.rounds)

@@ -14,7 +14,8 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.gpu_step.kernels import Kernel, shares, top
 from benchmarks.measuring import time_step
 
-_WARM_STEPS, _STEPS = 2, 5
+_WARM_STEPS = 1
+_STEPS = {"cuda": 5, "cpu": 2}
 _TOP = 10
 _ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of a trace's events
 
@@ -25,11 +26,12 @@ def profile_step(step: Callable[[], Any], device: torch.device) -> dict[str, Any
     On a CPU, operations of torch take the kernels' place, with the time that they did not spend in another one.
     Raises RuntimeError where the profiler sees nothing on the device.
     """
+    steps = _STEPS[device.type]
     kind = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
     with profile(activities=[kind]):  # its first use loads and sets up CUPTI
         time_step(step, device, _WARM_STEPS)
     with profile(activities=[kind]) as found:
-        _, wall_ms = time_step(step, device, _STEPS)
+        _, wall_ms = time_step(step, device, steps)
     if device.type == "cuda":
         kernels = device_kernels(_trace(found))
         if not kernels:
@@ -37,10 +39,10 @@ def profile_step(step: Callable[[], Any], device: torch.device) -> dict[str, Any
         span_us = _span_us(kernels)
     else:
         kernels = _operations(found)
-        span_us = max(wall_ms * 1e3 * _STEPS, sum(kernel.duration_us for kernel in kernels))
+        span_us = max(wall_ms * 1e3 * steps, sum(kernel.duration_us for kernel in kernels))
     return {
-        "steps": _STEPS,
-        "ms": span_us / _STEPS / 1e3,
+        "steps": steps,
+        "ms": span_us / steps / 1e3,
         "groups": shares(kernels, span_us=span_us),
         "top": top(kernels, number=_TOP, span_us=span_us),
     }

@@ -63,7 +63,6 @@ def described(result: Result, group: Sequence[Result], peak_flops: float | None)
         "precision": case.precision,
         "channels_last": case.channels_last,
         "compiled": case.compiled,
-        "cudnn_benchmark": case.tuned,
         "algorithm": case.algorithm,
         "library": case.library,
         "label": case.label,
@@ -196,7 +195,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     step, ratio = row["step_ms"], row["ratio"]
     return (
         label,
-        f"{row['images_per_second']:,.0f}",
+        f"{row['images_per_second']:,.{0 if row['images_per_second'] >= 100 else 1}f}",
         f"{(step['q3'] - step['q1']) / 2 / step['median']:.1%}" if row["n"] else "",
         f"{step['median']:.1f}" if step["median"] >= 10 else f"{step['median']:.2f}",
         "" if row["of_peak"] is None else f"{row['of_peak']:.1%}",
@@ -221,7 +220,8 @@ def _heading(report: dict[str, Any]) -> str:
     stopped = "; stopped before its end" if report["stopped"] else ""
     backend = report["settings"]["backend"]
     compiler = "" if backend == "inductor" else f", compiled means torch.compile(backend={backend!r})"
-    first = f"{report['date']}, {device}, {report['seconds']:.0f} s{compiler}{stopped}"
+    tuned = ", with cudnn.benchmark" if report["settings"]["cudnn_benchmark"] else ""
+    first = f"{report['date']}, {device}, {report['seconds']:.0f} s{tuned}{compiler}{stopped}"
     return "\n".join([short(first, WIDTH), *textwrap.wrap(said, WIDTH)])
 
 

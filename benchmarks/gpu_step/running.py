@@ -225,8 +225,7 @@ class Runner:
                 self._benches[key].plain_model  # noqa: B018 (several steps share it)
             self._rest_bytes[key] = self._allocated() - before
         variant = case.variant
-        step = (variant.make if variant else baseline)(self._benches[key])
-        return functools.partial(_with_cudnn_benchmark, step) if case.tuned else step
+        return (variant.make if variant else baseline)(self._benches[key])
 
     def _bench(self, case: Case) -> Bench:
         return Bench(
@@ -339,15 +338,6 @@ def _graph_breaks() -> int:
     from torch._dynamo.utils import counters
 
     return sum(counters["graph_break"].values())
-
-
-def _with_cudnn_benchmark(step: Step) -> None:
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
-    try:
-        step()
-    finally:
-        torch.backends.cudnn.benchmark = before
 
 
 def _clamp(value: int, low: int, high: int) -> int:
