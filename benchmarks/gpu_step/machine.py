@@ -12,7 +12,7 @@ from benchmarks.algorithm_variants import DTYPES
 from benchmarks.measuring import time_step
 
 _Made = tuple[Callable[[], Any], float]  # work, and how many units of it one call does
-_SIDES = {"cuda": (4096, 8192, 16384), "cpu": (512, 1024, 2048)}  # of square matrices
+_SIDES = {"cuda": (4096, 8192, 16384), "cpu": (256, 512, 1024)}  # of square matrices
 _COPIED_MIB = {"cuda": (256, 1024, 4096), "cpu": (32, 64, 128)}
 
 
