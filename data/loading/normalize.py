@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,8 +24,7 @@ def normalize(
     """
     if images.dtype != torch.uint8:
         raise TypeError(f"images of {images.dtype} on their way into normalize; it takes uint8, 0..255: normalize once")
-    mean_c11 = torch.as_tensor(mean, dtype=torch.float32, device=images.device).view(-1, 1, 1)
-    std_c11 = torch.as_tensor(std, dtype=torch.float32, device=images.device).view(-1, 1, 1)
+    mean_c11, std_c11 = (_per_channel(tuple(values), images.device) for values in (mean, std))
     return images.float().sub_(mean_c11).div_(std_c11).to(dtype)
 
 
@@ -41,3 +41,10 @@ class Normalizer:
     def __call__(self, batch: tuple[torch.Tensor, Any]) -> tuple[torch.Tensor, Any]:
         images, labels = batch
         return normalize(images, mean=self.mean, std=self.std, dtype=self.dtype), labels
+
+
+@functools.lru_cache(maxsize=16)
+def _per_channel(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    # Made once: the host waits for a GPU when it copies numbers there.
+    with torch.inference_mode(False):
+        return torch.as_tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1)
