@@ -100,8 +100,10 @@ def late(value: Any) -> Number | None:
 def _start_copy(tensor: Tensor) -> tuple[Tensor, Any]:
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=torch.cuda.is_available())
     host.copy_(tensor, non_blocking=True)
-    if tensor.device.type != "cuda":
-        return host, None
+    return host, _end_of_work(tensor.device)
+
+
+def _end_of_work(device: torch.device) -> torch.cuda.Event:
     event = torch.cuda.Event()
-    event.record(torch.cuda.current_stream(tensor.device))
-    return host, event
+    event.record(torch.cuda.current_stream(device))
+    return event

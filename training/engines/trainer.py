@@ -60,9 +60,11 @@ class StepTrainer(Trainer):
         losses = super()._train_batch(use_grad_scaling)
         if losses is None or self.logger.destinations:  # which take numbers
             return losses
-        for loss in losses.values():
-            dist.all_reduce(loss)
-        late = {name: LateValue(loss, divisor=dist.get_world_size()) for name, loss in losses.items()}
+        ranks = dist.get_world_size()
+        if ranks > 1:
+            for loss in losses.values():
+                dist.all_reduce(loss)
+        late = {name: LateValue(loss, divisor=ranks) for name, loss in losses.items()}
         self.state.total_loss_dict = late  # pyright: ignore[reportAttributeAccessIssue]: they convert to float
         return None  # for Composer: nothing to read
 
