@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from composer import Trainer
+from composer.algorithms import GradientClipping
 from composer.core import Callback, State
 from composition import SETS
 from torch import nn
@@ -31,6 +32,7 @@ OF_AN_ALGORITHM = {
     "mixup": {"algos/mixup.py:mixup_batch": 1},
     "stochastic_depth": {"algos/stochastic_depth.py:_draw": 1},
 }
+QUICK = ("nothing", "all together")  # the rest is in make test-all
 COMPOSERS_WAITS = {
     "composer/trainer/trainer.py:<dictcomp>": 1,
     "composer/trainer/trainer.py:<lambda>": 1,
@@ -49,7 +51,9 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize(
+    "name", [one if one in QUICK else pytest.param(one, marks=pytest.mark.exhaustive) for one in SETS]
+)
 def test_no_algorithm_and_no_callback_waits(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = name in ("fixres", "progressive_resizing", "all together")  # which act in later epochs
     gpu, steady = watch(monkeypatch, SETS[name], callbacks_of_a_run(tmp_path), last_step=None if whole else 3)
@@ -93,9 +97,11 @@ def test_a_callback_that_reads_the_loss_is_found(monkeypatch: pytest.MonkeyPatch
     assert waits(gpu, steady) == {"training/late.py:values": 1}
 
 
-@pytest.mark.parametrize("mixer", [MixUp(per_sample=True), CutMix(per_sample=True)])
-def test_mixing_each_sample_its_own_way_does_not_wait(mixer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu, steady = watch(monkeypatch, [mixer], last_step=3)
+@pytest.mark.parametrize(
+    "other", [MixUp(per_sample=True), CutMix(per_sample=True), GradientClipping("norm", clipping_threshold=0.1)]
+)
+def test_nor_does_another_way_of_mixing_or_clipping(other: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, steady = watch(monkeypatch, [other], last_step=3)
     assert waits(gpu, steady) == {}
 
 

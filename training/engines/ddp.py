@@ -1,8 +1,9 @@
 """How DistributedDataParallel averages gradients, in ways that Composer's Trainer does not let anybody set.
 
 Gradients are views of the buffers that the ranks average, instead of copies: the same numbers in less memory and one
-copy less. `gradient_compression` sends them in 16 bits. static_graph is left off: SAM's two backward passes in some of
-the steps break it, and it saves a search for unused parameters that is not made here anyway (algos/framework/ranks.py).
+copy less. `gradient_compression` sends them in 16 bits. static_graph is left off: torch fails an assertion when a batch
+has several microbatches, and it saves a search for unused parameters that is not made here anyway
+(algos/framework/ranks.py).
 """
 
 from __future__ import annotations
