@@ -9,12 +9,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from unittest import mock
 
 import pytest
+from torch import distributed
+from torch._C._distributed_c10d import HashStore
 
 from training.engines import ranks as forked
 from training.engines.torch_trials import fsdp2_runs_on_cpu
@@ -43,6 +46,21 @@ def run_ranks(ranks: int, *arguments: str, timeout: float, statuses: Sequence[in
         text = said.read_text(errors="replace")
     assert ended == list(statuses or [0] * ranks), f"{text}\nended with {ended}"
     return text
+
+
+@contextmanager
+def one_rank() -> Iterator[None]:
+    """A process group of this process alone."""
+    made = not distributed.is_initialized()  # a Trainer may have made it
+    numbers = {"RANK": "0", "LOCAL_RANK": "0", "NODE_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    with mock.patch.dict(os.environ, numbers):
+        if made:
+            distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+        try:
+            yield
+        finally:
+            if made:
+                distributed.destroy_process_group()
 
 
 def run_python(

@@ -12,7 +12,6 @@ from composer.loggers import Logger
 from training.checkpoints.remote.store import Store
 from training.checkpoints.remote.uploads import Uploads
 from training.checkpoints.saving import Checkpoints
-from training.checkpoints.sharded import save_shards
 from training.guards.finite import FiniteGuard
 from training.plan import Plan
 from training.recipe import Recipe
@@ -47,7 +46,7 @@ def build_callbacks(
             asynchronous=recipe.checkpoints.asynchronous,
             stop_seconds=recipe.checkpoints.stop_seconds,
             sharded=recipe.checkpoints.sharded or save_folder is not None,
-            save_folder=save_folder or save_shards,
+            save_folder=save_folder,
             before_save=guard.settle,
             uploads=_uploads(recipe),
         ),

@@ -53,7 +53,9 @@ def test_two_ranks_compute_the_same_with_each_algorithm() -> None:
 )
 def test_other_strategies_refuse_compression(strategy: str, reason: str) -> None:
     recipe = _recipe(f"parallelism.strategy={strategy}")
-    with pytest.raises(RecipeError, match=rf"gradient_compression: is bf16, and .* is {strategy}, which {reason}; leave it out"):
+    with pytest.raises(
+        RecipeError, match=rf"gradient_compression: is bf16, and .* is {strategy}, which {reason}; leave it out"
+    ):
         check_parallelism(recipe, Place(device="cpu", world_size=1))
 
 

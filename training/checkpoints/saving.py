@@ -16,8 +16,12 @@ import torch
 from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import checkpoint, dist, reproducibility
+from torch import Tensor, distributed
+from torch.distributed import ProcessGroup
+from torch.distributed.checkpoint.api import CheckpointException
 
 from training.checkpoints.background import Background, Copies
+from training.checkpoints.gathering import gather, parameters
 from training.checkpoints.names import (
     BEST,
     LATEST,
@@ -33,7 +37,7 @@ from training.checkpoints.names import (
     sync,
 )
 from training.checkpoints.remote.uploads import Uploads
-from training.checkpoints.sharded import save_shards
+from training.checkpoints.sharded import gather_shards, write_shards
 from training.checkpoints.sums import write_sums
 from training.guards.finite import agree, not_finite, weights
 from training.guards.stop_signals import StopSignals
@@ -72,12 +76,13 @@ class Checkpoints(Callback):
     best_metric: the highest value is best, or the lowest if the name contains "loss".
     sharded: write shards, under any engine; see training/checkpoints/sharded.py.
     asynchronous: training waits for a copy of the state in the CPU's memory, which a thread writes. What
-        goes wrong is raised at the next save, or at the end. Shards are always waited for.
+        goes wrong is raised at the next save, or at the end. What `save_folder` writes is always waited for.
     stop_seconds: SIGTERM and SIGUSR1 on any rank, while it trains, end the run with 128 + the signal's number at the
         end of the step, after a save; or after so many seconds, whatever it does then.
     uploads: copies what is saved to another place. At the end, rank 0 waits for the last one, the others for it.
     before_save: called with the state before each save, by every rank; what it raises keeps the save from happening.
-    save_folder: writes them; every rank calls it with the state and the path of a folder that does not exist yet.
+    save_folder: writes another engine's shards; every rank calls it with the state and the path of a folder that does
+        not exist yet.
 
     Raises:
         ValueError: an interval below 1, or a folder that cannot be written to.
@@ -98,7 +103,7 @@ class Checkpoints(Callback):
         sharded: bool = False,
         asynchronous: bool = True,
         stop_seconds: float = 30.0,
-        save_folder: Callable[[State, Path], None] = save_shards,
+        save_folder: Callable[[State, Path], None] | None = None,
         before_save: Callable[[State], None] | None = None,
         uploads: Uploads | None = None,
     ) -> None:
@@ -130,6 +135,7 @@ class Checkpoints(Callback):
         self._save_folder = save_folder
         self._before_save = before_save
         self._answers: LateQueue[LateValue] = LateQueue()  # of all ranks, at the last steps
+        self._group: Any = None
         self._uploads = uploads
         self._best: float | None = None
         self._evaluated: tuple[int, float] | None = None  # step and value of the latest evaluation
@@ -166,8 +172,8 @@ class Checkpoints(Callback):
         self._signals.unwatch()
         try:
             self._background.wait()
-        except OSError as error:  # on the way out for another reason; after a training to its end, fit_end has waited
-            log.error("%s", error)
+        except (Exception, CheckpointException) as error:
+            log.error("%s", error)  # on the way out for another reason; after a training to its end, fit_end has waited
         if self._uploads is not None:
             error = sys.exc_info()[1]
             if error is None and not self._uploads.is_started and dist.get_global_rank() == 0:
@@ -285,34 +291,76 @@ class Checkpoints(Callback):
         """
         if self._before_save is not None:
             self._before_save(state)
-        self._saved = _stamp(state)
-        self._saved_at = time.monotonic()
+        self._saved, self._saved_at = _stamp(state), time.monotonic()
         self._answers.clear()  # those on their way may still ask for this save
-        if agree(not_finite(weights(state.model))):
-            if dist.get_global_rank() == 0:
-                log.warning(
-                    "the weights after step %d are not finite; they are not saved, and %s keeps what it holds",
-                    self._saved[1],
-                    self._folder,
-                )
-            return
         beside, stamp = beside_of(self._folder / LATEST), self._saved
         names = [*([BEST] if is_best else []), *([kept_name] if kept_name is not None else [])]
         if self._sharded:
-            with explained(beside):
-                self._save_folder(state, beside)
-                write_sums(beside)
-                if dist.get_global_rank() == 0:
-                    self._name(move_shards(beside, stamp), names, stamp)
+            if not self._refuses(agree(not_finite(weights(state.model))), stamp):
+                self._save_shards(state, beside, names, stamp)
             return
-        whole = {"state": state.state_dict(), "rng": reproducibility.get_rng_state()}  # which all ranks gather
-        if dist.get_global_rank() == 0 and self._asynchronous:
+        whole = {"state": gather(state), "rng": reproducibility.get_rng_state()}  # all ranks take part
+        if dist.get_global_rank() != 0:
+            return
+        if self._asynchronous:
             self._background.wait()  # what is being written lies in the memory that the copy takes
-            self._background.start(partial(self._write, self._copies.of(whole), beside, names, stamp))
-        elif dist.get_global_rank() == 0:
-            self._write(whole, beside, names, stamp)
+            whole = self._copies.of(whole)
+        write = partial(self._write, whole, parameters(state.model, whole["state"]), beside, names, stamp)
+        self._background.start(write) if self._asynchronous else write()
 
-    def _write(self, whole: dict[str, Any], beside: Path, names: Sequence[str], stamp: tuple[int, int]) -> None:
+    def _refuses(self, bad: bool, stamp: tuple[int, int]) -> bool:
+        """Whether weights are `bad`, not finite; says so."""
+        if bad and dist.get_global_rank() == 0:
+            log.warning(
+                "the weights after step %d are not finite; they are not saved, and %s keeps what it holds",
+                stamp[1],
+                self._folder,
+            )
+        return bad
+
+    def _save_shards(self, state: State, beside: Path, names: Sequence[str], stamp: tuple[int, int]) -> None:
+        if self._save_folder is not None:
+            self._write_shards(partial(self._save_folder, state), beside, names, stamp)
+            return
+        if not self._asynchronous:
+            self._write_shards(partial(write_shards, gather_shards(state)), beside, names, stamp)
+            return
+        self._background.wait()
+        write = partial(write_shards, self._copies.of(gather_shards(state)), group=self._threads_group())
+        self._background.start(partial(self._write_shards, write, beside, names, stamp, group=self._threads_group()))
+
+    def _write_shards(
+        self,
+        write: Callable[[Path], None],
+        beside: Path,
+        names: Sequence[str],
+        stamp: tuple[int, int],
+        *,
+        group: ProcessGroup | None = None,
+    ) -> None:
+        with explained(beside):
+            write(beside)
+            write_sums(beside, group=group)
+            if dist.get_global_rank() == 0:
+                self._name(move_shards(beside, stamp), names, stamp)
+
+    def _threads_group(self) -> Any:
+        """Through which the threads of all ranks agree while training uses the other; None in a single process."""
+        if self._group is None and distributed.is_initialized():
+            self._group = distributed.new_group(backend="gloo")
+        return self._group
+
+    def _write(
+        self,
+        whole: dict[str, Any],
+        judged: Sequence[Tensor],
+        beside: Path,
+        names: Sequence[str],
+        stamp: tuple[int, int],
+    ) -> None:
+        """judged: the tensors in `whole` that must be finite."""
+        if self._refuses(bool(not_finite(judged)), stamp):
+            return
         with explained(beside):
             checkpoint._write_checkpoint_file(whole, str(beside))
             sync(beside)

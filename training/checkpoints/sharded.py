@@ -19,6 +19,7 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist, reproducibility
 from torch import distributed
+from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
@@ -41,18 +42,29 @@ def is_sharded(path: str | os.PathLike[str]) -> bool:
     return (Path(path) / _METADATA).is_file()
 
 
-def save_shards(state: State, folder: Path) -> None:
-    """Write the run's whole state to the new folder `folder`. Every rank must call this."""
+def gather_shards(state: State) -> dict[str, Any]:
+    """The run's whole state, of which each rank has its part; every rank must call this. Tensors are the run's own."""
     rest, random_state = state_without_tensors(state), reproducibility.get_rng_state()
     model = get_model_state_dict(state.model)  # first, since it reshards what an evaluation left gathered
     optimizer = get_optimizer_state_dict(state.model, state.optimizers[0])
+    return {
+        "tensors": {"model": model, "optimizer": optimizer["state"]},
+        _STATE: {"state": rest, "rng": random_state, "param_groups": optimizer["param_groups"]},
+    }
+
+
+def write_shards(gathered: dict[str, Any], folder: Path, *, group: ProcessGroup | None = None) -> None:
+    """Write what `gather_shards` returned, or a copy of it, to the new folder `folder`. Every rank must call this.
+
+    group: through which the ranks agree; a thread needs one of its own.
+    """
     if dist.get_global_rank() == 0:
         folder.mkdir(exist_ok=True)  # a faster rank may have created it for its part
         with open(folder / _STATE, "wb") as file:
-            torch.save({"state": rest, "rng": random_state, "param_groups": optimizer["param_groups"]}, file)
+            torch.save(gathered[_STATE], file)
             file.flush()
             os.fsync(file.fileno())
-    save({"model": model, "optimizer": optimizer["state"]}, storage_writer=FileSystemWriter(folder))
+    save(gathered["tensors"], storage_writer=FileSystemWriter(folder), process_group=group)
 
 
 class LoadShards(Callback):

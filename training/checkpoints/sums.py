@@ -13,21 +13,25 @@ import zlib
 from pathlib import Path
 
 from composer.utils import dist
+from torch.distributed import ProcessGroup
 
 _SUMS = "sums-rank{rank}.json"
 _MOST_CHARACTERS = 200  # of a file's name within the folder
 _BLOCK_BYTES = 1 << 20
 
 
-def write_sums(folder: Path) -> None:
-    """Add the checksums of a folder's files to it. Every rank must call this, once all files are written."""
-    dist.barrier()
+def write_sums(folder: Path, *, group: ProcessGroup | None = None) -> None:
+    """Add the checksums of a folder's files to it. Every rank must call this, once all files are written.
+
+    group: through which the ranks wait for each other; a thread needs one of its own.
+    """
+    dist.barrier(group)
     sums = {name: _crc32(folder / name) for name in _share(_files(folder))}
     with open(folder / _SUMS.format(rank=dist.get_global_rank()), "w") as file:
         json.dump(sums, file)
         file.flush()
         os.fsync(file.fileno())
-    dist.barrier()
+    dist.barrier(group)
 
 
 def find_damage(checkpoint: Path, *, shared: bool = False) -> str | None:

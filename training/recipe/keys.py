@@ -140,7 +140,7 @@ class Checkpoints:
     # latest.pt, previous.pt, previous-2.pt ...: a run resumes from the newest whole one.
     keep: Annotated[int, Range(minimum=1, maximum=100)] = 2
     sharded: bool = False
-    asynchronous: bool = True  # written by a thread, from a copy in the CPU's memory; shards are always waited for
+    asynchronous: bool = True  # written by a thread, from a copy in the CPU's memory
     # SIGTERM and SIGUSR1 end a run after a checkpoint at the step's end, or after so many seconds without one.
     stop_seconds: Annotated[float, Range(above=0)] = 30.0
     # s3://BUCKET/PREFIX, gs://BUCKET/PREFIX, sftp://USER@HOST/FOLDER or a folder: copies, to RUN_NAME/ there.

@@ -7,6 +7,9 @@ from collections import OrderedDict
 
 import pytest
 import torch
+from ranks import one_rank
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 
 from training.checkpoints.background import Background, Copies
 
@@ -35,6 +38,17 @@ def test_a_copy_is_equal_and_nobody_elses() -> None:
     assert again["model"]["a"].data_ptr() == before
     assert torch.equal(again["model"]["a"], weight)
     assert torch.equal(again["model"]["part"], weight[:, 1])
+
+
+def test_a_part_of_a_sharded_tensor_stays_one() -> None:
+    with one_rank():
+        mesh = init_device_mesh("cpu", (1,))
+        weight = DTensor.from_local(torch.arange(6.0).reshape(3, 2), mesh, [Shard(0)])
+        copy = Copies().of({"weight": weight})["weight"]
+        weight.to_local().zero_()
+        assert type(copy) is DTensor
+        assert (copy.device_mesh, copy.placements, copy.shape) == (mesh, (Shard(0),), (3, 2))
+        assert torch.equal(copy.to_local(), torch.arange(6.0).reshape(3, 2))
 
 
 def test_one_thing_at_a_time_and_an_error_comes_back_once() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from ranks import run_python
 from tiny_model import Interrupt, TinyModel
 from torch.utils.data import DataLoader, TensorDataset
 
+from training.checkpoints import saving
 from training.checkpoints.names import newest_first
 from training.checkpoints.saving import Checkpoints
 from training.results.recorder import Recorder
@@ -173,6 +176,30 @@ class TestWhatIsKept:
         train(callbacks=[Checkpoints(tmp_path / "run{epoch}.pt")], epochs=1)
         assert names(tmp_path) == {"run{epoch}.pt"}
         assert saved_step(tmp_path / "run{epoch}.pt" / "latest.pt") == BATCHES_PER_EPOCH
+
+
+class Reached(Callback):
+    """Sets `event` at the end of training step `step`."""
+
+    def __init__(self, step: int) -> None:
+        self.event, self.step = threading.Event(), step
+
+    def batch_end(self, state, logger):
+        if int(state.timestamp.batch) == self.step:
+            self.event.set()
+
+
+@pytest.mark.parametrize(("sharded", "writer"), [(False, "checkpoint._write_checkpoint_file"), (True, "write_shards")])
+def test_training_goes_on_while_a_thread_writes(tmp_path, monkeypatch, sharded, writer):
+    write, reached, in_time = operator.attrgetter(writer)(saving), Reached(step=6), []
+
+    def slow(*given, **named):
+        in_time.append(reached.event.wait(20))
+        return write(*given, **named)
+
+    monkeypatch.setattr(f"training.checkpoints.saving.{writer}", slow)
+    train(callbacks=[reached, Checkpoints(tmp_path, sharded=sharded)])
+    assert in_time == [True, True, True]  # the first save, after step 4, was written after step 6
 
 
 class TestFailures:

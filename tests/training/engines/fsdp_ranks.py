@@ -14,7 +14,7 @@ from composer.core import Callback, State
 from composer.utils import dist
 
 from training import session
-from training.checkpoints.sharded import LoadShards, save_shards
+from training.checkpoints.sharded import LoadShards, gather_shards, write_shards
 from training.engines import composer
 from training.engines.parallel import HybridFSDP2Config, LikeDDP
 from training.recipe import Recipe, load_recipe
@@ -94,7 +94,7 @@ def shard_replicas(folder: Path) -> None:
         for parameter in made.state.model.parameters():
             parameter.add_(1)  # what was made from the seed alone is not what is read back
     folder = folder / "hybrid"
-    save_shards(made.state, folder)
+    write_shards(gather_shards(made.state), folder)
     loaded = hybrid(LoadShards(folder))
     parameters: Any = list(made.state.model.parameters())
     found = {
