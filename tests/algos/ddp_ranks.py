@@ -39,11 +39,11 @@ def main(ways: list[str], names: list[str]) -> None:
     dist.initialize_dist(get_device("cpu"), timeout=120.0)
     distances: dict[str, dict[str, float]] = {}
     for name in names or SETS:
-        microbatches = {} if name == "ema" else {"device_train_microbatch_size": 2}
+        microbatches: dict[str, Any] = {} if name == "ema" else {"device_train_microbatch_size": 2}
         expected = train(SETS[name], **microbatches)
         distances[name] = {}
         for way in ways:
-            settings: dict[str, Any] = dict(microbatches)
+            settings = dict(microbatches)
             if way == "steps":
                 settings["kind"] = partial(StepTrainer, drop_last=True)
             with composer_wraps_so(_TYPES[way]):

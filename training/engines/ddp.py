@@ -12,13 +12,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from composer.trainer import trainer as composers
+from composer.trainer import trainer
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 from training.recipe.keys import Compression
 
+_composers: Any = trainer  # the module, where the Trainer looks its function up
 _HOOKS: dict[Compression, Any] = {"bf16": default_hooks.bf16_compress_hook, "fp16": default_hooks.fp16_compress_hook}
 
 
@@ -41,15 +42,15 @@ def wrap_in_ddp(
 @contextmanager
 def composer_wraps_so(compression: Compression | None) -> Iterator[None]:
     """Inside, a Trainer that is made wraps its model with `wrap_in_ddp`."""
-    original = composers.prepare_ddp_module
+    original = _composers.prepare_ddp_module
 
     def prepare(module: nn.Module, find_unused_parameters: bool) -> nn.Module:
         if not any(parameter.requires_grad for parameter in module.parameters()):
             return original(module, find_unused_parameters)
         return wrap_in_ddp(module, compression=compression, find_unused_parameters=find_unused_parameters)
 
-    composers.prepare_ddp_module = prepare
+    _composers.prepare_ddp_module = prepare
     try:
         yield
     finally:
-        composers.prepare_ddp_module = original
+        _composers.prepare_ddp_module = original
