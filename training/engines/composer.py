@@ -18,7 +18,9 @@ from training.callbacks import build_callbacks, is_complete
 from training.checkpoints.fitting import RefuseAnother
 from training.checkpoints.reading import reading
 from training.checkpoints.sharded import LoadShards, is_sharded
+from training.engines.ddp import composer_wraps_so
 from training.engines.parallel import LikeDDP, fsdp_config
+from training.engines.trainer import StepTrainer
 from training.plan import Plan
 from training.results.history import History
 from training.results.recorder import Recorder
@@ -51,7 +53,7 @@ def evaluate_composer(plan: Plan, loaders: tuple[Any, Any], *, checkpoint: str) 
 
 def build_trainer(
     plan: Plan, loaders: tuple[Any, Any], *, callbacks: Sequence[Callback], load_path: str | None
-) -> Trainer:
+) -> StepTrainer:
     """Composer's Trainer for the plan, with the checkpoint at `load_path` loaded."""
     recipe, model = plan.recipe, build_model(plan)
     network = model.module
@@ -64,8 +66,10 @@ def build_trainer(
         callbacks = [shards, *callbacks]
     elif load_path is not None:
         callbacks = [RefuseAnother(Path(load_path)), *callbacks]
-    with reading(load_path, trust=trust) if load_path is not None else nullcontext():
-        trainer = Trainer(
+    wrapping = composer_wraps_so(recipe.parallelism.ddp.gradient_compression)
+    with wrapping, reading(load_path, trust=trust) if load_path is not None else nullcontext():
+        trainer = StepTrainer(
+            drop_last=recipe.data.train.drop_last,
             model=model,
             train_dataloader=train,
             eval_dataloader=Evaluator(label="eval", dataloader=evaluation),
@@ -100,7 +104,7 @@ def _compile_settings() -> dict[str, Any]:
     return {"dynamic": False}
 
 
-def _fit(trainer: Trainer, plan: Plan, say: Callable[[str], None]) -> float:
+def _fit(trainer: StepTrainer, plan: Plan, say: Callable[[str], None]) -> float:
     """Train to the end; returns seconds."""
     started = time.monotonic()
     try:

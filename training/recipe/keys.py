@@ -13,6 +13,7 @@ LoaderName = Literal["auto", "ffcv", "torch"]
 Count = Annotated[int, Range(minimum=1)]
 CropRatio = Annotated[float, Range(above=0, maximum=1)]
 RunNameTaken = Literal["refuse", "next"]
+Compression = Literal["bf16", "fp16"]
 OnNan = Literal["stop", "skip", "continue"]
 Workers = Annotated[int, Range(minimum=0, note=", which loads in the training process")]
 
@@ -94,6 +95,13 @@ class Duration:
 
 
 @dataclass
+class DDP:
+    """How `strategy: ddp` averages gradients; see training/engines/ddp.py."""
+
+    gradient_compression: Compression | None = None  # the type in which gradients travel; null: float32
+
+
+@dataclass
 class FSDP:
     """How `strategy: fsdp` shards; see training/engines/parallel.py."""
 
@@ -115,6 +123,7 @@ class Parallelism:
 
     strategy: Literal["none", "ddp", "fsdp", "deepspeed"] = "ddp"
     sync_batchnorm: bool = False
+    ddp: DDP = field(default_factory=DDP)
     fsdp: FSDP = field(default_factory=FSDP)
     deepspeed: Any = None  # DeepSpeed's own JSON settings, except what other sections set
     lost_rank_timeout_seconds: Annotated[float, Range(minimum=1)] = (

@@ -9,6 +9,7 @@ from typing import Any
 
 from training.recipe.checks import check
 from training.recipe.keys import (
+    DDP,
     FSDP,
     Checkpoints,
     Data,
@@ -122,7 +123,7 @@ def _recipe(top: dict[str, Any]) -> Recipe:
         precision=top["precision"],
         compile=top["compile"],
         device=top["device"],
-        parallelism=Parallelism(**{**top["parallelism"], "fsdp": FSDP(**top["parallelism"]["fsdp"])}),
+        parallelism=_parallelism(top["parallelism"]),
         logging=Logging(**top["logging"]),
         checkpoints=Checkpoints(**top["checkpoints"]),
         seed=top["seed"],
@@ -132,6 +133,10 @@ def _recipe(top: dict[str, Any]) -> Recipe:
         trust_checkpoint=top["trust_checkpoint"],
         on_nan=top["on_nan"],
     )
+
+
+def _parallelism(section: dict[str, Any]) -> Parallelism:
+    return Parallelism(**{**section, "ddp": DDP(**section["ddp"]), "fsdp": FSDP(**section["fsdp"])})
 
 
 def _plain(value: Any) -> Any:
