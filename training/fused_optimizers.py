@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 kernels: Any = torch  # whose operations on lists of tensors have names with an underscore
 Group = dict[str, Any]
@@ -215,9 +215,9 @@ def _gather(optimizer: Any, group: Group, keys: Sequence[str], *, counts: bool) 
             continue
         local = _local(weight)
         gradient = _aligned(_local(weight.grad), local)
-        if gradient is None or not optimizer.has_kernel(local.device.type, local.dtype):
-            return None
         kind = local.device, local.dtype
+        if gradient is None or (kind not in kinds and not optimizer.has_kernel(local.device.type, local.dtype)):
+            return None
         if kind not in kinds:
             kinds[kind] = Updated([], [], [[] for _ in keys], [])
         updated, state = kinds[kind], optimizer.state[weight]
@@ -237,6 +237,8 @@ def _is_plain(group: Group) -> bool:
 
 def _local(tensor: Any) -> Tensor:
     """This rank's part of a DTensor, which shares its memory; any other tensor itself."""
+    if type(tensor) in (Tensor, nn.Parameter):  # which saves a look-up that fails
+        return tensor
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
@@ -251,13 +253,14 @@ def _aligned(gradient: Tensor, weight: Tensor) -> Tensor | None:
 
 
 def _aligned_state(state: dict[str, Any], key: str, weight: Tensor, local: Tensor) -> Tensor:
-    if state.get(key) is None:
+    kept = state.get(key)
+    if kept is None:
+        kept = state[key] = torch.zeros_like(weight, memory_format=torch.preserve_format)
+    part = _local(kept)
+    if part.stride() != local.stride():
         state[key] = torch.zeros_like(weight, memory_format=torch.preserve_format)
-    elif _local(state[key]).stride() != local.stride():
-        other = state[key]
-        state[key] = torch.zeros_like(weight, memory_format=torch.preserve_format)
-        _local(state[key]).copy_(_local(other))
-    return _local(state[key])
+        part = _local(state[key]).copy_(part)
+    return part
 
 
 def _count(state: dict[str, Any], device: torch.device) -> Tensor:
