@@ -3,7 +3,8 @@
 `PretendGPU` is a pair of torch modes. Tensors that a training step would hold on a GPU are marked, and say that their
 device is one; what is computed from them is marked too. So code that asks for a tensor's device takes its way for a
 GPU, and each read of a marked tensor's value, and each copy that the host would wait for, is noted with the line that
-caused it. The arithmetic is the CPU's.
+caused it. The arithmetic is the CPU's. A device that torch finds out in C++ is the CPU too, so torch's clipping of a
+norm, which moves it to its gradients' device, is noted without reason; tests/gpu has it.
 """
 
 from __future__ import annotations
