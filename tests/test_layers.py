@@ -33,6 +33,7 @@ WINGS = {
         "checkpoints",
         "facts network",
         "plan",
+        "graphs",
         "plan_text build callbacks trained",
         "judging",
         "exporting",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from training.recipe.checks import check
+from training.recipe.compiling import Compile
 from training.recipe.keys import (
     FSDP,
     Checkpoints,
@@ -44,7 +45,7 @@ class Recipe:
     schedule: dict[str, Any]
     epochs: int
     precision: str
-    compile: bool
+    compile: Compile | None
     device: str
     parallelism: Parallelism
     logging: Logging
@@ -120,7 +121,7 @@ def _recipe(top: dict[str, Any]) -> Recipe:
         schedule=top["schedule"],
         epochs=top["duration"]["epochs"],
         precision=top["precision"],
-        compile=top["compile"],
+        compile=Compile(**top["compile"]) if top["compile"] else None,
         device=top["device"],
         parallelism=Parallelism(**{**top["parallelism"], "fsdp": FSDP(**top["parallelism"]["fsdp"])}),
         logging=Logging(**top["logging"]),
