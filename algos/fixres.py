@@ -70,6 +70,13 @@ def briefly_frozen(model: nn.Module, *, train: Trained) -> Iterator[None]:
         _thaw(model, frozen)
 
 
+def hold_frozen_statistics(model: nn.Module) -> None:
+    """Put the norms that `freeze_for_fixres` froze into evaluation mode, as their next forward pass would."""
+    for module in model.modules():
+        if any(hook is _stay_in_eval for hook in module._forward_pre_hooks.values()):
+            module.training = False
+
+
 def phase_learning_rate(epoch: float, *, start_epoch: float, total_epochs: float, learning_rate: float) -> float:
     """Rate after `epoch` epochs: r (1 + cos(pi t)) / 2, t the completed share of the epochs from start to total."""
     share = (epoch - start_epoch) / max(total_epochs - start_epoch, 1e-12)
@@ -250,7 +257,8 @@ def _thaw(model: nn.Module, frozen: list[str]) -> None:
 
 def _stay_in_eval(norm: nn.Module, inputs: Any) -> None:
     # Every loop calls model.train() before an epoch, which undoes norm.eval() but not a hook. torch.compile does not
-    # notice new hooks, but recompiles since the parameters' requires_grad has changed.
+    # notice new hooks, nor torch 2.7's in every case that a parameter's requires_grad has changed: for recipes see
+    # training/engines/compiling.py.
     norm.training = False
 
 

@@ -2,7 +2,8 @@
 
 One thread per process: the networks are so small that threads wait for each other longer than they work, and on a busy
 machine their spinning makes a run a hundred times slower. Likewise torch's compiler compiles in the process itself: its
-own processes take seven seconds to start. All tests share its kernels. What a test starts finds this checkout's packages.
+own processes take seven seconds to start. All tests share its kernels. What a test starts finds this checkout's
+packages.
 """
 
 import os

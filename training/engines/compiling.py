@@ -12,6 +12,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from composer.utils import dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from algos.fixres import FixRes, briefly_frozen
+from algos.fixres import FixRes, briefly_frozen, hold_frozen_statistics
 from algos.framework.base import precision_context
 from algos.framework.randomness import microbatch_draws
 from training.graphs import Graph, graphs_of, images_of_evaluation
@@ -32,6 +33,7 @@ from training.recipe.compiling import CUDA_GRAPH_MODES
 log = logging.getLogger(__name__)
 
 _CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+_AUTOGRAD_CACHE = "enable_autograd_cache"
 _OTHERS_MAY_WRITE = 0o022
 _RECORDING_PASSES = 3  # CUDA graphs are recorded in the second pass of a graph, and replayed from the third
 _MOST_GRAPHS = 64
@@ -46,7 +48,7 @@ def compile_network(network: nn.Module, plan: Plan) -> None:
     on_gpu = plan.place.device == "gpu"
     network.forward = _CompiledForward(  # pyright: ignore[reportAttributeAccessIssue]
         network,
-        torch.compile(network.forward, **torch_settings(plan)),
+        torch.compile(_with_key(network.forward), **torch_settings(plan)),
         evaluation_images=images_of_evaluation(plan),
         keeps_outputs=on_gpu and plan.recipe.compile.mode in CUDA_GRAPH_MODES,
     )
@@ -109,23 +111,40 @@ def keep_kernels(folder: Path) -> None:
         )
         return
     os.environ[_CACHE_VARIABLE] = str(folder.resolve())  # for this process's children too
-    for config, name in ((torch._inductor.config, "fx_graph_cache"), (torch._functorch.config, "enable_autograd_cache")):
+    for module, name in (("torch._inductor.config", "fx_graph_cache"), ("torch._functorch.config", _AUTOGRAD_CACHE)):
+        config = import_module(module)
         if hasattr(config, name):
             setattr(config, name, True)  # off by default in torch 2.6
+
+
+def _with_key(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor, str], Tensor]:
+    # torch takes a graph only if all arguments that are no tensors are as when it was made.
+    def forward_with_key(images: Tensor, key: str) -> Tensor:
+        return forward(images)
+
+    return forward_with_key
 
 
 class _CompiledForward:
     """Calls the compiled forward pass of a network so that there are few graphs.
 
+    Training: there is a graph for each set of trained parameters, whose backward pass leaves out the others. torch 2.7
+    does not notice every change of requires_grad, so the key of a graph has it.
     Evaluation: a smaller last batch is filled up with zeros, and frozen parameters pass for trained ones, of which
     torch would make another graph. Without gradients that changes no result.
     Everywhere: images are channels-last in memory, as the loaders deliver them, whatever algorithms made of them.
     """
 
     def __init__(
-        self, network: nn.Module, compiled: Callable[[Tensor], Tensor], *, evaluation_images: int, keeps_outputs: bool
+        self,
+        network: nn.Module,
+        compiled: Callable[[Tensor, str], Tensor],
+        *,
+        evaluation_images: int,
+        keeps_outputs: bool,
     ) -> None:
         self._network, self._compiled = network, compiled
+        self._parameters = list(network.parameters())
         self._evaluation_images = evaluation_images
         self._keeps_outputs = keeps_outputs  # CUDA graphs write the next outputs over them
 
@@ -134,8 +153,14 @@ class _CompiledForward:
         if self._keeps_outputs:
             torch.compiler.cudagraph_mark_step_begin()
         evaluates = not self._network.training and not torch.is_grad_enabled()
-        outputs = self._evaluate(images) if evaluates else self._compiled(images)
+        outputs = self._evaluate(images) if evaluates else self._train(images)
         return outputs.clone() if self._keeps_outputs else outputs
+
+    def _train(self, images: Tensor) -> Tensor:
+        trained = "".join("01"[one.requires_grad] for one in self._parameters)
+        if "0" in trained:
+            hold_frozen_statistics(self._network)
+        return self._compiled(images, trained)
 
     def _evaluate(self, images: Tensor) -> Tensor:
         missing = self._evaluation_images - len(images)
@@ -144,7 +169,7 @@ class _CompiledForward:
             padded = padded.contiguous(memory_format=torch.channels_last)
             return self._evaluate(padded)[: len(images)]
         with _all_trained(self._network):
-            return self._compiled(images)
+            return self._compiled(images, "evaluation")
 
 
 @contextlib.contextmanager
@@ -178,7 +203,7 @@ def _run(trainer: Trainer, graph: Graph) -> None:
     with frozen, _draws(model, graph.images, device), _no_sync(state.model):
         state.model.train()
         with precision_context(state):
-            loss = model.loss(state.model(batch), batch)
+            loss: Any = model.loss(state.model(batch), batch)
         loss.backward()
     state.model.zero_grad(set_to_none=True)
 

@@ -26,13 +26,14 @@ DIGITS = Path(__file__).parents[3] / "yamls" / "digits_medium.yaml"
 # Every speed-up. Two sizes, in two microbatches a step, then the last layers alone; evaluation in batches that are not
 # all of one size.
 EVERYTHING = (
-    "model.width=4", "duration.epochs=3", "schedule.warmup_epochs=0", "logging.progress_bar=false",
+    "duration.epochs=4", "schedule.warmup_epochs=0", "logging.progress_bar=false",
     "data.train.loader=torch", "data.train.num_workers=0", "data.eval.loader=torch", "data.eval.num_workers=0",
-    "data.eval.image_size=12", "data.eval.per_device_batch_size=200", "data.eval.every_epochs=2",
-    "data.train.global_batch_size=480", "parallelism.sync_batchnorm=false",
-    "algorithms.progressive_resizing.stages=[{epochs: 1, image_size: 8}, {epochs: 2, image_size: 12}]",
-    "algorithms.fixres={epochs: 1, image_size: 12, learning_rate: 0.02}", "algorithms.ema={half_life_steps: 4}",
+    "data.eval.image_size=12", "data.eval.per_device_batch_size=200",
+    "data.train.global_batch_size=480",
+    "algorithms.progressive_resizing.stages=[{epochs: 1, image_size: 8}, {epochs: 3, image_size: 12}]",
+    "algorithms.fixres={epochs: 2, image_size: 12, learning_rate: 0.02}", "algorithms.ema={half_life_steps: 4}",
     "algorithms.stochastic_depth={drop_rate: 0.2}", "algorithms.randaugment={}", "algorithms.sam.interval=2",
+    "algorithms.blurpool.min_channels=3", "model.width=4",
 )  # fmt: skip
 
 
@@ -44,8 +45,8 @@ class Graphs(Callback):
         self._now = "ahead"
 
     def __call__(self, graph: Any, inputs: Any) -> Any:
-        images = [list(one.shape) for one in inputs if isinstance(one, torch.Tensor) and one.ndim == 4][-1:]
-        self.found.append([self._now, *images])
+        shapes = [list(one.shape) for one in inputs if isinstance(one, torch.Tensor)]
+        self.found.append([self._now, *(shape for shape in shapes if len(shape) == 4 and shape[1] == 3 < shape[-1])])
         return graph.forward
 
     def epoch_start(self, state: State, logger: Logger) -> None:
@@ -61,10 +62,15 @@ def train_noting_graphs(folder: Path, run_name: str, *overrides: str) -> tuple[l
     counters.clear()
     graphs, build_callbacks = Graphs(), composer.build_callbacks
     common = ("compile=true", f"run_name={run_name}", f"results_dir={folder}", f"data.cache_dir={folder / 'cache'}")
-    recipe = load_recipe(DIGITS, [*EVERYTHING, *common, *overrides])
+    given = {one.partition("=")[0]: one for one in (*EVERYTHING, *common, *overrides)}
+    recipe = load_recipe(DIGITS, list(given.values()))
+
+    def with_graphs(*arguments: Any, **settings: Any) -> list[Callback]:
+        return [graphs, *build_callbacks(*arguments, **settings)]
+
     with (
-        mock.patch.object(compiling, "torch_settings", lambda plan: {"dynamic": False, "backend": graphs}),
-        mock.patch.object(composer, "build_callbacks", lambda *all_, **named: [graphs, *build_callbacks(*all_, **named)]),
+        mock.patch.object(compiling, "torch_settings", return_value={"dynamic": False, "backend": graphs}),
+        mock.patch.object(composer, "build_callbacks", with_graphs),
     ):
         session.train(recipe, say=lambda text: None)
     return graphs.found, [str(reason) for reason in counters["graph_break"]]
