@@ -32,6 +32,8 @@ def parse_compile(given: Any) -> dict[str, Any] | Literal[False]:
         raise RecipeError("compile", f"is {given!r}, which is a mode; give compile.mode={given}")
     try:
         on = parse(_Switch, {"compile": given if given is not None else False}, path="")["compile"]
-    except RecipeError as error:
-        raise RecipeError("compile", f"{error.message}, or a mapping with the keys mode, ahead") from None
+    except RecipeError:
+        raise RecipeError(
+            "compile", f"is {given!r}; it must be true or false, or a mapping with the keys mode, ahead"
+        ) from None
     return asdict(Compile()) if on else False
