@@ -35,6 +35,7 @@ WINGS = {
         "checkpoints",
         "facts network",
         "plan",
+        "graphs",
         "plan_text build callbacks trained",
         "judging",
         "exporting",

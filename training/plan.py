@@ -25,6 +25,7 @@ from training.facts import DataFacts, data_facts
 from training.network import change_network, make_network, shapes_suffice
 from training.optimizers import peak_learning_rate
 from training.recipe import Recipe, RecipeError, users_mistake
+from training.recipe.compiling import CUDA_GRAPH_MODES
 from training.recipe.watching import check_profiled_steps
 
 SCHEDULE = "learning_rate"  # an algorithm of every run; its settings are the recipe's section schedule
@@ -169,9 +170,33 @@ def choose_place(recipe: Recipe, *, world_size: int | None = None) -> Place:
         raise RecipeError("device", f"is {recipe.device}, which this machine does not have; here: {here}, or auto")
     if device == "cpu" and recipe.precision != "fp32":
         raise RecipeError("precision", f"is {recipe.precision}, which Composer does not train in on a CPU; use fp32")
-    if device == "cpu" and recipe.compile and shutil.which(os.environ.get("CXX", "g++")) is None:
-        raise RecipeError("compile", "is true, which takes a C++ compiler on a CPU; install g++, or set compile=false")
+    if recipe.compile is not None:
+        _check_compile(recipe, recipe.compile.mode, device=device)
     return Place(device, int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size)
+
+
+def _check_compile(recipe: Recipe, mode: str, *, device: str) -> None:
+    if device == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise RecipeError("compile", "is true, which takes a C++ compiler on a CPU; install g++, or set compile=false")
+    if device != "gpu" and mode == "reduce-overhead":
+        raise RecipeError(
+            "compile.mode", f"is {mode}, which records CUDA graphs, and the device is {device}; use default"
+        )
+    if device != "gpu" or mode not in CUDA_GRAPH_MODES:
+        return
+    instead = "max-autotune-no-cudagraphs" if mode == "max-autotune" else "default"
+    if recipe.data.train.per_device_microbatch_size is not None:
+        raise RecipeError(
+            "compile.mode",
+            f"is {mode}, whose CUDA graphs write each microbatch's gradients over those of the one before, and "
+            f"data.train.per_device_microbatch_size is set; use {instead}, or set that to null",
+        )
+    if recipe.parallelism.strategy == "fsdp":
+        raise RecipeError(
+            "compile.mode",
+            f"is {mode}, whose CUDA graphs read weights at fixed addresses, and parallelism.strategy is fsdp, which "
+            f"gathers them anew at each step; use {instead}, or ddp",
+        )
 
 
 def plan_run(recipe: Recipe, place: Place | None = None) -> Plan:

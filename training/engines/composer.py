@@ -8,7 +8,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 from composer import Trainer
 from composer.core import Callback, Evaluator
 from composer.utils import reproducibility
@@ -18,6 +17,7 @@ from training.callbacks import build_callbacks, is_complete
 from training.checkpoints.fitting import RefuseAnother
 from training.checkpoints.reading import reading
 from training.checkpoints.sharded import LoadShards, is_sharded
+from training.engines.compiling import compile_ahead, compile_network, keep_kernels
 from training.engines.ddp import composer_wraps_so
 from training.engines.parallel import LikeDDP, fsdp_config
 from training.engines.trainer import StepTrainer
@@ -56,6 +56,8 @@ def build_trainer(
 ) -> StepTrainer:
     """Composer's Trainer for the plan, with the checkpoint at `load_path` loaded."""
     recipe, model = plan.recipe, build_model(plan)
+    if recipe.compile is not None:
+        keep_kernels(Path(recipe.data.cache_dir) / "compiled")
     network = model.module
     train, evaluation = build_data_specs(plan, loaders)
     sharding = recipe.parallelism.strategy == "fsdp"
@@ -86,22 +88,16 @@ def build_trainer(
             spin_dataloaders=False,
             device=plan.place.device,
             precision=recipe.precision,
-            compile_config=_compile_settings() if recipe.compile else None,
             device_train_microbatch_size=recipe.data.train.per_device_microbatch_size,
             seed=recipe.seed,
             auto_log_hparams=False,
         )
     if shards is not None:
         trainer._rng_state = shards.rng_state
+    if recipe.compile is not None:
+        # Not by Composer's compile_config, which compiles the wrapper of DDP, and evaluation calls what it wraps.
+        compile_network(trainer._original_model.module, plan)  # pyright: ignore[reportArgumentType]
     return trainer
-
-
-def _compile_settings() -> dict[str, Any]:
-    # One set of kernels per shape: dynamic shapes give slower kernels, and can fail at the second image size. Stages,
-    # an epoch's last batch and evaluation make more shapes than the default limit of eight, beyond which torch runs
-    # uncompiled.
-    torch._dynamo.config.cache_size_limit = 64
-    return {"dynamic": False}
 
 
 def _fit(trainer: StepTrainer, plan: Plan, say: Callable[[str], None]) -> float:
@@ -111,6 +107,7 @@ def _fit(trainer: StepTrainer, plan: Plan, say: Callable[[str], None]) -> float:
         if is_complete(plan, trainer.state.timestamp, say):
             return 0.0
         restore_random_state(trainer)
+        compile_ahead(trainer, plan, say)
         trainer.fit()
     finally:
         trainer.engine.close()  # not trainer.close(): its barrier would keep a failed rank from reporting its error

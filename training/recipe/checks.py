@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from training.recipe.compiling import parse_compile
 from training.recipe.keys import RecipeKeys, TrainData
 from training.recipe.remote import check_remote
 from training.recipe.schema import RecipeError, parse, schema_of
@@ -34,6 +35,7 @@ def check(raw: dict[str, Any]) -> dict[str, Any]:
     top["algorithms"] = parse_algorithms(top["algorithms"])
     top["logging"]["trackers"] = parse_trackers(top["logging"]["trackers"])
     top["logging"]["profile"] = parse_profile(top["logging"]["profile"])
+    top["compile"] = parse_compile(top["compile"])
     top["schedule"] = parse(schema_of(LearningRate), top["schedule"], path="schedule")
     try_settings(LearningRate.for_planning, top["schedule"], path="schedule")
     try_settings(

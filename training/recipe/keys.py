@@ -178,7 +178,8 @@ class RecipeKeys:
     schedule: Any = None
     duration: Duration = field(default_factory=Duration)
     precision: Literal["fp32", "amp_bf16", "amp_fp16"] = "fp32"
-    compile: bool = False  # torch.compile the model: once per image size and batch size, about a minute each
+    # torch.compile the model: a switch, or {mode: ..., ahead: ...}; see training/recipe/compiling.py
+    compile: Any = False
     device: Literal["auto", "cpu", "gpu", "mps"] = "auto"
     parallelism: Parallelism = field(default_factory=Parallelism)
     logging: Logging = field(default_factory=Logging)

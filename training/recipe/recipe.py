@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from training.recipe.checks import check
+from training.recipe.compiling import Compile
 from training.recipe.keys import (
     DDP,
     FSDP,
@@ -45,7 +46,7 @@ class Recipe:
     schedule: dict[str, Any]
     epochs: int
     precision: str
-    compile: bool
+    compile: Compile | None
     device: str
     parallelism: Parallelism
     logging: Logging
@@ -121,7 +122,7 @@ def _recipe(top: dict[str, Any]) -> Recipe:
         schedule=top["schedule"],
         epochs=top["duration"]["epochs"],
         precision=top["precision"],
-        compile=top["compile"],
+        compile=Compile(**top["compile"]) if top["compile"] else None,
         device=top["device"],
         parallelism=_parallelism(top["parallelism"]),
         logging=Logging(**top["logging"]),
