@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from . import blur_kernel
+
 Pair = tuple[int, int]  # rows, columns
 
 # On CPU, maps up to this size are blurred by a matrix product: most of such a map is border, which PyTorch pads pixel
@@ -112,6 +114,10 @@ class _Axis(NamedTuple):
         return cls(size, taps, stride, "reflect" if taps // 2 < size else "replicate", before, after)
 
     @property
+    def kept(self) -> int:
+        return (self.size - 1) // self.stride + 1
+
+    @property
     def padded_size(self) -> int:
         return self.before + self.size + self.after
 
@@ -148,6 +154,9 @@ class _Blur(torch.autograd.Function):
 
 
 def _convolve(images: Tensor, kernel: Tensor, rows: _Axis, columns: _Axis) -> Tensor:
+    if _has_kernel(images):
+        filter = _filter(rows, columns)
+        return blur_kernel.filter_images(images, filter, channels_last=_is_channels_last(images))
     padding = _padding_of_convolution(rows, columns)
     if padding is None:
         images, padding = _pad(images, rows, columns), (0, 0)
@@ -157,6 +166,9 @@ def _convolve(images: Tensor, kernel: Tensor, rows: _Axis, columns: _Axis) -> Te
 
 def _transposed(gradient: Tensor, kernel: Tensor, rows: _Axis, columns: _Axis, *, channels_last: bool) -> Tensor:
     """The transpose of `_convolve`: from the gradient of its output to that of its input."""
+    if _has_kernel(gradient):
+        filter = _filter(rows, columns).transpose
+        return blur_kernel.filter_images(gradient, filter, channels_last=channels_last)
     weight, channels = _weight(kernel, gradient)
     padding = _padding_of_convolution(rows, columns)
     height, width = (rows.size, columns.size) if padding else (rows.padded_size, columns.padded_size)
@@ -180,6 +192,19 @@ def _weight(kernel: Tensor, images: Tensor) -> tuple[Tensor, int]:
     return kernel.to(images).expand(channels, -1, -1, -1), channels
 
 
+def _has_kernel(images: Tensor) -> bool:
+    if not images.is_cuda or images.dtype not in blur_kernel.DTYPES:
+        return False
+    # Compilers do the padding along with what comes before it; the tensors of FakeTensorMode have no memory.
+    return not _is_traced() and type(images) is Tensor and blur_kernel.is_available(images.device)
+
+
+@functools.cache
+def _filter(rows: _Axis, columns: _Axis) -> blur_kernel.Filter:
+    transposed = _targets(rows), _targets(columns)
+    return blur_kernel.Filter(_sources(rows), _sources(columns), transposed=transposed)
+
+
 def _multiply(images: Tensor, rows: _Axis, columns: _Axis) -> Tensor:
     """`_convolve` as a product with one matrix for all channels, [H·W, H'·W']."""
     vertical, horizontal = (
@@ -192,16 +217,35 @@ def _multiply(images: Tensor, rows: _Axis, columns: _Axis) -> Tensor:
 @functools.cache
 def _matrix(axis: _Axis) -> tuple[tuple[float, ...], ...]:
     """[pixels, pixels kept]: the weight of each input pixel in each output pixel."""
-    matrix = [[0.0] * ((axis.size - 1) // axis.stride + 1) for _ in range(axis.size)]
-    for kept in range(len(matrix[0])):
+    matrix = [[0.0] * axis.kept for _ in range(axis.size)]
+    for kept, sources in enumerate(_sources(axis)):
+        for pixel, weight in sources.items():
+            matrix[pixel][kept] = weight
+    return tuple(map(tuple, matrix))
+
+
+def _sources(axis: _Axis) -> list[dict[int, float]]:
+    """For each output pixel: the input pixels that it sums, and their weights."""
+    sources: list[dict[int, float]] = [{} for _ in range(axis.kept)]
+    for kept, weights in enumerate(sources):
         for tap, weight in enumerate(_binomial(axis.taps)):
             pixel = axis.stride * kept + tap - axis.before
             inside = min(max(pixel, 0), axis.size - 1)
             if axis.mode == "reflect":
-                matrix[2 * inside - pixel][kept] += weight
-            elif axis.mode == "replicate" or pixel == inside:
-                matrix[inside][kept] += weight
-    return tuple(map(tuple, matrix))
+                inside = 2 * inside - pixel
+            elif axis.mode == "constant" and pixel != inside:
+                continue
+            weights[inside] = weights.get(inside, 0.0) + weight
+    return sources
+
+
+def _targets(axis: _Axis) -> list[dict[int, float]]:
+    """The transpose of `_sources`: for each input pixel, the output pixels that it is part of, and its weights."""
+    targets: list[dict[int, float]] = [{} for _ in range(axis.size)]
+    for kept, sources in enumerate(_sources(axis)):
+        for pixel, weight in sources.items():
+            targets[pixel][kept] = weight
+    return targets
 
 
 # --- padding -------------------------------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ that, at a fraction of a full epoch's cost since nothing below them needs a grad
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, TypeGuard
 
 from torch import nn
@@ -52,6 +54,27 @@ def freeze_for_fixres(model: nn.Module, *, train: Trained = "classifier_and_norm
             else:
                 parameter.grad = None  # one left from the last step would be applied again, with decay and momentum
     return names
+
+
+@contextmanager
+def briefly_frozen(model: nn.Module, *, train: Trained) -> Iterator[None]:
+    """Inside, `model` is as `freeze_for_fixres` leaves it; afterwards as before, but that gradients are dropped.
+
+    For compiling the phase's model before the phase. Give the model itself, not a wrapper of it such as DDP.
+    """
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    frozen = sorted(trained - set(freeze_for_fixres(model, train=train)))
+    try:
+        yield
+    finally:
+        _thaw(model, frozen)
+
+
+def hold_frozen_statistics(model: nn.Module) -> None:
+    """Put the norms that `freeze_for_fixres` froze into evaluation mode, as their next forward pass would."""
+    for module in model.modules():
+        if any(hook is _stay_in_eval for hook in module._forward_pre_hooks.values()):
+            module.training = False
 
 
 def phase_learning_rate(epoch: float, *, start_epoch: float, total_epochs: float, learning_rate: float) -> float:
@@ -234,7 +257,8 @@ def _thaw(model: nn.Module, frozen: list[str]) -> None:
 
 def _stay_in_eval(norm: nn.Module, inputs: Any) -> None:
     # Every loop calls model.train() before an epoch, which undoes norm.eval() but not a hook. torch.compile does not
-    # notice new hooks, but recompiles since the parameters' requires_grad has changed.
+    # notice new hooks, nor torch 2.7's in every case that a parameter's requires_grad has changed: for recipes see
+    # training/engines/compiling.py.
     norm.training = False
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .framework.base import Contract, Event, Logger, Resource, SpeedUp, State, global_rank
 from .framework.batches import split_batch
 from .framework.changed_layers import Changed, change_class
-from .framework.randomness import MicrobatchDraws, generator_at
+from .framework.randomness import MicrobatchDraws, generator_at, microbatch_draws
 from .learning_rate import run_epochs
 
 
@@ -63,8 +63,7 @@ def apply_patch_dropout(model: nn.Module, *, keep_rate: float = 0.5) -> nn.Modul
                 f"{type(module).__name__} was made with a patch_drop_rate of its own; build it without, or leave patch "
                 "dropout out"
             )
-        _patch_convolution(module, known)
-        _change_layer(layer, keep_rate, prefix=prefix)
+        _change_layer(layer, keep_rate, _patch_convolution(module, known), prefix=prefix)
     if not found:
         warnings.warn(
             f"patch dropout changed nothing in {type(model).__name__}: it has none of the Vision Transformers of "
@@ -116,8 +115,7 @@ class PatchDropout(SpeedUp):
             raise ValueError(f"final_epochs {final_epochs} must be 0 or more: the last epochs, with all patches")
         self.keep_rate = keep_rate
         self.final_epochs = final_epochs
-        self._layers: list[_Dropping] = []
-        self._patches: list[nn.Conv2d] = []  # the convolutions that make them
+        self._draws: list[PatchDraws] = []  # the model's own
         self._kept: Tensor | None = None  # of the device batch, [N, K]
         self._first_row = 0  # of the next microbatch
 
@@ -136,8 +134,8 @@ class PatchDropout(SpeedUp):
             self._change_model(state, logger)
         elif event in (Event.FIT_START, Event.EPOCH_START):
             rate = self.rate_at(state.timestamp.epoch.value, run_epochs(state))
-            for layer in self._layers:
-                layer.keep_rate_here = rate
+            for draws in self._draws:
+                draws.keep_rate = rate
         elif event == Event.BATCH_START:
             self._kept = self._draw(state)
         elif event == Event.BEFORE_TRAIN_BATCH:  # again after a step that ran out of memory
@@ -149,21 +147,18 @@ class PatchDropout(SpeedUp):
 
     def _change_model(self, state: State, logger: Logger) -> None:
         apply_patch_dropout(state.model, keep_rate=self.keep_rate)
-        found = [(module, known) for module in state.model.modules() if (known := _known(module)) is not None]
-        self._layers = [_get(module, known.tokens) for module, known in found]
-        self._patches = [_patch_convolution(module, known) for module, known in found]
-        logger.log_hyperparameters({"patch_dropout/keep_rate": self.keep_rate if found else 1.0})
+        self._draws = _draws_of(state.model)
+        logger.log_hyperparameters({"patch_dropout/keep_rate": self.keep_rate if self._draws else 1.0})
 
     def _draw(self, state: State) -> Tensor | None:
-        if not self._layers or self._layers[0].keep_rate_here >= 1:
+        if not self._draws:
             return None
         images, _ = split_batch(state.batch)
         generator = generator_at(
             state.rank_zero_seed, rank=global_rank(), step=state.timestamp.batch.value, stream="patch_dropout"
         )
-        patches = _count_patches(self._patches[0], images.shape[-2:])
-        kept = draw_kept_patches(len(images), patches, self._layers[0].keep_rate_here, generator=generator)
-        return state.device.tensor_to_device(kept)
+        kept = self._draws[0].draw(images, generator)
+        return None if kept is None else state.device.tensor_to_device(kept)
 
     def _pass_rows(self, num_samples: int) -> None:
         last_row = self._first_row + num_samples
@@ -171,23 +166,52 @@ class PatchDropout(SpeedUp):
         self._first_row = last_row
 
     def _share(self, kept: Tensor | None) -> None:
-        for layer in self._layers:
-            layer.microbatch_draws.of_rows = kept
+        for draws in self._draws:
+            draws.of_rows = kept
+
+
+class PatchDraws(MicrobatchDraws):
+    """The patches that are kept of each sample of the microbatch: of_rows is int64 [N, K].
+
+    keep_rate: in this epoch; 1 or more keeps all. in_evaluation: whether patches are left out in evaluation too.
+    """
+
+    def __init__(self, keep_rate: float, patches: nn.Conv2d) -> None:
+        super().__init__()
+        self.keep_rate = keep_rate
+        self.in_evaluation = False
+        self._kernel, self._stride = patches.kernel_size, patches.stride
+
+    def draw(self, images: Tensor, generator: torch.Generator) -> Tensor | None:
+        """For [N, C, H, W], on the CPU; None if all patches are kept."""
+        if self.keep_rate >= 1:
+            return None
+        shapes = zip(images.shape[-2:], self._kernel, self._stride, strict=True)
+        patches = math.prod((side - int(kernel)) // int(stride) + 1 for side, kernel, stride in shapes)
+        return draw_kept_patches(len(images), patches, self.keep_rate, generator=generator)
+
+    def example(self, images: Tensor) -> Tensor | None:
+        kept = self.draw(images, torch.Generator())
+        return None if kept is None else kept.to(images.device)
 
 
 @contextmanager
-def kept_in_evaluation(model: nn.Module, keep_rate: float) -> Iterator[None]:
-    """Within this context, a model that patch dropout has changed keeps `keep_rate` in evaluation mode as well, as for
-    counting what training costs."""
-    layers = [module for module in model.modules() if isinstance(module, _Dropping)]
-    before = [(layer.keep_rate_here, layer.drops_in_evaluation) for layer in layers]
-    for layer in layers:
-        layer.keep_rate_here, layer.drops_in_evaluation = keep_rate, True
+def keeping_patches(model: nn.Module, keep_rate: float, *, in_evaluation: bool = False) -> Iterator[None]:
+    """Within this context, a model that patch dropout has changed keeps `keep_rate` of its patches in training, and if
+    asked in evaluation too, as for counting what training costs."""
+    found = _draws_of(model)
+    before = [(draws.keep_rate, draws.in_evaluation) for draws in found]
+    for draws in found:
+        draws.keep_rate, draws.in_evaluation = keep_rate, in_evaluation
     try:
         yield
     finally:
-        for layer, (rate, drops) in zip(layers, before, strict=True):
-            layer.keep_rate_here, layer.drops_in_evaluation = rate, drops
+        for draws, (rate, evaluates) in zip(found, before, strict=True):
+            draws.keep_rate, draws.in_evaluation = rate, evaluates
+
+
+def _draws_of(model: nn.Module) -> list[PatchDraws]:
+    return [draws for draws in microbatch_draws(model) if isinstance(draws, PatchDraws)]
 
 
 class _Known(NamedTuple):
@@ -217,14 +241,13 @@ class _Dropping(Changed):
 
     named = "Dropping"
     keep_rate: float
-    keep_rate_here: float  # in this epoch
     num_prefix_tokens: int
-    microbatch_draws: MicrobatchDraws
-    drops_in_evaluation: bool
+    microbatch_draws: PatchDraws
 
     def forward(self, tokens: Tensor) -> Tensor:
         tokens = super().forward(tokens)
-        if self.keep_rate_here >= 1 or not (self.training or self.drops_in_evaluation):
+        draws = self.microbatch_draws
+        if draws.keep_rate >= 1 or not (self.training or draws.in_evaluation):
             return tokens
         front, patches = tokens[:, : self.num_prefix_tokens], tokens[:, self.num_prefix_tokens :]
         kept = self._draw(patches).unsqueeze(-1).expand(-1, -1, patches.shape[-1])
@@ -233,7 +256,7 @@ class _Dropping(Changed):
     def _draw(self, patches: Tensor) -> Tensor:
         """Indices of the kept patches, [N, K]."""
         num_samples, num_patches = patches.shape[:2]
-        count, drawn = count_kept_patches(num_patches, self.keep_rate_here), self.microbatch_draws.of_rows
+        count, drawn = count_kept_patches(num_patches, self.microbatch_draws.keep_rate), self.microbatch_draws.of_rows
         if drawn is None:
             return _lowest(torch.rand(num_samples, num_patches, device=patches.device), count)
         if drawn.shape != (num_samples, count):
@@ -271,17 +294,12 @@ def _patch_convolution(module: nn.Module, known: _Known) -> nn.Conv2d:
     return convolution
 
 
-def _count_patches(convolution: nn.Conv2d, sides: torch.Size) -> int:
-    shapes = zip(sides, convolution.kernel_size, convolution.stride, strict=True)
-    return math.prod((side - int(kernel)) // int(stride) + 1 for side, kernel, stride in shapes)
-
-
 def _check(keep_rate: float) -> None:
     if not 0 < keep_rate <= 1:
         raise ValueError(f"keep_rate {keep_rate} must lie in (0, 1]; 0.5 is usual, and 1 keeps every patch")
 
 
-def _change_layer(layer: Any, keep_rate: float, *, prefix: int) -> None:
+def _change_layer(layer: Any, keep_rate: float, patches: nn.Conv2d, *, prefix: int) -> None:
     change_class(layer, _Dropping)
-    layer.keep_rate = layer.keep_rate_here = keep_rate
-    layer.num_prefix_tokens, layer.microbatch_draws, layer.drops_in_evaluation = prefix, MicrobatchDraws(), False
+    layer.keep_rate, layer.num_prefix_tokens = keep_rate, prefix
+    layer.microbatch_draws = PatchDraws(keep_rate, patches)

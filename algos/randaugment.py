@@ -5,12 +5,15 @@ Shapes: N samples, C channels, H x W pixels, R rounds.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from .framework.base import Contract, Event, Logger, Resource, SpeedUp, State, global_rank
 from .framework.batches import split_batch
@@ -59,8 +62,9 @@ def randaugment_batch(
     """
     _check_settings(operations.shape[0] if operations.ndim == 2 else 0, magnitude, interpolation)
     _check_arguments(images, operations, signs)
-    for operation_n, sign_n in zip(operations.cpu(), signs.cpu(), strict=True):
-        images = _one_round(images, operation_n, sign_n, magnitude, interpolation)
+    with contextlib.nullcontext() if images.device.type == "cpu" else _WithoutWaiting():
+        for operation_n, sign_n in zip(operations.cpu(), signs.cpu(), strict=True):
+            images = _one_round(images, operation_n, sign_n, magnitude, interpolation)
     return images
 
 
@@ -218,7 +222,27 @@ def _level(maximum: float, magnitude: int) -> float:
 
 
 def _per_channel(values: Sequence[float], images: Tensor) -> Tensor:
-    return torch.as_tensor(values, dtype=torch.float32, device=images.device).view(-1, 1, 1)
+    return _constant(tuple(values), images.device).view(-1, 1, 1)
+
+
+@functools.lru_cache(maxsize=16)
+def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.as_tensor(values, dtype=torch.float32, device=device)
+
+
+class _WithoutWaiting(TorchFunctionMode):
+    """Inside, torchvision's small tensors of numbers go to a GPU without the host waiting until they are there."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        device = kwargs.get("device")
+        if func is not torch.tensor or device is None or torch.device(device).type == "cpu":
+            return func(*args, **kwargs)
+        made = torch.tensor(*args, **{**kwargs, "device": "cpu"})
+        if torch.device(device).type == "cuda":
+            made = made.pin_memory()
+        return made.to(device, non_blocking=True)
 
 
 def _check_settings(num_ops: int, magnitude: int, interpolation: str) -> None:

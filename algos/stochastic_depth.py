@@ -71,6 +71,7 @@ def apply_stochastic_depth(
     for branch, (end, index) in enumerate(ends):
         if not isinstance(end, _Dropped):
             _change_layer(end, branch, settings.rate_of(index, len(blocks)), settings, draws)
+    draws.num_layers = len(ends)
     return model
 
 
@@ -115,7 +116,8 @@ class StochasticDepth(SpeedUp):
             self._first_row = 0
         elif event == Event.BEFORE_FORWARD:
             last_row = self._first_row + count_samples(state.batch)
-            self._draws.of_rows = self._kept[:, self._first_row : last_row]
+            # Contiguous: compiled code is for certain strides, which the part of a whole batch would have of its own.
+            self._draws.of_rows = self._kept[:, self._first_row : last_row].contiguous()
             self._first_row = last_row
         else:
             self._draws.of_rows = None

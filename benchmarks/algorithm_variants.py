@@ -1,4 +1,4 @@
-"""The variants that benchmarks/algorithms.py compares: a step without an algorithm, and with each library's version.
+"""What benchmarks.algorithms and benchmarks.gpu compare: a step without an algorithm, and with each library's version.
 
 A variant is a function that makes a step, given the `Bench`; a step trains the model once on the bench's batch.
 Libraries are imported inside the functions, so that a missing one only removes its own variants.
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +24,17 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 NUM_CLASSES = 1000
 OURS = "brisk"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_GRAPHS = 1024  # of one function, beyond which torch's compiler would silently run it as it is; its own limit is 8
 
 
 @dataclass
 class Bench:
-    """One batch on one device, and the models that train on it."""
+    """One batch on one device, and the models that train on it.
+
+    precision: of autocast, a key of `DTYPES`; empty for bf16 on a GPU and fp32 on a CPU. fp16 scales the loss.
+    build: makes the model, given num_classes; None for torchvision's model of that name. backend: of torch.compile.
+    """
 
     model_name: str
     image_size: int
@@ -35,8 +42,12 @@ class Bench:
     device: torch.device
     memory_format: torch.memory_format
     compiled: bool
+    precision: str = ""
+    build: Callable[..., nn.Module] | None = None
+    backend: str = "inductor"
 
     def __post_init__(self) -> None:
+        self.precision = self.precision or ("bf16" if self.device.type == "cuda" else "fp32")
         shape = (self.batch_size, 3, self.image_size, self.image_size)
         generator = torch.Generator().manual_seed(0)
         images = torch.randn(shape, generator=generator).to(self.device)
@@ -44,26 +55,41 @@ class Bench:
         self.labels = torch.randint(NUM_CLASSES, (self.batch_size,), generator=generator).to(self.device)
 
     def new_model(self) -> nn.Module:
-        """torchvision's model, unchanged."""
+        """The model, unchanged, on the CPU."""
         torch.manual_seed(0)
-        return getattr(torchvision.models, self.model_name)(num_classes=NUM_CLASSES)
+        return (self.build or getattr(torchvision.models, self.model_name))(num_classes=NUM_CLASSES)
 
     def ready(self, model: nn.Module, *, memory_format: torch.memory_format | None = None) -> Any:
         """`model` on the device, in the bench's memory format unless another is given."""
         model = model.to(self.device, memory_format=memory_format or self.memory_format)  # pyright: ignore
-        return torch.compile(model) if self.compiled else model
+        return self.compile(model) if self.compiled else model
+
+    def compile(self, model: nn.Module) -> Any:
+        """`model` compiled for the shapes that it gets, however many of its kind this process has compiled."""
+        for name in ("recompile_limit", "cache_size_limit"):  # the second is an older torch's name for it
+            for limit in (name, f"accumulated_{name}"):
+                if hasattr(torch._dynamo.config, limit):
+                    setattr(torch._dynamo.config, limit, _GRAPHS)
+        return torch.compile(model, dynamic=False, backend=self.backend)
 
     @functools.cached_property
     def plain_model(self) -> Any:
         """Shared by all variants that leave the model unchanged, so that they differ only in the algorithm."""
         return self.ready(self.new_model())
 
-    def pass_once(self, model: nn.Module, images: Tensor, targets: Tensor, loss: Loss = F.cross_entropy) -> Tensor:
-        """Forward and backward; gradients accumulate in the parameters."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+    def pass_once(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        targets: Tensor,
+        loss: Loss = F.cross_entropy,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> Tensor:
+        """Forward and backward; gradients accumulate in the parameters, scaled by `scaler` if there is one."""
+        with torch.autocast(self.device.type, DTYPES[self.precision], enabled=self.precision != "fp32"):
             outputs = model(images)
             value = loss(outputs, targets)
-        value.backward()
+        (value if scaler is None else scaler.scale(value)).backward()
         return value
 
     def step(
@@ -78,11 +104,16 @@ class Bench:
         """A step of SGD with momentum on `model`."""
         optimizer = sgd(model)
         given = self.images if images is None else images
+        scaler = torch.amp.GradScaler(self.device.type) if self.precision == "fp16" else None
 
         def train_once() -> None:
             x, y = (given, self.labels) if prepare is None else prepare(given, self.labels)
-            self.pass_once(model, x, y, loss)
-            optimizer.step()
+            self.pass_once(model, x, y, loss, scaler)
+            if scaler is None:
+                optimizer.step()
+            else:
+                scaler.step(optimizer)
+                scaler.update()
             optimizer.zero_grad()
             if after is not None:
                 after()
@@ -130,6 +161,12 @@ def authors_blurpool(bench: Bench) -> Step:
     return bench.step(bench.ready(make(filter_size=3, num_classes=NUM_CLASSES)))
 
 
+def timm_blurpool(bench: Bench) -> Step:
+    import timm
+
+    return bench.step(bench.ready(timm.create_model("resnetblur50", num_classes=NUM_CLASSES)))
+
+
 # --- channels-last -------------------------------------------------------------------------------------------------
 
 
@@ -137,7 +174,7 @@ def _channels_last(bench: Bench, apply: Callable[[nn.Module], Any]) -> Step:
     model = bench.new_model().to(bench.device)
     apply(model)
     # Batches are NCHW, as loaders make them; the first convolution converts them.
-    return bench.step(torch.compile(model) if bench.compiled else model, images=bench.images.contiguous())  # pyright: ignore
+    return bench.step(bench.compile(model) if bench.compiled else model, images=bench.images.contiguous())
 
 
 def our_channels_last(bench: Bench) -> Step:
@@ -175,6 +212,12 @@ def composer_label_smoothing(bench: Bench) -> Step:
 
 def torch_label_smoothing(bench: Bench) -> Step:
     return bench.step(bench.plain_model, loss=functools.partial(F.cross_entropy, label_smoothing=0.1))
+
+
+def timm_label_smoothing(bench: Bench) -> Step:
+    from timm.loss.cross_entropy import LabelSmoothingCrossEntropy
+
+    return bench.step(bench.plain_model, loss=LabelSmoothingCrossEntropy(smoothing=0.1))
 
 
 # --- mixing samples ------------------------------------------------------------------------------------------------
@@ -228,6 +271,18 @@ def torchvision_mixing(bench: Bench, *, name: str) -> Step:
     return bench.step(bench.plain_model, prepare=mix)
 
 
+def timm_mixing(bench: Bench, *, name: str) -> Step:
+    from timm.data.mixup import Mixup
+
+    mixup_alpha, cutmix_alpha = {"mixup": (0.2, 0.0), "cutmix": (0.0, 1.0)}[name]
+    mix = Mixup(mixup_alpha, cutmix_alpha, label_smoothing=0.0, num_classes=NUM_CLASSES)
+
+    def prepare(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return mix(images.clone(), labels)  # which it changes in place
+
+    return bench.step(bench.plain_model, prepare=prepare)
+
+
 # --- the rest ------------------------------------------------------------------------------------------------------
 
 
@@ -253,6 +308,14 @@ def torch_ema(bench: Bench) -> Step:
     model = _bare(bench.plain_model)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999), use_buffers=True)
     return bench.step(bench.plain_model, after=lambda: average.update_parameters(model))
+
+
+def timm_ema(bench: Bench) -> Step:
+    from timm.utils.model_ema import ModelEmaV3
+
+    model = _bare(bench.plain_model)
+    average = ModelEmaV3(model, decay=0.999)
+    return bench.step(bench.plain_model, after=lambda: average.update(model))
 
 
 def our_resizing(bench: Bench) -> Step:
@@ -363,20 +426,25 @@ VARIANTS = [
     Variant("blurpool", "composer", "apply_blurpool", composer_blurpool),
     Variant("blurpool_after", OURS, "apply_blurpool(placement='after')", _p(our_blurpool, placement="after")),
     Variant("blurpool_after", "antialiased_cnns", "its own model, filter_size=3", authors_blurpool),
+    Variant("blurpool_after", "timm", "its own model, resnetblur50", timm_blurpool, bottleneck_only=True),
     Variant("channels_last", OURS, "apply_channels_last", our_channels_last),
     Variant("channels_last", "composer", "apply_channels_last", composer_channels_last),
     Variant("label_smoothing", OURS, "smooth_labels", our_label_smoothing),
     Variant("label_smoothing", "composer", "smooth_labels", composer_label_smoothing),
     Variant("label_smoothing", "torch", "cross_entropy(label_smoothing=)", torch_label_smoothing),
+    Variant("label_smoothing", "timm", "LabelSmoothingCrossEntropy", timm_label_smoothing),
     Variant("mixup", OURS, "draw_mixup, mixup_batch", our_mixup),
     Variant("mixup", "composer", "mixup_batch", _p(composer_mixing, name="mixup")),
     Variant("mixup", "torchvision", "v2.MixUp", _p(torchvision_mixing, name="mixup")),
+    Variant("mixup", "timm", "data.Mixup", _p(timm_mixing, name="mixup")),
     Variant("cutmix", OURS, "draw_cutmix, cutmix_batch", our_cutmix),
     Variant("cutmix", "composer", "cutmix_batch", _p(composer_mixing, name="cutmix")),
     Variant("cutmix", "torchvision", "v2.CutMix", _p(torchvision_mixing, name="cutmix")),
+    Variant("cutmix", "timm", "data.Mixup(cutmix_alpha=)", _p(timm_mixing, name="cutmix")),
     Variant("ema", OURS, "ema_update", our_ema),
     Variant("ema", "composer", "compute_ema", composer_ema),
     Variant("ema", "torch", "swa_utils.AveragedModel", torch_ema),
+    Variant("ema", "timm", "utils.ModelEmaV3", timm_ema),
     Variant("progressive_resizing", OURS, "resize_images, to half", our_resizing),
     Variant("progressive_resizing", "composer", "resize_batch, to half", composer_resizing),
     Variant("stochastic_depth", OURS, "apply_stochastic_depth", our_stochastic_depth),
@@ -385,5 +453,16 @@ VARIANTS = [
     Variant("sam", "composer", "SAMOptimizer", composer_sam),
     Variant("sam", "pytorch_optimizer", "SAM", pytorch_optimizer_sam),
 ]
-PEERS = ("composer", "antialiased_cnns", "pytorch_optimizer")  # besides torch and torchvision, always installed
+PEERS = ("composer", "antialiased_cnns", "pytorch_optimizer", "timm")  # besides torch and torchvision, always installed
 BASELINES = {"channels_last": contiguous_baseline}  # the others use `baseline`
+
+
+def absent_peers(names: Iterable[str] = PEERS) -> dict[str, str]:
+    """The libraries of `names` that cannot be imported, each with the reason."""
+    absent = {}
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # a library too old for this torch may fail in any way
+            absent[name] = f"{type(error).__name__}: {error}"
+    return absent

@@ -24,7 +24,6 @@ import argparse
 import contextlib
 import ctypes
 import gc
-import importlib
 import json
 import random
 import statistics
@@ -38,13 +37,13 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.algorithm_variants import BASELINES, OURS, PEERS, VARIANTS, Bench, Step, Variant, baseline
-from benchmarks.measuring import columns, hardware, progress, spread, verdict, versions
+from benchmarks.algorithm_variants import BASELINES, OURS, VARIANTS, Bench, Step, Variant, absent_peers, baseline
+from benchmarks.measuring import columns, excess_over_share, hardware, progress, spread, time_step, verdict, versions
 
 GOAL_OVER_PEER = 1.02  # our step over that of the cheapest peer
 GOAL_BLURPOOL = 0.5  # our BlurPool's overhead over that of Composer's
 FORMATS = {"cpu": "contiguous_format", "cuda": "channels_last"}  # the defaults
-LIBRARIES = ("torch", "torchvision", "mosaicml", "antialiased_cnns", "pytorch_optimizer")
+LIBRARIES = ("torch", "torchvision", "mosaicml", "antialiased_cnns", "pytorch_optimizer", "timm")
 
 
 @dataclass
@@ -137,17 +136,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def absent_peers() -> dict[str, str]:
-    """Libraries that cannot be imported, each with the reason."""
-    absent = {}
-    for name in PEERS:
-        try:
-            importlib.import_module(name)
-        except Exception as error:  # a library too old for this torch may fail in any way
-            absent[name] = f"{type(error).__name__}: {error}"
-    return absent
-
-
 def chosen_variants(model: str, only: Iterable[str] | None, absent: Iterable[str]) -> list[Variant]:
     """The requested variants that can be imported and that support the model."""
     has_bottlenecks = model in ("resnet50", "resnet101", "resnet152")
@@ -204,7 +192,7 @@ def measure(groups: list[Group], bench: Bench, *, rounds: int, steps: int) -> No
         for group in order.sample(groups, len(groups)):
             base = Row(Variant("", "", "", baseline), group.baseline)
             for row in order.sample([base, *group.rows], len(group.rows) + 1):
-                cost_ms, wall_ms = time_step(row.step, bench, steps)
+                cost_ms, wall_ms = time_step(row.step, bench.device, steps)
                 row.cost_ms.append(cost_ms)
                 row.wall_ms.append(wall_ms)
             for row in group.rows:
@@ -212,28 +200,6 @@ def measure(groups: list[Group], bench: Bench, *, rounds: int, steps: int) -> No
         elapsed = time.monotonic() - begin
         progress(f"round {index + 1} of {rounds}, {elapsed / (index + 1) * (rounds - index - 1):.0f} s to go")
     progress("")
-
-
-def time_step(step: Step, bench: Bench, steps: int) -> tuple[float, float]:
-    """(cost, wall time) of a step in ms, the mean of `steps`."""
-    on_gpu = bench.device.type == "cuda"
-    events: list[Any] = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if on_gpu else []
-    gc.disable()
-    try:
-        if on_gpu:
-            torch.cuda.synchronize()
-            events[0].record()
-        wall, cpu = time.perf_counter(), time.process_time()
-        for _ in range(steps):
-            step()
-        if on_gpu:
-            events[1].record()
-            torch.cuda.synchronize()
-        cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-    finally:
-        gc.enable()
-    cost_ms = events[0].elapsed_time(events[1]) if on_gpu else cpu * 1e3
-    return cost_ms / steps, wall * 1e3 / steps
 
 
 # --- reporting -----------------------------------------------------------------------------------------------------
@@ -284,8 +250,7 @@ def goals(rows: list[Row]) -> list[dict[str, Any]]:
     found = []
     for ours in blurpools:
         if ours.variant.who == OURS:
-            pairs = zip(ours.ratios(), composers.ratios(), strict=True)
-            excess = spread([(mine - 1) - GOAL_BLURPOOL * (theirs - 1) for mine, theirs in pairs])
+            excess = excess_over_share(ours.ratios(), composers.ratios(), share=GOAL_BLURPOOL)
             found.append(
                 {
                     "goal": f"{ours.variant.how}: overhead at most {GOAL_BLURPOOL:g} of Composer's",

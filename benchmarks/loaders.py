@@ -5,6 +5,13 @@
     python -m benchmarks.loaders --json loaders.json --chart loaders.png
     python -m benchmarks.loaders --read loaders.json --chart loaders.png
 
+    python -m benchmarks.loaders --tiers                               # our loader alone, from files of several sizes
+    python -m benchmarks.loaders --device cuda                         # into a GPU's memory, beside training steps
+    python -m benchmarks.loaders --ahead                               # how many batches ahead suffice
+    python -m benchmarks.loaders --cores                               # how many cores a GPU needs
+
+The last four are described in benchmarks/loading; `--help` after each lists its settings.
+
 The images are JPEGs of 90 to 130 kB and about 500x400 px, cut from the photos that scikit-learn and scikit-image ship
 (benchmarks/photos.py). FFCV's own writer makes a .beton file of them at quality 90, which FFCV's loader and this
 package's both read; the others read the JPEGs. All crop at random (scale 0.35 to 1), flip, and return uint8 batches.
@@ -64,6 +71,8 @@ GOAL_TURNAROUND_SECONDS = 0.2
 LIBRARIES = ("torch", "torchvision", "ffcv", "nvidia-dali-cuda120", "pillow", "opencv-python", "numpy", "scikit-image")
 COUNTS = ("images", "batch_size", "workers", "rounds", "starts", "timeout")  # settings that must be above 0
 DEFAULT_FOLDER = Path(".cache/brisk/benchmark_photos")
+# Benchmarks of our own loader, by the option that asks for them.
+OTHERS = {"--tiers": "tiers", "--device": "pace", "--ahead": "ahead", "--cores": "cores"}
 
 
 @dataclass
@@ -80,6 +89,11 @@ class Row:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, or read earlier measurements; print the table, and write the requested files."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    for asked, module in OTHERS.items():
+        if any(one.partition("=")[0] == asked for one in arguments):
+            importlib.import_module(f"benchmarks.loading.{module}").main(arguments)
+            return
     options = parse(arguments)
     try:
         report = measured_report(options) if options.read is None else json.loads(options.read.read_text())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib.metadata
 import math
 import os
@@ -12,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,39 @@ def verdict(values: dict[str, float], goal: float) -> str:
     if values["high"] <= goal:
         return "met"
     return "missed" if values["low"] > goal else "open"
+
+
+def excess_over_share(ours: Sequence[float], peers: Sequence[float], *, share: float) -> dict[str, float]:
+    """The `spread` of our overhead less `share` of a peer's, from ratios to one baseline, round by round.
+
+    At most 0 (see `verdict`) where our overhead is at most that share of theirs.
+    """
+    return spread([(mine - 1) - share * (theirs - 1) for mine, theirs in zip(ours, peers, strict=True)])
+
+
+def time_step(step: Callable[[], object], device: torch.device, steps: int) -> tuple[float, float]:
+    """(cost, wall time) of a step in ms, the mean of `steps`.
+
+    The cost is the time between two events on a GPU, and CPU-seconds of this process on a CPU.
+    """
+    on_gpu = device.type == "cuda"
+    events: list[Any] = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if on_gpu else []
+    gc.disable()
+    try:
+        if on_gpu:
+            torch.cuda.synchronize()
+            events[0].record()
+        wall, cpu = time.perf_counter(), time.process_time()
+        for _ in range(steps):
+            step()
+        if on_gpu:
+            events[1].record()
+            torch.cuda.synchronize()
+        cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    finally:
+        gc.enable()
+    cost_ms = events[0].elapsed_time(events[1]) if on_gpu else cpu * 1e3
+    return cost_ms / steps, wall * 1e3 / steps
 
 
 def progress(text: str) -> None:

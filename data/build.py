@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .beton.format import report_path
-from .beton.write import default_write_settings, write_beton
+from .beton.format import check_sizes, convert_command, report_path, tier_path
+from .beton.write import default_write_settings, with_sizes, write_beton
 from .decoding.decode import make_decoder, present_decoders
+from .loading.ahead import BatchesAhead
 from .loading.ffcv_loader import FFCVLoader
 from .loading.loader import Loader
 from .sources import SPLITS, build_source, source_stamp
@@ -31,6 +32,9 @@ def build_loader(
     cache_dir: str | Path = ".cache/brisk",
     path: str | Path | None = None,
     write_settings: dict[str, Any] | None = None,
+    sizes: Sequence[int] | None = None,
+    tier_headroom: float | None = None,
+    batches_ahead: BatchesAhead = "auto",
     class_names: Sequence[str] | None = None,
     stall_timeout_seconds: float = 300,
     rank: int = 0,
@@ -49,6 +53,9 @@ def build_loader(
         write_settings: `write_mode`, `jpeg_share`, `max_side_px` and `jpeg_quality` of the conversion. By default
             pixels for sources of small images, and JPEGs of up to 500 px for image folders. Unusable images are left
             out, and `log` says where they are listed.
+        sizes: longest sides in px, in place of `max_side_px`: the conversion writes a file for each, and every pass
+            reads the smallest one that serves it. Only the FFCV loader has files.
+        tier_headroom, batches_ahead: see `FFCVLoader`; the torch loader has no use for them.
         class_names: the model's classes; data with other classes are refused. None accepts any.
         stall_timeout_seconds: rank 0 converts and the other ranks wait; they give up when nothing has been written
             for this long.
@@ -60,25 +67,47 @@ def build_loader(
     """
     if split not in SPLITS:
         raise ValueError(f"split {split!r}: give one of {', '.join(SPLITS)}")
+    if sizes is not None:
+        check_sizes(sizes)
+        _refuse_sizes(sizes, loader, path)
     chosen = _choose(loader, path, log)
     settings = {"rank": rank, "train": split == "train"} | settings
     source_settings = {"split": split} | (source_settings or {})
     if chosen == "torch":
         from .loading.torch_loader import TorchLoader  # imports torchvision, which the other loader does not need
 
+        if sizes is not None:
+            log("the torch loader reads the images themselves: no files of other sizes are written")
         images = build_source(source, **source_settings)
         _refuse_other_classes(images.class_names, class_names, images.name)
         return TorchLoader(images, **settings)
     if path is None:
         path = _converted(
-            source, source_settings, write_settings or default_write_settings(source), Path(cache_dir),
-            rank=rank, stall_timeout_seconds=stall_timeout_seconds, log=log,
+            source, source_settings, with_sizes(write_settings or default_write_settings(source), sizes),
+            Path(cache_dir), rank=rank, stall_timeout_seconds=stall_timeout_seconds, log=log,
         )  # fmt: skip
-    made = FFCVLoader(path, **settings)
+    made = FFCVLoader(path, tier_headroom=tier_headroom, batches_ahead=batches_ahead, **settings)
     _refuse_other_classes(made.class_names, class_names, str(path), named=made.described)
     if not made.described and rank == 0:
         log(f"{path} has no description beside it: using class numbers as names, and ImageNet's mean and std")
+    if rank == 0 and split == "train":
+        for line in made.describe_tiers():
+            log(line)
+        if batches_ahead != "auto":
+            size = batches_ahead * made.batch_size * 3 * made.image_size**2 / 2**20
+            log(f"{batches_ahead} batches ahead take {size:,.1f} MiB a rank at {made.image_size} px")
     return made
+
+
+def _refuse_sizes(sizes: Sequence[int], loader: str, path: str | Path | None) -> None:
+    told = ", ".join(map(str, sizes))
+    if path is not None:
+        raise ValueError(
+            f"sizes {told} beside {path}, which has the sizes that it was written with: leave one of them out, or "
+            f"write the file anew: {convert_command(path)} --sizes {','.join(map(str, sizes))}"
+        )
+    if loader == "torch":
+        raise ValueError(f"sizes {told} beside loader 'torch', which reads no files of ours: leave one of them out")
 
 
 def cached_beton_path(
@@ -132,7 +161,8 @@ def _converted(
     log: Callable[[str], None],
 ) -> Path:
     path = cached_beton_path(source, source_settings, write_settings, cache_dir)
-    if path.is_file():
+    paths = [path, *(tier_path(path, size) for size in write_settings.get("sizes", ())[:-1])]
+    if all(one.is_file() for one in paths):
         return path
     if rank == 0:
         images = build_source(source, **source_settings)
@@ -143,7 +173,8 @@ def _converted(
         if report_path(path).is_file():
             log(f"some images cannot be used and are left out; they are listed in {report_path(path)}")
         return path
-    _wait_for(path, stall_timeout_seconds=stall_timeout_seconds)
+    for one in paths:
+        _wait_for(one, stall_timeout_seconds=stall_timeout_seconds)
     return path
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from .beton.format import Beton, report_path
-from .beton.write import WRITE_MODES, default_write_settings, write_beton
+from .beton.format import Beton, report_path, tier_path
+from .beton.write import WRITE_MODES, default_write_settings, with_sizes, write_beton
 from .sources import SOURCES, SPLITS, FolderSource, build_source
 
 INTERRUPTED, TERMINATED = 130, 143  # exit statuses: 128 + SIGINT, SIGTERM
@@ -64,7 +64,7 @@ def _terminated_as_interrupted() -> Iterator[None]:
 def _convert(args: argparse.Namespace) -> None:
     name, settings = _source(args)
     source = build_source(name, **settings)
-    written_as = default_write_settings(name) | _given(args)
+    written_as = with_sizes(default_write_settings(name) | _given(args), args.sizes)
     print(f"{source.name}: {len(source)} images of {len(source.class_names)} classes", flush=True)
     if isinstance(source, FolderSource) and source.passed_over:
         print(f"{source.passed_over} files are no images by their names and are passed over", flush=True)
@@ -92,6 +92,9 @@ def _summary(path: Path, seconds: float) -> str:
         lines.append("made RGB: " + ", ".join(f"{count} {kind}" for kind, count in sidecar["converted"].items()))
     if sidecar["left_out"]:
         lines.append(f"{sidecar['left_out']} images left out, listed with the reasons in {report_path(path)}")
+    for size in sidecar.get("tiers", {}):
+        tier = tier_path(path, size)
+        lines.append(f"{tier}: the same images, up to {size} px, {tier.stat().st_size / 1e6:.1f} MB")
     return "\n".join(lines)
 
 
@@ -121,13 +124,26 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--jpeg-share", type=float, metavar="SHARE", help="store this share as JPEGs and the rest as pixels (0..1)"
     )
-    parser.add_argument(
-        "--max-side", type=int, metavar="PX", help="make larger images smaller (folders: 500; 0: never)"
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--max-side", type=int, metavar="PX", help="make larger images smaller (folders: 500; 0: never)")
+    size.add_argument(
+        "--sizes",
+        type=_sizes,
+        metavar="PX,PX",
+        help="several of --max-side at once, as 256,500: OUT.beton has the largest, OUT.256.beton the other, for "
+        "stages of small images",
     )
     parser.add_argument("--jpeg-quality", type=int, metavar="Q", help="of images that are encoded, 1..100 (default 90)")
     parser.add_argument("--workers", type=int, metavar="N", help="threads (default: one per core)")
     parser.add_argument("--strict", action="store_true", help="end at the first image that cannot be used")
     return parser
+
+
+def _sizes(text: str) -> list[int]:
+    try:
+        return [int(size) for size in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text}: write longest sides in px as 256,500") from None
 
 
 def _source(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:

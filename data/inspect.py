@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .beton.format import Beton, report_path, sidecar_path
+from .beton.format import Beton, report_path, sidecar_path, tier_path
 from .decoding.decode import Decoder, make_decoder
 from .prefetch import PrefetchIterator
 from .whole_files import whole_file
@@ -57,6 +57,8 @@ def describe(beton: Beton) -> str:
         lines.append(f"sidecar {sidecar_path(beton.path)} describes this file")
         shown = ("source", "written_as", "stored", "converted", "left_out")
         lines += [f"  {key}: {_plain(beton.sidecar[key])}" for key in shown if beton.sidecar.get(key)]
+        tiers = [tier_path(beton.path, int(size)) for size in beton.sidecar.get("tiers", {})]
+        lines += [f"  smaller images: {tier}, {_megabytes(tier)}" for tier in tiers]
         if report_path(beton.path).is_file():
             lines.append(f"  images left out are listed in {report_path(beton.path)}")
     else:
@@ -157,6 +159,10 @@ def _damaged(decoder: Decoder, beton: Beton, indices: np.ndarray) -> list[int]:
         return True
 
     return [] if decodes(indices) else [int(i) for i in indices if not decodes(np.array([i]))]
+
+
+def _megabytes(path: Path) -> str:
+    return f"{path.stat().st_size / 1e6:,.1f} MB" if path.is_file() else "which is not there"
 
 
 def _classes(beton: Beton) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,17 +22,20 @@ class PrefetchIterator(Generic[T]):
         tasks: functions without arguments; iterated in the consumer's thread.
         num_workers: threads; 0 runs each task when its result is requested.
         num_ahead: results that may wait for the consumer, besides the one per running worker.
+
+    Attributes:
+        num_ahead: may be changed; from the next `next()` on.
     """
 
     def __init__(self, tasks: Iterable[Callable[[], T]], *, num_workers: int, num_ahead: int = 2) -> None:
         self._tasks = iter(tasks)
         self._pending: deque[Future[T]] = deque()
         self._state = "open"
+        self._num_workers, self.num_ahead = num_workers, num_ahead
         self._pool = ThreadPoolExecutor(num_workers, thread_name_prefix="brisk-data") if num_workers else None
         if self._pool is not None:
             try:
-                for _ in range(num_workers + num_ahead):
-                    self._submit(self._pool)
+                self._submit(self._pool, num_workers + num_ahead)
             except BaseException:
                 self.close()
                 raise
@@ -49,7 +53,7 @@ class PrefetchIterator(Generic[T]):
                 return next(self._tasks)()
             if not self._pending:
                 raise StopIteration
-            self._submit(self._pool)
+            self._submit(self._pool, self._num_workers + self.num_ahead + 1)  # the one returned here leaves
             return self._pending.popleft().result()
         except StopIteration:
             self.close()
@@ -71,7 +75,6 @@ class PrefetchIterator(Generic[T]):
         if getattr(self, "_pool", None) is not None:
             self.close()
 
-    def _submit(self, pool: ThreadPoolExecutor) -> None:
-        task = next(self._tasks, None)
-        if task is not None:
+    def _submit(self, pool: ThreadPoolExecutor, most_pending: int) -> None:
+        for task in itertools.islice(self._tasks, max(0, most_pending - len(self._pending))):
             self._pending.append(pool.submit(task))

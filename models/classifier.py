@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
+import torch
 from composer.models import ComposerModel
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -84,4 +85,17 @@ def _binary_cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def _top1(num_classes: int) -> Metric:
-    return MulticlassAccuracy(num_classes=num_classes, average="micro")
+    return _Top1(num_classes=num_classes, average="micro", validate_args=False)
+
+
+class _Top1(MulticlassAccuracy):
+    """torchmetrics' accuracy, whose counts the ranks add up at once and without waiting for a device.
+
+    torchmetrics gathers each of its four counts after a barrier, and Composer asks for the metric in every step.
+    """
+
+    def _sync_dist(self, dist_sync_fn: Any = None, process_group: Any = None) -> None:
+        counts = torch.stack([getattr(self, name) for name in self._reductions])
+        torch.distributed.all_reduce(counts, group=process_group or self.process_group)
+        for name, count in zip(self._reductions, counts.unbind(), strict=True):
+            setattr(self, name, count)

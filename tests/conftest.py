@@ -2,11 +2,13 @@
 
 One thread per process: the networks are so small that threads wait for each other longer than they work, and on a busy
 machine their spinning makes a run a hundred times slower. Likewise torch's compiler compiles in the process itself: its
-own processes take seven seconds to start. What a test starts finds this checkout's packages.
+own processes take seven seconds to start. All tests share its kernels. What a test starts finds this checkout's
+packages.
 """
 
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import pytest
 HERE = Path(__file__).parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/brisk_test_kernels_{os.getuid()}")
 if shutil.which("g++") and shutil.which("flock"):
     os.environ.setdefault("CXX", str(HERE / "precompiling" / "g++"))
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))

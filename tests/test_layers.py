@@ -25,7 +25,9 @@ WINGS = {
     "algos": ["framework"],  # then the algorithms, of which learning_rate and blur serve others
     "data": ["draws prefetch whole_files", "sources decoding", "beton", "loading", "build", "convert inspect"],
     "training": [
-        "composer_shim loopback optimizers without_compiler",
+        "composer_shim fused_optimizers late loopback without_compiler",
+        "decoupled_optimizers",
+        "optimizers",
         "command_line",
         "recipe",
         "guards",
@@ -33,6 +35,7 @@ WINGS = {
         "checkpoints",
         "facts network",
         "plan",
+        "graphs",
         "plan_text build callbacks trained",
         "judging",
         "exporting",

@@ -43,6 +43,9 @@ def build_loaders(plan: Plan, *, rank: int, say: Callable[[str], None]) -> tuple
             split="train",
             loader=data.train.loader,
             path=data.train.path,
+            sizes=data.train.sizes,
+            tier_headroom=data.train.tier_headroom,
+            batches_ahead=data.train.batches_ahead,
             per_device_batch_size=plan.per_device_batch_size,
             image_size=data.train.image_size,
             num_workers=data.train.num_workers,
@@ -91,7 +94,8 @@ def build_optimizer_of(model: ImageClassifier, plan: Plan) -> torch.optim.Optimi
 def build_data_specs(plan: Plan, loaders: tuple[Any, Any]) -> tuple[DataSpec, DataSpec]:
     """The training and evaluation loaders, with the transforms of their batches on the device."""
     train, evaluation = loaders
-    normalize = Normalizer(train.mean, train.std)  # evaluation uses the training set's mean and std too
+    dtype = getattr(torch, plan.pixel_type)
+    normalize = Normalizer(train.mean, train.std, dtype=dtype)  # evaluation uses the training set's mean and std too
     torch_device = plan.place.torch_device
     return _data_spec(train, normalize, torch_device), _data_spec(evaluation, normalize, torch_device)
 

@@ -29,11 +29,12 @@ def build_callbacks(
 ) -> list[Callback]:
     """The callbacks of a run. save_folder: writes checkpoints for an engine whose state Composer's State lacks."""
     recipe = plan.recipe
+    guard = FiniteGuard(recipe.on_nan, run_dir=recipe.run_dir, image_indices=loader.image_indices)
     # The recorder closes an epoch's row before the checkpoint that holds it is written.
     return [
         _LoaderPosition(loader),
         recorder,
-        FiniteGuard(recipe.on_nan, run_dir=recipe.run_dir, image_indices=loader.image_indices),
+        guard,
         Checkpoints(
             recipe.run_dir / "checkpoints",
             every_epochs=recipe.checkpoints.every_epochs,
@@ -46,6 +47,7 @@ def build_callbacks(
             stop_seconds=recipe.checkpoints.stop_seconds,
             sharded=recipe.checkpoints.sharded or save_folder is not None,
             save_folder=save_folder,
+            before_save=guard.settle,
             uploads=_uploads(recipe),
         ),
         ProgressBar(

@@ -45,7 +45,9 @@ def sgd(
     parameters: Any, *, lr: float, momentum: float = 0.9, nesterov: bool = False, weight_decay: float = 0.0
 ) -> torch.optim.Optimizer:
     """SGD with momentum; weight decay is added to the gradient (coupled to the learning rate)."""
-    return torch.optim.SGD(parameters, lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay)
+    from training.fused_optimizers import SGD
+
+    return SGD(parameters, lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay)
 
 
 def adamw(
@@ -57,14 +59,16 @@ def adamw(
     weight_decay: float = 0.01,
 ) -> torch.optim.Optimizer:
     """AdamW (Loshchilov 2019, arXiv 1711.05101); weight decay shrinks the weights by lr x weight_decay per step."""
-    return torch.optim.AdamW(parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+    from training.fused_optimizers import AdamW
+
+    return AdamW(parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
 
 def decoupled_sgdw(
     parameters: Any, *, lr: float, momentum: float = 0.9, nesterov: bool = False, weight_decay: float = 1e-5
 ) -> torch.optim.Optimizer:
     """Composer's DecoupledSGDW: weight decay shrinks the weights by weight_decay x lr / peak lr per step."""
-    from composer.optim import DecoupledSGDW
+    from training.decoupled_optimizers import DecoupledSGDW
 
     return DecoupledSGDW(parameters, lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay)
 
@@ -78,7 +82,7 @@ def decoupled_adamw(
     weight_decay: float = 1e-5,
 ) -> torch.optim.Optimizer:
     """Composer's DecoupledAdamW: weight decay shrinks the weights by weight_decay x lr / peak lr per step."""
-    from composer.optim import DecoupledAdamW
+    from training.decoupled_optimizers import DecoupledAdamW
 
     return DecoupledAdamW(parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 

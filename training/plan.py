@@ -17,18 +17,31 @@ from algos.framework.ordering import arrange
 from algos.framework.protocols import LearningRateModifier
 from algos.framework.registry import planner
 from algos.learning_rate import LearningRate
-from algos.patch_dropout import PatchDropout, kept_in_evaluation
+from algos.patch_dropout import PatchDropout, keeping_patches
 from algos.progressive_resizing import ProgressiveResizing
 from algos.sam import SAM
+from models.registry import names
 from models.summary import count_forward_macs, count_parameters
 from training.facts import DataFacts, data_facts
 from training.network import change_network, make_network, shapes_suffice
 from training.optimizers import peak_learning_rate
 from training.recipe import Recipe, RecipeError, users_mistake
+from training.recipe.compiling import CUDA_GRAPH_MODES
 from training.recipe.watching import check_profiled_steps
 
 SCHEDULE = "learning_rate"  # an algorithm of every run; its settings are the recipe's section schedule
 _CLIPPING = "composer.gradient_clipping"  # what optimizer.clip_norm turns on
+_AUTOCAST = {"amp_bf16": "bfloat16", "amp_fp16": "float16"}
+_RGB = 3
+# Networks that do nothing to an image before a convolution, which tests/training/test_pixel_type.py looks at.
+_CONVOLVE_FIRST = frozenset(names()) - {"alexnet"}
+# Algorithms that compute with no pixel: in a recipe progressive_resizing's images come in their size from the loader.
+_LEAVE_PIXELS_ALONE = frozenset(
+    {
+        SCHEDULE, _CLIPPING, "blurpool", "channels_last", "cutmix", "ema", "fixres", "label_smoothing",
+        "progressive_resizing", "sam", "stochastic_depth",
+    }
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -106,6 +119,19 @@ class Plan:
         return self.per_device_batch_size * self.place.world_size
 
     @property
+    def pixel_type(self) -> str:
+        """torch's name for the type in which normalized images reach algorithms and the network.
+
+        That of autocast where nothing computes with pixels before the network's first convolution, whose input is then
+        bit for bit the same; else float32.
+        """
+        blurs_pixels = any((one.settings.get("min_channels") or _RGB + 1) <= _RGB for one in self.algorithms)
+        plain = all(one.name in _LEAVE_PIXELS_ALONE for one in self.algorithms) and not blurs_pixels
+        if self.recipe.model["name"] in _CONVOLVE_FIRST and plain:
+            return _AUTOCAST.get(self.recipe.precision, "float32")
+        return "float32"
+
+    @property
     def largest_image_size(self) -> int:
         """The largest training image size, in px."""
         return max(epoch.image_size for epoch in self.epochs)
@@ -146,9 +172,33 @@ def choose_place(recipe: Recipe, *, world_size: int | None = None) -> Place:
         raise RecipeError("device", f"is {recipe.device}, which this machine does not have; here: {here}, or auto")
     if device == "cpu" and recipe.precision != "fp32":
         raise RecipeError("precision", f"is {recipe.precision}, which Composer does not train in on a CPU; use fp32")
-    if device == "cpu" and recipe.compile and shutil.which(os.environ.get("CXX", "g++")) is None:
-        raise RecipeError("compile", "is true, which takes a C++ compiler on a CPU; install g++, or set compile=false")
+    if recipe.compile is not None:
+        _check_compile(recipe, recipe.compile.mode, device=device)
     return Place(device, int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size)
+
+
+def _check_compile(recipe: Recipe, mode: str, *, device: str) -> None:
+    if device == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise RecipeError("compile", "is true, which takes a C++ compiler on a CPU; install g++, or set compile=false")
+    if device != "gpu" and mode == "reduce-overhead":
+        raise RecipeError(
+            "compile.mode", f"is {mode}, which records CUDA graphs, and the device is {device}; use default"
+        )
+    if device != "gpu" or mode not in CUDA_GRAPH_MODES:
+        return
+    instead = "max-autotune-no-cudagraphs" if mode == "max-autotune" else "default"
+    if recipe.data.train.per_device_microbatch_size is not None:
+        raise RecipeError(
+            "compile.mode",
+            f"is {mode}, whose CUDA graphs write each microbatch's gradients over those of the one before, and "
+            f"data.train.per_device_microbatch_size is set; use {instead}, or set that to null",
+        )
+    if recipe.parallelism.strategy == "fsdp":
+        raise RecipeError(
+            "compile.mode",
+            f"is {mode}, whose CUDA graphs read weights at fixed addresses, and parallelism.strategy is fsdp, which "
+            f"gathers them anew at each step; use {instead}, or ddp",
+        )
 
 
 def plan_run(recipe: Recipe, place: Place | None = None) -> Plan:
@@ -371,7 +421,7 @@ def _macs(network: nn.Module, image_size: int, keep_rate: float, pass_sizes: tup
     macs = 0
     for images in pass_sizes:
         try:
-            with kept_in_evaluation(network, keep_rate):
+            with keeping_patches(network, keep_rate, in_evaluation=True):
                 macs = count_forward_macs(network, image_size=image_size, num_images=images)
         except (RuntimeError, ValueError, AssertionError) as error:
             reason, name = str(error).splitlines()[0], recipe.model["name"]

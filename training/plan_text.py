@@ -8,6 +8,7 @@ from pathlib import Path
 
 from models.summary import summarize
 from training.facts import planned_facts
+from training.graphs import graphs_of
 from training.plan import Place, Plan, choose_place, make_plan, network_as_trained, without_algorithms, without_weights
 from training.recipe import Recipe, RecipeError
 
@@ -61,6 +62,7 @@ def format_plan(plan: Plan, baseline: Plan) -> str:
         *_phase_lines(plan),
         "",
         f"{plan.steps:,} steps, {plan.images:,} images seen; evaluation at {plan.recipe.data.eval.image_size} px",
+        *_graphs_line(plan),
         f"forward: {_engineering(plan.forward_macs)}MACs in all; with the backward passes: "
         f"{_engineering(plan.total_macs)}MACs",
         _savings(plan, baseline),
@@ -80,6 +82,18 @@ def _place_line(plan: Plan) -> str:
         f"{recipe.optimizer['name']} at a peak learning rate of {plan.peak_learning_rate:g}",
     ]
     return ", ".join(parts)
+
+
+def _graphs_line(plan: Plan) -> list[str]:
+    settings = plan.recipe.compile
+    if settings is None:
+        return []
+    graphs = graphs_of(plan)
+    auto = plan.recipe.data.train.per_device_microbatch_size == "auto"
+    when = "before the first step" if settings.ahead and not auto else "at the first step of each"
+    more = ", and more for other microbatches" if auto else ""
+    many = "graphs" if len(graphs) > 1 else "graph"
+    return [f"{len(graphs)} {many} to compile {when}{more}: {'; '.join(map(str, graphs))}"]
 
 
 def _phase_lines(plan: Plan) -> list[str]:

@@ -39,7 +39,7 @@ _FREE_ON_RESUME = (
     "device", "compile", "data.cache_dir", "parallelism.strategy", "parallelism.fsdp",
     "parallelism.lost_rank_timeout_seconds",
 )  # fmt: skip
-_FREE_ON_RESUME_ENDINGS = (".num_workers", ".loader", ".path")
+_FREE_ON_RESUME_ENDINGS = (".num_workers", ".batches_ahead", ".loader", ".path")
 
 
 @dataclass(frozen=True)

@@ -34,10 +34,16 @@ class MicrobatchDraws:
     of_rows: a tensor with a row per layer and a column per sample, or None if layers draw for themselves. It is
         replaced for each microbatch and never written to, so that code that repeats a forward pass can keep and
         restore it.
+    num_layers: how many layers share this object.
     """
 
     def __init__(self) -> None:
         self.of_rows: Tensor | None = None
+        self.num_layers = 0
+
+    def example(self, images: Tensor) -> Tensor | None:
+        """A draw for `images` of the kind that training makes, for trying a forward pass."""
+        return torch.ones(self.num_layers, len(images), dtype=torch.bool, device=images.device)
 
 
 def microbatch_draws(model: nn.Module) -> list[MicrobatchDraws]:

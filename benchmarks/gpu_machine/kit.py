@@ -42,7 +42,7 @@ WHEELS = (
     "annotated-types", "antialiased-cnns", "argcomplete", "arrow", "backoff", "coolname", "gql", "graphql-core",
     "importlib-metadata", "mosaicml", "mosaicml-cli", "omegaconf", "prompt-toolkit", "py-cpuinfo", "pydantic",
     "pydantic-core", "pytorch-optimizer", "pytorch-ranger", "questionary", "ruamel-yaml", "tabulate", "termcolor",
-    "torch-optimizer", "typing-inspection", "tzdata", "validators", "wcwidth", "websockets", "zipp",
+    "timm", "torch-optimizer", "typing-inspection", "tzdata", "validators", "wcwidth", "websockets", "zipp",
 )  # fmt: skip
 # Older stacks need these too: OmegaConf 2.3 parses with antlr's runtime.
 WHERE_NEEDED = ("antlr4-python3-runtime",)

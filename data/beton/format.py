@@ -135,6 +135,26 @@ def sidecar_path(path: str | Path) -> Path:
     return Path(f"{path}.json")
 
 
+def tier_path(path: str | Path, size: int) -> Path:
+    """Path of the copy of a .beton file whose images have `size` px on their longer side at most."""
+    path = Path(path)
+    return path.with_name(f"{path.stem}.{size}{path.suffix}")
+
+
+def check_sizes(sizes: Sequence[int]) -> None:
+    """Raise ValueError unless `sizes` are different whole numbers of px that the format holds, one at least."""
+    if not sizes or not all(1 <= size <= MAX_SIDE_PX for size in sizes) or len(set(sizes)) < len(sizes):
+        raise ValueError(
+            f"sizes {', '.join(map(str, sizes)) or '(none)'}: give different longest sides in px, from 1 to "
+            f"{MAX_SIDE_PX}, as 256,500"
+        )
+
+
+def convert_command(path: str | Path) -> str:
+    """The command that writes a .beton file, for messages."""
+    return f"python -m {_CONVERT} SOURCE {path}"
+
+
 def report_path(path: str | Path) -> Path:
     """Path of the list of images that the conversion left out; exists only if there are any."""
     return Path(f"{path}.report.txt")
@@ -247,6 +267,8 @@ def _checked_sidecar(path: Path, frame: Frame) -> dict[str, Any] | None:
         checksums = _unpack_checksums(sidecar.get("image_checksums"))
         if checksums is not None and len(checksums) != len(frame.labels):
             wrong.append("image_checksums")
+        if not _are_tiers(sidecar):
+            wrong.append("tiers")
         wrong += [key for key in ("mean", "std") if not _is_color(sidecar[key], least=0 if key == "mean" else 1e-9)]
     except FileNotFoundError:
         return _refuse_labels(path, frame.labels)
@@ -269,6 +291,13 @@ def _refuse_labels(path: Path, labels: np.ndarray) -> None:
 def _unpack_checksums(packed: str | None) -> np.ndarray | None:
     """Sidecars from before 2026-11-29 have none."""
     return None if packed is None else np.frombuffer(base64.b64decode(packed, validate=True), dtype="<u4")
+
+
+def _are_tiers(sidecar: dict[str, Any]) -> bool:
+    """Whether the smaller copies that it names, if any, are sizes in px below its own with a checksum each."""
+    tiers = sidecar.get("tiers", {})
+    largest = sidecar["written_as"]["max_side_px"] if tiers else 0
+    return all(key == str(int(key)) and 1 <= int(key) < largest and type(tiers[key]) is int for key in tiers)
 
 
 def _is_color(values: Any, *, least: float) -> bool:

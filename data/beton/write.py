@@ -1,4 +1,4 @@
-"""Any source -> a .beton file, its sidecar, and a report of what could not be stored.
+"""Any source -> a .beton file, its sidecar, and a report of what could not be stored; at one image size or several.
 
 Threads read, resize and encode the images, which releases the GIL; a single thread writes them in the order of the
 data. A conversion ends with the file or with an error, and the bytes do not depend on the number of threads.
@@ -6,34 +6,22 @@ data. A conversion ends with the file or with an error, and the bytes do not dep
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import zlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from ..decoding.decode import Decoder, make_decoder, present_decoders
-from ..draws import Operation, uniforms
 from ..prefetch import PrefetchIterator
-from ..sources import FileSource, Source, channel_sums, mean_and_std, statistics_picks
-from ..sources.image_file import (
-    UnusableImage,
-    conversions,
-    fitted_size,
-    is_plain_jpeg,
-    open_image,
-    rgb_pixels,
-    shrink,
-)
+from ..sources import Source, mean_and_std, statistics_picks
 from ..whole_files import whole_file
+from .encode import Encoded, EncodedImage, Encoding, LeftOut, encode_image
 from .format import (
     ALLOCATION,
     FIELD,
@@ -46,14 +34,14 @@ from .format import (
     PAGE_BYTES,
     SIDECAR_VERSION,
     VERSION,
+    Frame,
+    check_sizes,
     pack_checksums,
     read_frame,
     report_path,
     sidecar_path,
+    tier_path,
 )
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 WRITE_MODES = ("raw", "jpg", "proportion")
 
@@ -66,6 +54,7 @@ def write_beton(
     write_mode: str = "raw",
     jpeg_share: float = 0.5,
     max_side_px: int | None = None,
+    sizes: Sequence[int] | None = None,
     jpeg_quality: int = 90,
     strict: bool = True,
     progress: bool = True,
@@ -83,8 +72,11 @@ def write_beton(
             share of the images, chosen by a hash of their index.
         jpeg_share: that share, 0..1.
         max_side_px: images with a longer side are downscaled, keeping the aspect ratio. None keeps every size.
+        sizes: in place of `max_side_px`, several of it, in px: `path` holds the images at the largest, and
+            `tier_path(path, size)` at each other size, for stages that need no more (see `data.beton.tiers`). Every
+            file has the bytes that a conversion at that size alone would write, from images that are decoded once.
         jpeg_quality: 1..100, for the images that are encoded.
-        strict: raise for an unusable image. Otherwise it is left out and listed, with the reason, in
+        strict: raise for an unusable image. Otherwise it is left out, at every size, and listed with the reason in
             `report_path(path)`.
         progress: show a progress bar on stderr.
         about: added to the sidecar under "source", e.g. the source's settings.
@@ -99,50 +91,32 @@ def write_beton(
     settings = {
         "write_mode": write_mode,
         "jpeg_share": {"raw": 0.0, "jpg": 1.0}.get(write_mode, jpeg_share),
-        "max_side_px": max_side_px,
-        "jpeg_quality": jpeg_quality,
     }
-    _check(source, path, num_workers=num_workers, **settings)
+    _check(source, path, num_workers=num_workers, jpeg_quality=jpeg_quality, **settings)
+    sides = _largest_first(max_side_px, sizes)
     path.parent.mkdir(parents=True, exist_ok=True)
-    encode = partial(
-        _encode,
-        source,
-        jpeg_share=settings["jpeg_share"],
-        max_side_px=max_side_px,
-        jpeg_quality=jpeg_quality,
-        sampled=frozenset(statistics_picks(len(source)).tolist()),
+    encoding = Encoding(
+        settings["jpeg_share"], jpeg_quality, sides, sampled=frozenset(statistics_picks(len(source)).tolist())
     )
+    encode = partial(encode_image, source, encoding=encoding)
+    paths = [path, *(tier_path(path, side) for side in sides[1:] if side is not None)]
     with ExitStack() as stack:
-        file = stack.enter_context(whole_file(path))
-        encoded = PrefetchIterator((partial(encode, index) for index in range(len(source))), num_workers=num_workers)
+        # The largest file is renamed last, so that a process that waits for it finds all of them.
+        files = [_File(stack.enter_context(whole_file(one)), source) for one in paths]
+        tasks = (partial(encode, index) for index in range(len(source)))
+        encoded = PrefetchIterator(tasks, num_workers=num_workers)
         stack.callback(encoded.close)
-        written = _write_file(file, _with_progress(encoded, len(source), progress), source, strict=strict)
-        file.flush()
-        frame = read_frame(Path(file.name))
-        mean, std = mean_and_std(written.sums)
-        sidecar = {
-            "format_version": SIDECAR_VERSION,
-            "source": {"name": source.name} | (about or {}),
-            "num_samples": len(frame.labels),
-            "class_names": list(source.class_names),
-            "class_counts": np.bincount(frame.labels, minlength=len(source.class_names)).tolist(),
-            "heights": _least_median_most(frame.images["height"]),
-            "widths": _least_median_most(frame.images["width"]),
-            "mean": mean,
-            "std": std,
-            "written_as": settings,
-            "stored": dict(written.stored),
-            "converted": dict(sorted(written.converted.items())),
-            "left_out": len(written.left_out),
-            "bytes": frame.num_bytes,
-            "checksum": frame.checksum,
-            "images_checksum": written.images_checksum,
-            "image_checksums": pack_checksums(written.checksums),
-        }
-        # Write these before the file itself, so that a process that waits for the file finds all three.
-        _write_report(report_path(path), written.left_out)
-        with whole_file(sidecar_path(path)) as beside:
-            beside.write(json.dumps(sidecar, indent=1).encode())
+        written = _write(files, _with_progress(encoded, len(source), progress), source, strict=strict)
+        tiers = {str(side): file.images_checksum for side, file in zip(sides[1:], files[1:], strict=True)}
+        for one, file, side in reversed(list(zip(paths, files, sides, strict=True))):
+            written_as = settings | {"max_side_px": side, "jpeg_quality": jpeg_quality}
+            sidecar = _sidecar(source, file.end(), written, written_as, about or {})
+            if file is files[0] and tiers:
+                sidecar["tiers"] = tiers
+            # Write these before the file itself, so that a process that waits for the file finds all three.
+            _write_report(report_path(one), written.left_out)
+            with whole_file(sidecar_path(one)) as beside:
+                beside.write(json.dumps(sidecar, indent=1).encode())
     return path
 
 
@@ -153,41 +127,25 @@ def default_write_settings(source: str) -> dict[str, Any]:
     return {"write_mode": "raw", "max_side_px": None}
 
 
-class _Encoded(NamedTuple):
-    stored: bytes
-    how: str  # "as it was", "jpeg" or "raw"
-    height: int
-    width: int
-    label: int
-    converted: list[str]
-    sums: np.ndarray | None  # see channel_sums; None unless the image is sampled
+def with_sizes(settings: dict[str, Any], sizes: Sequence[int] | None) -> dict[str, Any]:
+    """Write settings with `sizes` in place of their `max_side_px`; unchanged for None."""
+    if sizes is None:
+        return settings
+    return {key: value for key, value in settings.items() if key != "max_side_px"} | {"sizes": sorted(sizes)}
 
 
-class _LeftOut(NamedTuple):
-    what: str
-    reason: str
-    label: int
-
-
-@dataclass
 class _Written:
-    stored: Counter[str] = field(default_factory=Counter)
-    converted: Counter[str] = field(default_factory=Counter)
-    left_out: list[_LeftOut] = field(default_factory=list)
-    sums: list[np.ndarray] = field(default_factory=list)
-    images_checksum: int = 0
-    checksums: list[int] = field(default_factory=list)
+    """What was found out while the images were written, whatever their size."""
+
+    def __init__(self) -> None:
+        self.converted: Counter[str] = Counter()
+        self.left_out: list[LeftOut] = []
+        self.sums: list[np.ndarray] = []
+        self.labels: list[int] = []
 
 
 def _check(
-    source: Source,
-    path: Path,
-    *,
-    num_workers: int,
-    write_mode: str,
-    jpeg_share: float,
-    max_side_px: int | None,
-    jpeg_quality: int,
+    source: Source, path: Path, *, num_workers: int, write_mode: str, jpeg_share: float, jpeg_quality: int
 ) -> None:
     if len(source) == 0:
         raise ValueError(f"{source.name} has no images: a .beton file holds at least one")
@@ -199,189 +157,128 @@ def _check(
         raise ValueError(f"write_mode {write_mode!r}: give one of {', '.join(WRITE_MODES)}")
     if not 0 <= jpeg_share <= 1:
         raise ValueError(f"jpeg_share {jpeg_share}: give a number from 0 to 1")
-    if max_side_px is not None and not 1 <= max_side_px <= MAX_SIDE_PX:
-        raise ValueError(f"max_side_px {max_side_px}: give a number from 1 to {MAX_SIDE_PX}, or None")
     if not 1 <= jpeg_quality <= 100:
         raise ValueError(f"jpeg_quality {jpeg_quality}: give a number from 1 to 100")
 
 
-def _encode(
-    source: Source,
-    index: int,
-    *,
-    jpeg_share: float,
-    max_side_px: int | None,
-    jpeg_quality: int,
-    sampled: frozenset[int],
-) -> _Encoded | _LeftOut:
-    label = source.label(index)
-    if not 0 <= label < len(source.class_names):
-        raise ValueError(
-            f"image {index} of {source.name} cannot be stored: its label is {label}, and there are "
-            f"{len(source.class_names)} classes"
-        )
-    as_jpeg = uniforms(np.array([index]), seed=0, epoch=0, operation=Operation.STORAGE)[0, 0] < jpeg_share
-    store = partial(_store, as_jpeg=as_jpeg, max_side_px=max_side_px, jpeg_quality=jpeg_quality, label=label)
-    if isinstance(source, FileSource):
-        try:
-            return _encode_file(source.path(index), store, as_jpeg, max_side_px, sample=index in sampled)
-        except UnusableImage as error:
-            return _LeftOut(str(source.path(index)), str(error), label)
-    try:
-        image = source.image(index)
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
-            raise ValueError(f"a uint8 array [height, width, 3] is needed, not {image.dtype} {list(image.shape)}")
-        return store(image, [], channel_sums(image) if index in sampled else None)
-    except UnusableImage as error:
-        return _LeftOut(f"image {index} of {source.name}", str(error), label)
-    except Exception as error:
-        raise ValueError(f"image {index} of {source.name} cannot be stored: {error}") from error
+def _largest_first(max_side_px: int | None, sizes: Sequence[int] | None) -> tuple[int | None, ...]:
+    if max_side_px is not None and not 1 <= max_side_px <= MAX_SIDE_PX:
+        raise ValueError(f"max_side_px {max_side_px}: give a number from 1 to {MAX_SIDE_PX}, or None")
+    if sizes is None:
+        return (max_side_px,)
+    if max_side_px is not None:
+        raise ValueError(f"max_side_px {max_side_px} beside sizes: give one of them; the largest size is the limit")
+    check_sizes(sizes)
+    return tuple(sorted(sizes, reverse=True))
 
 
-def _encode_file(path: Path, store: Any, as_jpeg: bool, max_side_px: int | None, *, sample: bool) -> _Encoded:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UnusableImage(f"it cannot be read: {error.strerror}") from error
-    image = open_image(data)
-    width, height = image.size
-    needed = conversions(image)
-    kept = as_jpeg and fitted_size(image.size, max_side_px) == image.size and len(data) <= PAGE_BYTES
-    kept = kept and is_plain_jpeg(image, data) and _decodes_whole(image, data)
-    if not kept:
-        # Statistics are of the original images, not the stored ones.
-        pixels = rgb_pixels(image, max_side_px=None if sample else max_side_px)
-        return store(pixels, needed, channel_sums(pixels) if sample else None)
-    sums = channel_sums(rgb_pixels(image)) if sample else None
-    return _Encoded(data, "as it was", height, width, store.keywords["label"], needed, sums)
-
-
-def _decodes_whole(image: Image, data: bytes) -> bool:
-    # With the loader's decoder if it is installed: it may be stricter than Pillow.
-    decoder = _decoder()
-    if decoder is None:
-        try:
-            rgb_pixels(image)
-        except UnusableImage:
-            return False
-        return True
-    width, height = image.size
-    out = np.empty((1, 32, 32, 3), dtype=np.uint8)  # small, so that little is done besides reading the file's data
-    whole = np.array([[0, 0, height, width, 0]], dtype=np.int32)
-    try:
-        decoder.decode(_OneJpeg(data, height, width), np.zeros(1, dtype=int), whole, out, exact=False)
-    except ValueError:
-        return False
-    return True
-
-
-@cache
-def _decoder() -> Decoder | None:
-    return make_decoder() if present_decoders() else None
-
-
-class _OneJpeg:
-    # A single image in memory, as StoredImages.
-    path = Path("image")
-
-    def __init__(self, data: bytes, height: int, width: int) -> None:
-        self._bytes = np.frombuffer(data, dtype=np.uint8)
-        self.heights, self.widths = np.array([height]), np.array([width])
-
-    def addresses(self, indices: np.ndarray) -> np.ndarray:
-        return np.full(len(indices), self._bytes.ctypes.data, dtype=np.uint64)
-
-    def num_bytes(self, indices: np.ndarray) -> np.ndarray:
-        return np.full(len(indices), self._bytes.size, dtype=np.int64)
-
-    def image_bytes(self, index: int) -> np.ndarray:
-        return self._bytes
-
-    def is_jpeg(self, index: int | np.ndarray) -> np.ndarray:
-        return np.ones_like(index, dtype=bool)
-
-    def checksums(self, indices: np.ndarray) -> None:
-        return None
-
-
-def _store(
-    pixels: np.ndarray,
-    converted: list[str],
-    sums: np.ndarray | None,
-    *,
-    as_jpeg: bool,
-    max_side_px: int | None,
-    jpeg_quality: int,
-    label: int,
-) -> _Encoded:
-    from PIL import Image as pillow
-
-    image = pillow.fromarray(pixels)
-    image = shrink(image, fitted_size(image.size, max_side_px))
-    width, height = image.size
-    if max(height, width) > MAX_SIDE_PX:
-        raise UnusableImage(f"a side of {max(height, width)} px; the format holds {MAX_SIDE_PX}: give a max_side_px")
-    if as_jpeg:
-        buffer = io.BytesIO()
-        image.save(buffer, format="JPEG", quality=jpeg_quality)
-        stored = buffer.getvalue()
-    else:
-        stored = image.tobytes()
-    if len(stored) > PAGE_BYTES:
-        raise UnusableImage(
-            f"{height}x{width} px take {len(stored)} bytes, and a page of the file {PAGE_BYTES}: give a max_side_px, "
-            "or write_mode 'jpg'"
-        )
-    return _Encoded(stored, "jpeg" if as_jpeg else "raw", height, width, label, converted, sums)
-
-
-def _write_file(file: BinaryIO, encoded: Iterable[_Encoded | _LeftOut], source: Source, *, strict: bool) -> _Written:
-    row = np.dtype([("", FIELD_METADATA[IMAGE_FIELD]), ("", FIELD_METADATA[INT_FIELD])], align=True)
-    fields = np.zeros(2, dtype=FIELD)
-    for descriptor, type_id, name in zip(fields, (IMAGE_FIELD, INT_FIELD), (b"image", b"label"), strict=True):
-        descriptor["type_id"] = type_id
-        descriptor["name"][: len(name)] = list(name)
-    rows, table = np.zeros(len(source), dtype=row), np.zeros(len(source), dtype=ALLOCATION)
-    position = _next_page(HEADER.itemsize + fields.nbytes + rows.nbytes)
-    written, count = _Written(), 0
+def _write(files: Sequence[_File], encoded: Any, source: Source, *, strict: bool) -> _Written:
+    written = _Written()
     for item in encoded:
-        if isinstance(item, _LeftOut):
+        if isinstance(item, LeftOut):
             if strict:
                 raise ValueError(
                     f"{item.what} cannot be stored: {item.reason}. Repair or remove it, or convert without strict"
                 )
             written.left_out.append(item)
             continue
-        # No image spans two pages: FFCV reads page by page.
-        if position + len(item.stored) > _next_page(position):
-            position = _next_page(position)
-        file.seek(position)
-        file.write(item.stored)
-        mode = MODES["raw" if item.how == "raw" else "jpg"]
-        rows[count] = ((mode, item.width, item.height, position), item.label)
-        table[count] = (count, position, len(item.stored))
-        count += 1
-        position += len(item.stored)
-        written.stored[item.how] += 1
+        for file, one in zip(files, item.sizes, strict=True):
+            file.add(one, item.label)
+        written.labels.append(item.label)
         written.converted.update(item.converted)
-        written.images_checksum = zlib.crc32(item.stored, written.images_checksum)
-        written.checksums.append(zlib.crc32(item.stored))
         if item.sums is not None:
             written.sums.append(item.sums)
-    _refuse_empty_classes(source, rows[:count]["f1"], written.left_out)
-    table_start = _next_page(position)
-    file.seek(table_start)
-    file.write(table[:count].tobytes())
-    header = np.array([(VERSION, len(fields), PAGE_BYTES, count, table_start)], dtype=HEADER)
-    file.seek(0)
-    file.write(header.tobytes() + fields.tobytes() + rows[:count].tobytes())
+    _refuse_empty_classes(source, written.labels, written.left_out)
     return written
 
 
-def _refuse_empty_classes(source: Source, labels: np.ndarray, left_out: list[_LeftOut]) -> None:
+class _File:
+    """The images of a .beton file at one size, as they are written.
+
+    Attributes:
+        images_checksum: CRC-32 of all stored bytes so far.
+    """
+
+    def __init__(self, file: BinaryIO, source: Source) -> None:
+        row = np.dtype([("", FIELD_METADATA[IMAGE_FIELD]), ("", FIELD_METADATA[INT_FIELD])], align=True)
+        self.images_checksum = 0
+        self._file = file
+        self._fields = np.zeros(2, dtype=FIELD)
+        for descriptor, type_id, name in zip(self._fields, (IMAGE_FIELD, INT_FIELD), (b"image", b"label"), strict=True):
+            descriptor["type_id"] = type_id
+            descriptor["name"][: len(name)] = list(name)
+        self._rows, self._table = np.zeros(len(source), dtype=row), np.zeros(len(source), dtype=ALLOCATION)
+        self._position = _next_page(HEADER.itemsize + self._fields.nbytes + self._rows.nbytes)
+        self._stored: Counter[str] = Counter()
+        self._checksums: list[int] = []
+
+    def add(self, image: Encoded, label: int) -> None:
+        """Write the next image."""
+        # No image spans two pages: FFCV reads page by page.
+        if self._position + len(image.stored) > _next_page(self._position):
+            self._position = _next_page(self._position)
+        self._file.seek(self._position)
+        self._file.write(image.stored)
+        mode, count = MODES["raw" if image.how == "raw" else "jpg"], len(self._checksums)
+        self._rows[count] = ((mode, image.width, image.height, self._position), label)
+        self._table[count] = (count, self._position, len(image.stored))
+        self._position += len(image.stored)
+        self._stored[image.how] += 1
+        self.images_checksum = zlib.crc32(image.stored, self.images_checksum)
+        self._checksums.append(zlib.crc32(image.stored))
+
+    def end(self) -> _Contents:
+        """Write what comes before and after the images."""
+        count, table_start = len(self._checksums), _next_page(self._position)
+        self._file.seek(table_start)
+        self._file.write(self._table[:count].tobytes())
+        header = np.array([(VERSION, len(self._fields), PAGE_BYTES, count, table_start)], dtype=HEADER)
+        self._file.seek(0)
+        self._file.write(header.tobytes() + self._fields.tobytes() + self._rows[:count].tobytes())
+        self._file.flush()
+        frame = read_frame(Path(self._file.name))
+        return _Contents(frame, dict(self._stored), self.images_checksum, self._checksums)
+
+
+class _Contents(NamedTuple):
+    """What a file holds, for its sidecar."""
+
+    frame: Frame
+    stored: dict[str, int]
+    images_checksum: int
+    checksums: list[int]
+
+
+def _sidecar(
+    source: Source, contents: _Contents, written: _Written, written_as: dict[str, Any], about: dict[str, Any]
+) -> dict[str, Any]:
+    frame = contents.frame
+    mean, std = mean_and_std(written.sums)
+    return {
+        "format_version": SIDECAR_VERSION,
+        "source": {"name": source.name} | about,
+        "num_samples": len(frame.labels),
+        "class_names": list(source.class_names),
+        "class_counts": np.bincount(frame.labels, minlength=len(source.class_names)).tolist(),
+        "heights": _least_median_most(frame.images["height"]),
+        "widths": _least_median_most(frame.images["width"]),
+        "mean": mean,
+        "std": std,
+        "written_as": written_as,
+        "stored": contents.stored,
+        "converted": dict(sorted(written.converted.items())),
+        "left_out": len(written.left_out),
+        "bytes": frame.num_bytes,
+        "checksum": frame.checksum,
+        "images_checksum": contents.images_checksum,
+        "image_checksums": pack_checksums(contents.checksums),
+    }
+
+
+def _refuse_empty_classes(source: Source, labels: list[int], left_out: list[LeftOut]) -> None:
     if not left_out:
         return
-    lost = sorted({item.label for item in left_out} - set(labels.tolist()))
+    lost = sorted({item.label for item in left_out} - set(labels))
     if lost:
         names = ", ".join(source.class_names[label] for label in lost)
         first = next(item for item in left_out if item.label == lost[0])
@@ -391,7 +288,7 @@ def _refuse_empty_classes(source: Source, labels: np.ndarray, left_out: list[_Le
         )
 
 
-def _write_report(path: Path, left_out: list[_LeftOut]) -> None:
+def _write_report(path: Path, left_out: list[LeftOut]) -> None:
     if not left_out:
         path.unlink(missing_ok=True)  # from an earlier conversion
         return
@@ -416,7 +313,7 @@ def _next_page(position: int) -> int:
     return -(-position // PAGE_BYTES) * PAGE_BYTES
 
 
-def _with_progress(encoded: PrefetchIterator[_Encoded | _LeftOut], num_samples: int, progress: bool) -> Any:
+def _with_progress(encoded: PrefetchIterator[EncodedImage | LeftOut], num_samples: int, progress: bool) -> Any:
     if not progress:
         return encoded
     try:

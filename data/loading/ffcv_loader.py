@@ -11,22 +11,31 @@ import numpy as np
 import torch
 
 from ..beton.format import Beton
+from ..beton.tiers import Tiers
 from ..decoding.decode import Decoder, make_decoder
 from ..prefetch import PrefetchIterator
-from .loader import Batch, Loader, Pass, empty_images
+from .ahead import Ahead, BatchesAhead, timed
+from .loader import Loader, Pass
+from .to_device import Batch, HostBuffers
 
+_TimedBatch = tuple[Batch, list[float]]
 _LEAST_IMAGES_IN_A_PART = 8  # fewer cost more to schedule than they gain
 
 
 class FFCVLoader(Loader):
     """Reads a .beton file; all `num_workers` threads decode parts of the same batch.
 
-    The first batch is therefore ready early, and memory does not grow with the threads: about two batches are buffered.
-    The threads of a pass end with it; `next()` raises an error that occurs in one of them.
+    The first batch is therefore ready early, and memory does not grow with the threads: it is bounded by the batches
+    ahead. The threads of a pass end with it; `next()` raises an error that occurs in one of them.
 
     Args:
-        path: the .beton file.
+        path: the .beton file. Where it was written at several sizes, each pass reads the smallest that serves its image
+            size (see `data.beton.tiers.Tiers`).
         decoder: "native", "libffcv", or "auto" for the best one installed (see `data.decoding.decode`).
+        tier_headroom: a tier's shorter side over the image size that training needs, at least 1; None is 1.5, or
+            1 / `crop_ratio`. A large one reads the largest file in training at every size.
+        batches_ahead: decoded batches that may wait for the consumer, at least 1; "auto": 2, and more if decoding times
+            vary (see `data.loading.ahead`). It changes no pixels.
         settings: as for `Loader`, except `num_samples` and `class_names`, which the file sets.
 
     Attributes:
@@ -34,39 +43,71 @@ class FFCVLoader(Loader):
         described: whether the file has a sidecar; without it, class names are numbers, mean and std ImageNet's.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, or it is damaged (see `Beton`).
+        FileNotFoundError, ValueError: no such file, or it is damaged (see `Beton`), or a tier is missing.
         ModuleNotFoundError: the decoder is not installed.
     """
 
-    def __init__(self, path: str | Path, *, decoder: str = "auto", **settings: Any) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        decoder: str = "auto",
+        tier_headroom: float | None = None,
+        batches_ahead: BatchesAhead = "auto",
+        **settings: Any,
+    ) -> None:
         self._decoder = make_decoder(decoder)
         self.decoder_name = self._decoder.name
-        self._beton = Beton(path)
-        super().__init__(num_samples=len(self._beton), class_names=self._beton.class_names, **settings)
-        self.mean, self.std = self._beton.mean, self._beton.std
-        self.described = self._beton.described
+        self._tiers = Tiers(path, headroom=tier_headroom)
+        self._ahead = Ahead(batches_ahead)
+        beton = self._tiers.largest
+        super().__init__(num_samples=len(beton), class_names=beton.class_names, **settings)
+        self.mean, self.std = beton.mean, beton.std
+        self.described = beton.described
 
-    def _decode(self, batches: list[np.ndarray], this_pass: Pass) -> Generator[Batch, None, None]:
-        num_ahead = 2 * self._num_parts(self.batch_size)  # two buffered batches
-        iterator = PrefetchIterator(self._tasks(batches, this_pass), num_workers=self.num_workers, num_ahead=num_ahead)
+    def file_for(self, image_size: int, *, test_crop: bool = False) -> Path:
+        """The file that a pass at `image_size` px reads, with training's crops or, for `test_crop`, evaluation's."""
+        return self._tiers.serving(image_size, self._crops, augment=self.train and not test_crop).path
+
+    def describe_tiers(self) -> list[str]:
+        """A line for each smaller file: up to which image size training reads it."""
+        return [f"{path} serves training at up to {px} px" for path, px in self._tiers.training_limits(self._crops)]
+
+    def _decode(self, batches: list[np.ndarray], this_pass: Pass, buffers: HostBuffers) -> Generator[Batch, None, None]:
+        beton = self._tiers.serving(this_pass.image_size, self._crops, augment=this_pass.augment)
+        num_parts = self._num_parts(self.batch_size)
+        num_ahead = self._ahead.begin(self.batch_size * 3 * this_pass.image_size**2)
+        iterator = PrefetchIterator(
+            self._tasks(beton, batches, this_pass, buffers),
+            num_workers=self.num_workers,
+            num_ahead=num_parts * num_ahead,
+        )
         try:
             # Parts arrive in order, so a batch is complete when its last part is done.
-            yield from (batch for batch in iterator if batch is not None)
+            for done in iterator:
+                if done is not None:
+                    batch, seconds = done
+                    iterator.num_ahead = num_parts * self._ahead.after(sum(seconds))
+                    yield batch
         finally:
             iterator.close()
 
     def _num_parts(self, num_images: int) -> int:
         return max(1, min(self.num_workers, num_images // _LEAST_IMAGES_IN_A_PART))
 
-    def _tasks(self, batches: list[np.ndarray], this_pass: Pass) -> Iterator[Callable[[], Batch | None]]:
+    def _tasks(
+        self, beton: Beton, batches: list[np.ndarray], this_pass: Pass, buffers: HostBuffers
+    ) -> Iterator[Callable[[], _TimedBatch | None]]:
         for indices in batches:
-            images, memory = empty_images(len(indices), this_pass.image_size, pinned=self.device.type == "cuda")
-            batch = images, torch.from_numpy(self._beton.labels[indices])
+            images, memory = buffers.take(len(indices), this_pass.image_size)
+            batch = images, torch.from_numpy(beton.labels[indices])
             num_parts = self._num_parts(len(indices))
+            seconds: list[float] = []  # of its parts
             parts = zip(np.array_split(indices, num_parts), np.array_split(memory, num_parts), strict=True)
             for number, (own_indices, own_memory) in enumerate(parts, start=1):
-                decode = partial(_decode_part, self._decoder, self._beton, this_pass, own_indices, own_memory)
-                yield partial(_done, decode, batch if number == num_parts else None)
+                decode = partial(_decode_part, self._decoder, beton, this_pass, own_indices, own_memory)
+                result = (batch, seconds) if number == num_parts else None
+                yield partial(_done, partial(timed, decode, seconds), result)
 
 
 def _decode_part(decoder: Decoder, beton: Beton, this_pass: Pass, indices: np.ndarray, memory: np.ndarray) -> None:
@@ -76,6 +117,6 @@ def _decode_part(decoder: Decoder, beton: Beton, this_pass: Pass, indices: np.nd
     this_pass.augment_images(indices, memory)
 
 
-def _done(task: Callable[[], None], result: Batch | None) -> Batch | None:
+def _done(task: Callable[[], None], result: _TimedBatch | None) -> _TimedBatch | None:
     task()
     return result

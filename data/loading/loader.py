@@ -13,7 +13,7 @@ import torch
 from ..decoding.crops import CropSettings
 from .augment import Augmentation, augment_batch, build_augmentations
 from .order import eval_batches, train_batches
-from .to_device import Batch, to_device
+from .to_device import Batch, HostBuffers, to_device
 
 
 @dataclass(frozen=True)
@@ -180,9 +180,10 @@ class Loader(ABC):
         # Runs from the first next() on. A pass that stops early counts too: otherwise a loop that takes a few batches
         # per epoch would see the same images forever.
         self.position = (this_pass.epoch + 1, 0)
-        decoding = self._decoding = self._decode(batches, this_pass)
+        buffers = HostBuffers(self.device)
+        decoding = self._decoding = self._decode(batches, this_pass, buffers)
         try:
-            for batch in to_device(decoding, self.device):
+            for batch in to_device(decoding, self.device, release=buffers.release):
                 yield batch
                 if self._decoding is not decoding:
                     raise RuntimeError("this pass over the data is over: a newer one over the same loader has begun")
@@ -208,21 +209,11 @@ class Loader(ABC):
         )
 
     @abstractmethod
-    def _decode(self, batches: list[np.ndarray], this_pass: Pass) -> Generator[Batch, None, None]:
-        """The batches of one pass, given the image indices of each. Closing it stops the decoding."""
+    def _decode(self, batches: list[np.ndarray], this_pass: Pass, buffers: HostBuffers) -> Generator[Batch, None, None]:
+        """The batches of one pass, given the image indices of each. Closing it stops the decoding.
 
-
-def empty_images(num_images: int, image_size: int, *, pinned: bool = False) -> tuple[torch.Tensor, np.ndarray]:
-    """New memory for a batch, viewed as the tensor [B, 3, S, S] to return and as the array [B, S, S, 3] to fill.
-
-    pinned: use page-locked memory, which a GPU reads directly; torch reuses it once the copy is done.
-    """
-    shape = (num_images, image_size, image_size, 3)
-    if pinned:
-        images = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
-    else:
-        images = torch.from_numpy(np.empty(shape, dtype=np.uint8))  # numpy requests huge pages, torch does not
-    return images.permute(0, 3, 1, 2), images.numpy()
+        Images in memory of `buffers` are given back once they are on the device.
+        """
 
 
 def _whole(value: int, what: str, unit: str) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -180,6 +180,7 @@ def make_trainer(
     callbacks: Iterable[Callback] = (),
     fsdp: bool = False,
     vit: bool = False,
+    kind: Callable[..., Trainer] = Trainer,
     **settings: Any,
 ) -> Trainer:
     """A Trainer of twelve steps in three epochs (more where a stage has smaller batches) on made-up images.
@@ -200,7 +201,7 @@ def make_trainer(
 
         settings["parallelism_config"] = {"fsdp": FSDP2Config()}
         callbacks = [LikeDDP(), *callbacks]  # the mean over ranks, whatever this torch's gloo does
-    return Trainer(
+    return kind(
         model=classifier,
         train_dataloader=DataSpec(loader, batch_transforms=normalize, get_num_samples_in_batch=lambda b: len(b[1])),
         max_duration=f"{EPOCHS}ep",

@@ -18,7 +18,7 @@ from algos.patch_dropout import (
     apply_patch_dropout,
     count_kept_patches,
     draw_kept_patches,
-    kept_in_evaluation,
+    keeping_patches,
 )
 from models.summary import count_forward_macs
 from models.vit import vit_digits
@@ -183,7 +183,7 @@ def test_a_compiled_network_keeps_the_same_patches() -> None:
 def test_the_cost_of_training_is_counted() -> None:
     model = apply_patch_dropout(ours(), keep_rate=0.5)
     whole = count_forward_macs(model, image_size=SIDE)
-    with kept_in_evaluation(model, 0.5):
+    with keeping_patches(model, 0.5, in_evaluation=True):
         half = count_forward_macs(model, image_size=SIDE)
     assert count_forward_macs(model, image_size=SIDE) == whole
     width, mlp, layers = 64, 256, 4

@@ -38,6 +38,25 @@ def test_no_more_than_promised_is_done_ahead(num_workers: int):
     assert len(asked) <= 5 + num_workers + 2
 
 
+def test_how_much_is_done_ahead_may_change():
+    drawn = []
+    tasks = (partial(int, drawn.append(i) or i) for i in range(100))
+    iterator = PrefetchIterator(tasks, num_workers=2, num_ahead=3)
+    assert len(drawn) == 5
+    found = [next(iterator)]
+    assert len(drawn) == 6
+    iterator.num_ahead = 7
+    found.append(next(iterator))
+    assert len(drawn) == 2 + 2 + 7
+    iterator.num_ahead = 1
+    for _ in range(6):
+        found.append(next(iterator))
+        assert len(drawn) == 11
+    found.append(next(iterator))
+    assert len(drawn) == 12
+    assert found + list(iterator) == list(range(100))
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_an_error_reaches_the_consumer_in_its_turn(num_workers: int):
     iterator = PrefetchIterator((partial(divmod, 6, 3 - i) for i in range(50)), num_workers=num_workers)

@@ -1,4 +1,4 @@
-"""BlurPool's filter and its derivative on a GPU, where it pads by itself, against torch's padding and convolution."""
+"""BlurPool's filter and its derivative on a GPU, where it has a kernel, against torch's padding and convolution."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from algos import blur_kernel
 from algos.blur import binomial_kernel, convolve
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(120)]
@@ -67,3 +68,38 @@ def test_the_derivative_is_deterministic_and_right(dtype: Any, memory_format: An
     tolerance = 8 * torch.finfo(dtype).eps  # a pixel is a sum of at most nine products of up to about four
     torch.testing.assert_close(blurred.double(), right, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(first.double(), back(gradient.double())[0], rtol=tolerance, atol=tolerance)
+
+
+HALVES = [torch.float16, torch.bfloat16]
+
+
+@pytest.mark.usefixtures("only_on_gpu", "deterministic", "no_tf32")
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("memory_format", FORMATS, ids=["nchw", "nhwc"])
+def test_the_kernel_gives_what_torch_does(
+    dtype: Any, memory_format: Any, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice the same bits; values, derivative and its derivative within a rounding of those in float64."""
+    launches, launch = [], blur_kernel._launch
+    pytest.importorskip("triton")
+    monkeypatch.setattr(blur_kernel, "_launch", lambda *given: (launches.append(1), launch(*given)))
+    torch.manual_seed(0)
+    for size, taps, stride, pad in itertools.product([*SIZES, (2, 3), (1, 1)], TAPS, STRIDES, PADS):
+        images = torch.randn(8, 64, *size, device=device).to(dtype).contiguous(memory_format=memory_format)
+        results = [_with_derivatives(images, taps, stride, pad) for _ in range(2)]
+        assert all(map(torch.equal, *results)), (size, taps, stride, pad)
+        places = torch.finfo(dtype).eps * (0.5 if dtype in HALVES else 8) + 1e-6
+        for ours, right in zip(results[0], _with_derivatives(images.double(), taps, stride, pad), strict=True):
+            # The derivatives' directions are rounded to `dtype` in both.
+            torch.testing.assert_close(ours.double(), right, rtol=places, atol=places)
+    assert len(launches) >= 6
+
+
+def _with_derivatives(images: torch.Tensor, taps: Any, stride: Any, pad: str) -> list[torch.Tensor]:
+    """A blur, its derivative along ones and that one's along the images."""
+    images = images.detach().requires_grad_()
+    blurred = convolve(images, binomial_kernel(taps, like=images), stride=stride, pad=pad)
+    direction = torch.ones_like(blurred).requires_grad_()
+    (back,) = torch.autograd.grad(blurred, images, direction, create_graph=True)
+    (again,) = torch.autograd.grad(back, direction, images.detach())
+    return [blurred.detach(), back.detach(), again]

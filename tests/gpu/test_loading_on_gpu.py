@@ -64,6 +64,25 @@ def test_the_pixels_are_those_of_no_prefetch(kind: str, device: Any, beton: Path
             assert torch.equal(labels, right_labels)
 
 
+def test_memory_is_pinned_for_some_batches_not_for_each(
+    device: Any, beton: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from data import FFCVLoader
+    from data.loading import to_device
+
+    allocated: list[int] = []
+    original = to_device._pinned_bytes
+    monkeypatch.setattr(to_device, "_pinned_bytes", lambda size: allocated.append(size) or original(size))
+    settings = {"per_device_batch_size": 16, "image_size": 64, "train": True, "num_workers": 2, "batches_ahead": 3}
+    expected = [images.clone() for images, _ in FFCVLoader(beton, **settings)]
+    loader = FFCVLoader(beton, device=device, **settings)
+    found = [images.cpu() for images, _ in loader]
+    assert len(found) == len(expected) == 32
+    assert all(torch.equal(ours, right) for ours, right in zip(found, expected, strict=True))
+    assert len(allocated) <= 6
+    assert bool(allocated) == (device.type == "cuda")
+
+
 @pytest.mark.parametrize("pinned", [True, False])
 def test_what_is_copied_ahead_arrives_whole(device: Any, pinned: bool) -> None:
     """Many batches, each of one value, freed as soon as they were used."""

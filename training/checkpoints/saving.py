@@ -41,6 +41,7 @@ from training.checkpoints.sharded import gather_shards, write_shards
 from training.checkpoints.sums import write_sums
 from training.guards.finite import agree, not_finite, weights
 from training.guards.stop_signals import StopSignals
+from training.late import LateQueue, LateValue
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +80,7 @@ class Checkpoints(Callback):
     stop_seconds: SIGTERM and SIGUSR1 on any rank, while it trains, end the run with 128 + the signal's number at the
         end of the step, after a save; or after so many seconds, whatever it does then.
     uploads: copies what is saved to another place. At the end, rank 0 waits for the last one, the others for it.
+    before_save: called with the state before each save, by every rank; what it raises keeps the save from happening.
     save_folder: writes another engine's shards; every rank calls it with the state and the path of a folder that does
         not exist yet.
 
@@ -102,6 +104,7 @@ class Checkpoints(Callback):
         asynchronous: bool = True,
         stop_seconds: float = 30.0,
         save_folder: Callable[[State, Path], None] | None = None,
+        before_save: Callable[[State], None] | None = None,
         uploads: Uploads | None = None,
     ) -> None:
         intervals = {
@@ -130,6 +133,8 @@ class Checkpoints(Callback):
         self._background = Background()
         self._copies = Copies()
         self._save_folder = save_folder
+        self._before_save = before_save
+        self._answers: LateQueue[LateValue] = LateQueue()  # of all ranks, at the last steps
         self._group: Any = None
         self._uploads = uploads
         self._best: float | None = None
@@ -158,6 +163,7 @@ class Checkpoints(Callback):
         self._fit_ended = False
         self._due = False
         self._saved_at = time.monotonic()
+        self._answers.clear()
         self._signals.watch()
         if self._uploads is not None and dist.get_global_rank() == 0:
             self._uploads.start(fresh=not int(state.timestamp.batch))
@@ -226,7 +232,10 @@ class Checkpoints(Callback):
         self._best = state["best"] if state["best_metric"] == self._best_metric else None
 
     def _ask_all_ranks(self, state: State) -> tuple[int, bool]:
-        """A signal that any rank has received, 0 if none has; and whether rank 0's clock says that it is time."""
+        """A signal that any rank has received, 0 if none has; and whether rank 0's clock says that it is time.
+
+        Ranks that use GPUs answer two steps late, since the host would have to wait for the answers.
+        """
         is_time = self._every_seconds is not None and time.monotonic() - self._saved_at >= self._every_seconds
         if dist.get_world_size() == 1:
             return self._signals.received, is_time
@@ -234,8 +243,10 @@ class Checkpoints(Callback):
         answers = torch.tensor([self._signals.received, int(is_time and dist.get_global_rank() == 0)])
         answers = state.device.tensor_to_device(answers)
         dist.all_reduce(answers, reduce_operation="MAX")
-        signal, is_time = answers.tolist()
-        return signal, bool(is_time)
+        answers = LateValue(answers)
+        self._answers.put(answers, answers)
+        due = [answer.values for answer in self._answers.take_due()]
+        return int(max((signal for signal, _ in due), default=0)), any(is_time for _, is_time in due)
 
     def _stop_if(self, signal: int) -> None:
         """End the process as the signal would have, now that the state is saved."""
@@ -278,7 +289,10 @@ class Checkpoints(Callback):
 
         A state whose weights are not finite is of no use to anyone, and does not replace one that is.
         """
+        if self._before_save is not None:
+            self._before_save(state)
         self._saved, self._saved_at = _stamp(state), time.monotonic()
+        self._answers.clear()  # those on their way may still ask for this save
         beside, stamp = beside_of(self._folder / LATEST), self._saved
         names = [*([BEST] if is_best else []), *([kept_name] if kept_name is not None else [])]
         if self._sharded:

@@ -8,7 +8,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 from composer import Trainer
 from composer.core import Callback, Evaluator
 from composer.utils import reproducibility
@@ -18,7 +17,10 @@ from training.callbacks import build_callbacks, is_complete
 from training.checkpoints.fitting import RefuseAnother
 from training.checkpoints.reading import reading
 from training.checkpoints.sharded import LoadShards, is_sharded
+from training.engines.compiling import compile_ahead, compile_network, keep_kernels
+from training.engines.ddp import composer_wraps_so
 from training.engines.parallel import LikeDDP, fsdp_config
+from training.engines.trainer import StepTrainer
 from training.plan import Plan
 from training.results.history import History
 from training.results.recorder import Recorder
@@ -51,9 +53,11 @@ def evaluate_composer(plan: Plan, loaders: tuple[Any, Any], *, checkpoint: str) 
 
 def build_trainer(
     plan: Plan, loaders: tuple[Any, Any], *, callbacks: Sequence[Callback], load_path: str | None
-) -> Trainer:
+) -> StepTrainer:
     """Composer's Trainer for the plan, with the checkpoint at `load_path` loaded."""
     recipe, model = plan.recipe, build_model(plan)
+    if recipe.compile is not None:
+        keep_kernels(Path(recipe.data.cache_dir) / "compiled")
     network = model.module
     train, evaluation = build_data_specs(plan, loaders)
     sharding = recipe.parallelism.strategy == "fsdp"
@@ -64,8 +68,10 @@ def build_trainer(
         callbacks = [shards, *callbacks]
     elif load_path is not None:
         callbacks = [RefuseAnother(Path(load_path)), *callbacks]
-    with reading(load_path, trust=trust) if load_path is not None else nullcontext():
-        trainer = Trainer(
+    wrapping = composer_wraps_so(recipe.parallelism.ddp.gradient_compression)
+    with wrapping, reading(load_path, trust=trust) if load_path is not None else nullcontext():
+        trainer = StepTrainer(
+            drop_last=recipe.data.train.drop_last,
             model=model,
             train_dataloader=train,
             eval_dataloader=Evaluator(label="eval", dataloader=evaluation),
@@ -82,31 +88,26 @@ def build_trainer(
             spin_dataloaders=False,
             device=plan.place.device,
             precision=recipe.precision,
-            compile_config=_compile_settings() if recipe.compile else None,
             device_train_microbatch_size=recipe.data.train.per_device_microbatch_size,
             seed=recipe.seed,
             auto_log_hparams=False,
         )
     if shards is not None:
         trainer._rng_state = shards.rng_state
+    if recipe.compile is not None:
+        # Not by Composer's compile_config, which compiles the wrapper of DDP, and evaluation calls what it wraps.
+        compile_network(trainer._original_model.module, plan)  # pyright: ignore[reportArgumentType]
     return trainer
 
 
-def _compile_settings() -> dict[str, Any]:
-    # One set of kernels per shape: dynamic shapes give slower kernels, and can fail at the second image size. Stages,
-    # an epoch's last batch and evaluation make more shapes than the default limit of eight, beyond which torch runs
-    # uncompiled.
-    torch._dynamo.config.cache_size_limit = 64
-    return {"dynamic": False}
-
-
-def _fit(trainer: Trainer, plan: Plan, say: Callable[[str], None]) -> float:
+def _fit(trainer: StepTrainer, plan: Plan, say: Callable[[str], None]) -> float:
     """Train to the end; returns seconds."""
     started = time.monotonic()
     try:
         if is_complete(plan, trainer.state.timestamp, say):
             return 0.0
         restore_random_state(trainer)
+        compile_ahead(trainer, plan, say)
         trainer.fit()
     finally:
         trainer.engine.close()  # not trainer.close(): its barrier would keep a failed rank from reporting its error

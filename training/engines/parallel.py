@@ -21,6 +21,11 @@ from training.recipe import FSDP, Recipe, RecipeError
 
 # Composer's own algorithms that fail under FSDP2 -> equivalents that work.
 _NOT_UNDER_FSDP2 = {"composer.channels_last": "channels_last", "composer.ema": "ema", "composer.sam": "sam"}
+_NOT_COMPRESSED = {
+    "none": "averages no gradients",
+    "fsdp": "takes the type of its traffic from parallelism.fsdp.mixed_precision",
+    "deepspeed": "takes the type of its traffic from parallelism.deepspeed.communication_data_type",
+}
 _BROADCAST_BYTES = 250 * 2**20  # buffers per broadcast, as in DDP
 
 
@@ -31,6 +36,12 @@ def check_parallelism(recipe: Recipe, place: Place) -> None:
     if world_size > 1 and strategy == "none":
         raise RecipeError(
             "parallelism.strategy", f"is none, and {world_size} processes were started; use ddp, or start one"
+        )
+    if strategy != "ddp" and recipe.parallelism.ddp.gradient_compression is not None:
+        raise RecipeError(
+            "parallelism.ddp.gradient_compression",
+            f"is {recipe.parallelism.ddp.gradient_compression}, and parallelism.strategy is {strategy}, which "
+            f"{_NOT_COMPRESSED[strategy]}; leave it out, or use ddp",
         )
     if strategy == "fsdp":
         _check_fsdp(recipe, device=device, world_size=world_size)

@@ -1,8 +1,9 @@
 """What to do when a step's loss or gradients are no numbers: stop, skip the step, or go on.
 
-Nothing more is waited for on a GPU than without this. The flag that says whether the gradients are finite is computed
-on the device before the optimizer's step, and read at the step's end, after the loss, for which the Trainer waits in
-any case. Only `skip` has to know before the optimizer's step, and waits for the backward pass.
+Nothing is waited for on a GPU. Flags that say which gradients are not finite are computed on the device before the
+optimizer's step; they and the loss are read two steps late, or before an evaluation or a checkpoint. So a run ends up
+to two steps after the one that it names, with nothing saved in between. Only `skip` has to know before the optimizer's
+step, and waits for the backward pass; fp16's gradient scaler waits for it too.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,11 @@ from composer.utils import dist
 from torch import Tensor, nn
 
 from data.whole_files import replace_file
+from training.late import LateQueue, LateValue, Number
 from training.recipe.keys import OnNan
 
 log = logging.getLogger(__name__)
+_untyped: Any = torch  # torch's type stubs lack the functions that work on lists of tensors
 
 MOST_SKIPPED = 50  # steps in a row, after which nothing speaks for a better one
 SUNK_SCALE = 1.0  # of fp16's gradients; torch begins at 65,536 and halves it at each overflow
@@ -42,7 +46,8 @@ class FiniteGuard(Callback):
     SUNK_SCALE is told once. Then the loss alone is checked, and only MOST_SKIPPED bad ones in a row count. So it is
     where the engine keeps gradients to itself, as ZeRO does, without the row.
 
-    on_nan: "stop" raises NotFinite at the end of the step; "skip" leaves the step out, and raises after MOST_SKIPPED
+    on_nan: "stop" raises NotFinite at the end of the step (on a GPU up to two steps later, and before anything is
+        saved, if `settle` is called then); "skip" leaves the step out, and raises after MOST_SKIPPED
         in a row; "continue" tells it once.
     run_dir: for the list of the batch's images, and to name the last checkpoint.
     image_indices: this rank's images in batch `b` of epoch `e`, both from 0, as indices into the training data.
@@ -55,13 +60,15 @@ class FiniteGuard(Callback):
         self._run_dir = run_dir
         self._image_indices = image_indices
         self._learning_rate = math.nan
-        self._flag: Tensor | None = None  # of the step under way: 1 if a gradient is not finite
+        self._flags: LateValue | None = None  # of the step under way: 1 for each gradient that is not finite
         self._skipped_name: str | None = None  # the first gradient that was not, of a step left out
+        self._unjudged: LateQueue[_Step] = LateQueue()
         self._bad_in_a_row = 0
         self._told_scale = False
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Raises NotFinite if a weight is not finite, as in a checkpoint of a run that had failed."""
+        self._unjudged.clear()
         if self._on_nan != "continue" and agree(not_finite(weights(state.model))):
             name = _first(_on_all_ranks(_first_not_finite(state.model.named_parameters())))
             raise NotFinite(
@@ -71,48 +78,67 @@ class FiniteGuard(Callback):
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
         self._learning_rate = float(state.optimizers[0].param_groups[0]["lr"])
-        self._flag = self._skipped_name = None
+        self._flags = self._skipped_name = None
         gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
         if _scales(state) or not gradients or self._on_nan == "continue":
             return
-        flag = not_finite(gradients)
+        flags = which_not_finite(gradients)
         if any(_is_sharded(one) for one in gradients) or state.fsdp_enabled:
-            dist.all_reduce(flag, reduce_operation="MAX")  # elsewhere every rank has the same gradients
+            dist.all_reduce(flags, reduce_operation="MAX")  # elsewhere every rank has the same gradients
         if self._on_nan == "stop":
-            self._flag = flag
-        elif flag.item():
+            self._flags = LateValue(flags)
+        elif flags.any().item():
             self._skipped_name = _first(_on_all_ranks(_first_not_finite(_named_gradients(state.model)))) or "?"
             for parameter in state.model.parameters():
                 parameter.grad = None  # without gradients an optimizer changes neither weights nor its own state
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        loss = state.total_loss_dict.get("loss/train/total")
-        bad_loss = loss is not None and not math.isfinite(float(loss))
-        bad_gradient = self._skipped_name is not None or (self._flag is not None and bool(self._flag.item()))
+        step = _Step(
+            number=int(state.timestamp.batch),
+            epoch=int(state.timestamp.epoch),
+            batch_in_epoch=int(state.timestamp.batch_in_epoch) - 1,
+            learning_rate=self._learning_rate,
+            loss=state.total_loss_dict.get("loss/train/total"),
+            flags=self._flags,
+            skipped_name=self._skipped_name,
+        )
+        self._unjudged.put(step, step.loss, step.flags)
         self._watch_scale(state)
+        for due in self._unjudged.take_due():
+            self._judge(due, state)
+
+    def epoch_end(self, state: State, logger: Logger) -> None:
+        self.settle(state)  # before the evaluation, and before FixRes changes which weights have gradients
+
+    def settle(self, state: State) -> None:
+        """Judge the steps up to now, for which this waits. Every rank must call it. Raises NotFinite."""
+        for step in self._unjudged.take_all():
+            self._judge(step, state)
+
+    def _judge(self, step: _Step, state: State) -> None:
+        bad_loss = step.loss is not None and not math.isfinite(float(step.loss))
+        bad_gradient = step.skipped_name is not None or (step.flags is not None and any(step.flags.values))
         if not (bad_loss or bad_gradient):
             self._bad_in_a_row = 0
             return
         self._bad_in_a_row += 1
-        what = f"a loss of {float(loss):g}" if bad_loss else self._gradient_text(state)  # pyright: ignore
-        step, epoch = int(state.timestamp.batch), int(state.timestamp.epoch) + 1
-        where = f"step {step}, in epoch {epoch}, gave {what} at a learning rate of {self._learning_rate:.4g}"
+        what = f"a loss of {float(step.loss):g}" if bad_loss else _gradient_text(step, state)  # pyright: ignore
+        where = (
+            f"step {step.number}, in epoch {step.epoch + 1}, gave {what} at a learning rate of {step.learning_rate:.4g}"
+        )
         if self._on_nan == "stop" and (not _scales(state) or self._bad_in_a_row >= MOST_SKIPPED):
-            raise NotFinite(f"{where}. {self._images_text(state)}{self._advice()}")
+            self._unjudged.clear()
+            raise NotFinite(f"{where}. {self._images_text(step)}{self._advice()}")
         if self._on_nan == "skip" and self._bad_in_a_row >= MOST_SKIPPED:
             raise NotFinite(f"{where}, the last of {MOST_SKIPPED} in a row that were left out. {self._advice()}")
         if not _scales(state) and _is_power_of_two(self._bad_in_a_row) and dist.get_global_rank() == 0:
-            done = "the step is left out" if self._skipped_name else f"on_nan={self._on_nan} goes on"
+            done = "the step is left out" if step.skipped_name else f"on_nan={self._on_nan} goes on"
             log.warning("%s; %s", where, done)
 
-    def _gradient_text(self, state: State) -> str:
-        name = self._skipped_name or _first(_on_all_ranks(_first_not_finite(_named_gradients(state.model))))
-        return f"gradients of {name or 'a weight'} that are not finite"
-
-    def _images_text(self, state: State) -> str:
+    def _images_text(self, step: _Step) -> str:
         if self._image_indices is None:
             return ""
-        own = self._image_indices(int(state.timestamp.epoch), int(state.timestamp.batch_in_epoch) - 1)
+        own = self._image_indices(step.epoch, step.batch_in_epoch)
         images = [int(i) for part in dist.all_gather_object(list(own)) for i in part]
         path = self._run_dir / IMAGES_FILE
         if dist.get_global_rank() == 0:
@@ -141,21 +167,43 @@ class FiniteGuard(Callback):
                 )
 
 
+@dataclass(frozen=True)
+class _Step:
+    """A step whose loss and gradients may not be known yet. epoch and batch_in_epoch count from 0, number from 1."""
+
+    number: int
+    epoch: int
+    batch_in_epoch: int
+    learning_rate: float
+    loss: Number | None
+    flags: LateValue | None
+    skipped_name: str | None
+
+
 def not_finite(tensors: Iterable[Tensor]) -> Tensor:
     """A 0-dimensional float32 tensor on the tensors' device: 1 if any of their values is nan or infinite, otherwise 0.
 
     Of sharded tensors this rank's part is looked at. Nothing is waited for.
     """
-    local = [part for tensor in tensors if (part := _local(tensor)).numel()]
-    if not local:
-        return torch.zeros(())
+    tensors = list(tensors)
+    return which_not_finite(tensors).amax() if tensors else torch.zeros(())
+
+
+def which_not_finite(tensors: Sequence[Tensor]) -> Tensor:
+    """For each of the tensors, at least one, 1 if any of its values is nan or infinite, otherwise 0: float32 [N].
+
+    Of sharded tensors this rank's part is looked at. Nothing is waited for.
+    """
+    local = [part if part.numel() else part.new_zeros(1) for part in map(_local, tensors)]
     # Extremes are nan if any value is; a sum of squares could overflow. On a GPU one kernel takes many tensors; on a
     # CPU the extremes of each are found several times as fast.
     if local[0].device.type == "cpu":
-        extremes = torch.stack([end.double() for tensor in local for end in torch.aminmax(tensor)])
+        extremes = [end for part in local for end in torch.aminmax(part)]
     else:
-        extremes = torch.nn.utils.get_total_norm(local, norm_type=math.inf)
-    return (~torch.isfinite(extremes)).any().float()
+        extremes = list(_untyped._foreach_norm(local, math.inf))
+    if len({one.dtype for one in extremes}) > 1:
+        extremes = [one.double() for one in extremes]
+    return (~torch.isfinite(torch.stack(extremes))).view(len(local), -1).any(dim=1).float()
 
 
 def agree(flag: Tensor) -> bool:
@@ -177,13 +225,25 @@ def _named_gradients(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, parameter.grad
 
 
+def _gradient_text(step: _Step, state: State) -> str:
+    name = step.skipped_name
+    if step.flags is not None:
+        names = [name for name, parameter in state.model.named_parameters() if parameter.grad is not None]
+        name = _plain(next(name for name, flag in zip(names, step.flags.values, strict=True) if flag))
+    return f"gradients of {name or 'a weight'} that are not finite"
+
+
 def _first_not_finite(named: Iterable[tuple[str, Tensor]]) -> str | None:
     for name, tensor in named:
         if not_finite([tensor.detach()]).item():
-            for wrapper in _WRAPPERS:
-                name = name.replace(wrapper, "")
-            return name.removeprefix("module.").removeprefix("module.")  # DDP's, and ImageClassifier's own
+            return _plain(name)
     return None
+
+
+def _plain(name: str) -> str:
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name.removeprefix("module.").removeprefix("module.")  # DDP's, and ImageClassifier's own
 
 
 def _on_all_ranks(name: str | None) -> list[str | None]:

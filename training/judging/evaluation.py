@@ -134,12 +134,14 @@ def _loader(
         path = question.data if question.data.is_file() else None
         name, source = "folder", {"path": str(question.data), "split": None}
     evaluation = recipe.data.eval
+    ours = question.split == "train" and question.data is None and path is None and evaluation.loader != "torch"
     settings = {
         "per_device_batch_size": question.per_device_batch_size or evaluation.per_device_batch_size,
         "image_size": seen.image_size,
         "num_workers": evaluation.num_workers if question.num_workers is None else question.num_workers,
         "eval_crop_ratio": seen.crop_ratio,
         "train": False,
+        "sizes": recipe.data.train.sizes if ours else None,  # the files that training has written
         **changed,
     }
     return build_loader(

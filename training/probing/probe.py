@@ -117,7 +117,7 @@ def write_profile(report: Report, path: Path) -> None:
             },
         },
         "precision": recipe.precision,
-        "compile": recipe.compile,
+        "compile": recipe.settings["compile"],
         "device": report.plan.place.device,
     }
     rows = _rows(phases_of(report.plan), report.plan) if _has_rows(recipe) else {}

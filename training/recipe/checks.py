@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from training.recipe.compiling import parse_compile
 from training.recipe.keys import RecipeKeys, TrainData
 from training.recipe.remote import check_remote
 from training.recipe.schema import RecipeError, parse, schema_of
@@ -25,6 +26,8 @@ _NAME = re.compile(r"(?![. ])[\w\-.+=,@() {}]{1,128}")  # a hidden file beside t
 def check(raw: dict[str, Any]) -> dict[str, Any]:
     """Every section checked and filled with its defaults. Checks that cost an import come last."""
     from algos import LearningRate
+    from data.beton.format import check_sizes
+    from data.loading.ahead import Ahead
     from data.loading.augment import build_augmentations
 
     top = parse(RecipeKeys, raw, path="")
@@ -32,11 +35,15 @@ def check(raw: dict[str, Any]) -> dict[str, Any]:
     top["algorithms"] = parse_algorithms(top["algorithms"])
     top["logging"]["trackers"] = parse_trackers(top["logging"]["trackers"])
     top["logging"]["profile"] = parse_profile(top["logging"]["profile"])
+    top["compile"] = parse_compile(top["compile"])
     top["schedule"] = parse(schema_of(LearningRate), top["schedule"], path="schedule")
     try_settings(LearningRate.for_planning, top["schedule"], path="schedule")
     try_settings(
         build_augmentations, {"entries": top["data"]["train"]["augmentations"]}, path="data.train.augmentations"
     )
+    if top["data"]["train"]["sizes"] is not None:
+        try_settings(check_sizes, {"sizes": top["data"]["train"]["sizes"]}, path="data.train.sizes")
+    try_settings(Ahead, {"setting": top["data"]["train"]["batches_ahead"]}, path="data.train.batches_ahead")
     _check_together(top)
     top["optimizer"] = parse_optimizer(top["optimizer"])
     top["model"] = parse_model(top["model"])
@@ -83,6 +90,12 @@ def _check_together(top: dict[str, Any]) -> None:
         raise RecipeError(
             "data.train.crop_ratio", f"is {train['crop_ratio']} beside {_other_crop(train)}; leave one of them out"
         )
+    for key, given in (("path", train["path"]), ("loader", "torch" if train["loader"] == "torch" else None)):
+        if train["sizes"] is not None and given is not None:
+            raise RecipeError(
+                "data.train.sizes",
+                f"is {train['sizes']} beside data.train.{key}: {given}, for which no files are written; leave one out",
+            )
     if top["data"]["test"] is not None and not top["checkpoints"]["keep_best"]:
         raise RecipeError(
             "data.test", "is judged by best.pt, which checkpoints.keep_best: false does not keep; drop one"

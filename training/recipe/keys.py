@@ -13,6 +13,7 @@ LoaderName = Literal["auto", "ffcv", "torch"]
 Count = Annotated[int, Range(minimum=1)]
 CropRatio = Annotated[float, Range(above=0, maximum=1)]
 RunNameTaken = Literal["refuse", "next"]
+Compression = Literal["bf16", "fp16"]
 OnNan = Literal["stop", "skip", "continue"]
 Workers = Annotated[int, Range(minimum=0, note=", which loads in the training process")]
 
@@ -28,7 +29,13 @@ class TrainData:
     per_device_microbatch_size: int | str | None = None
     loader: LoaderName = "auto"
     path: str | None = None  # an existing .beton file; null: converted from the source at first use
+    # [256, 500]: the conversion writes the images at these longest sides (px), and each stage reads the smallest file
+    # that serves it. A file of your own has the sizes that it was written with. null: one file.
+    sizes: list[int] | None = None
+    # Of the shorter side of such a file over the image size, at least. null: 1.5, or 1 / crop_ratio.
+    tier_headroom: Annotated[float, Range(minimum=1)] | None = None
     num_workers: Workers = 2
+    batches_ahead: int | str = "auto"  # decoded batches that may wait for the step; auto: 2, or more if times vary
     drop_last: bool = True
     crop_scale: tuple[float, float] = (0.08, 1.0)  # share of the image's area
     crop_aspect_ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -88,6 +95,13 @@ class Duration:
 
 
 @dataclass
+class DDP:
+    """How `strategy: ddp` averages gradients; see training/engines/ddp.py."""
+
+    gradient_compression: Compression | None = None  # the type in which gradients travel; null: float32
+
+
+@dataclass
 class FSDP:
     """How `strategy: fsdp` shards; see training/engines/parallel.py."""
 
@@ -109,6 +123,7 @@ class Parallelism:
 
     strategy: Literal["none", "ddp", "fsdp", "deepspeed"] = "ddp"
     sync_batchnorm: bool = False
+    ddp: DDP = field(default_factory=DDP)
     fsdp: FSDP = field(default_factory=FSDP)
     deepspeed: Any = None  # DeepSpeed's own JSON settings, except what other sections set
     lost_rank_timeout_seconds: Annotated[float, Range(minimum=1)] = (
@@ -163,7 +178,8 @@ class RecipeKeys:
     schedule: Any = None
     duration: Duration = field(default_factory=Duration)
     precision: Literal["fp32", "amp_bf16", "amp_fp16"] = "fp32"
-    compile: bool = False  # torch.compile the model: once per image size and batch size, about a minute each
+    # torch.compile the model: a switch, or {mode: ..., ahead: ...}; see training/recipe/compiling.py
+    compile: Any = False
     device: Literal["auto", "cpu", "gpu", "mps"] = "auto"
     parallelism: Parallelism = field(default_factory=Parallelism)
     logging: Logging = field(default_factory=Logging)

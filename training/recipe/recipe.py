@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from training.recipe.checks import check
+from training.recipe.compiling import Compile
 from training.recipe.keys import (
+    DDP,
     FSDP,
     Checkpoints,
     Data,
@@ -44,7 +46,7 @@ class Recipe:
     schedule: dict[str, Any]
     epochs: int
     precision: str
-    compile: bool
+    compile: Compile | None
     device: str
     parallelism: Parallelism
     logging: Logging
@@ -120,9 +122,9 @@ def _recipe(top: dict[str, Any]) -> Recipe:
         schedule=top["schedule"],
         epochs=top["duration"]["epochs"],
         precision=top["precision"],
-        compile=top["compile"],
+        compile=Compile(**top["compile"]) if top["compile"] else None,
         device=top["device"],
-        parallelism=Parallelism(**{**top["parallelism"], "fsdp": FSDP(**top["parallelism"]["fsdp"])}),
+        parallelism=_parallelism(top["parallelism"]),
         logging=Logging(**top["logging"]),
         checkpoints=Checkpoints(**top["checkpoints"]),
         seed=top["seed"],
@@ -132,6 +134,10 @@ def _recipe(top: dict[str, Any]) -> Recipe:
         trust_checkpoint=top["trust_checkpoint"],
         on_nan=top["on_nan"],
     )
+
+
+def _parallelism(section: dict[str, Any]) -> Parallelism:
+    return Parallelism(**{**section, "ddp": DDP(**section["ddp"]), "fsdp": FSDP(**section["fsdp"])})
 
 
 def _plain(value: Any) -> Any:

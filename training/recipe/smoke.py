@@ -129,6 +129,7 @@ def _shrink_data(
         "train": {
             **train,
             **small,
+            "sizes": None,
             "image_size": pixels(train["image_size"]),
             "global_batch_size": None,
             "per_device_batch_size": per_device,

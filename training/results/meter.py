@@ -1,18 +1,20 @@
 """Measures training while it runs: seconds of steps, the loader's share of them, speed against the device, memory.
 
-Everything here is read on the host, without waiting for the device. A caller reads it at its own refresh interval.
+All but the loss is read on the host, without waiting for the device. A caller reads at its own refresh interval.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from composer.core import State
+
+from training.late import LateQueue, Number
 
 __all__ = ["Meter", "Reading", "Stopwatch", "Work", "device_peak_flops", "format_memory", "memory_bytes"]
 
@@ -42,13 +44,12 @@ class Stopwatch:
 
 @dataclass(frozen=True)
 class Reading:
-    """Sums over the steps since the last `take`. loss: mean over their images, None unless every step had one."""
+    """Sums over the steps since the last `take`."""
 
     steps: int
     images: int
     seconds: float
     wait_seconds: float
-    loss: float | None
 
     @property
     def images_per_second(self) -> float | None:
@@ -71,12 +72,14 @@ class Meter:
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._step, self._wait = Stopwatch(clock), Stopwatch(clock)
         self._skipping_batches = False
+        self._losses: LateQueue[tuple[Number, int]] = LateQueue()  # with the step's images
         self.reset()
 
     def reset(self) -> None:
         """Drop the sums."""
         self._steps = self._images = self._loss_images = 0
         self._seconds = self._wait_seconds = self._loss_sum = 0.0
+        self._losses.clear()
 
     def fit_start(self, state: State) -> None:
         self._step.stop()  # still running if an earlier fit() was interrupted
@@ -106,10 +109,10 @@ class Meter:
         self._seconds += self._step.stop()
         self._steps += 1
         self._images += images
-        loss = state.total_loss_dict.get("loss/train/total")  # a number already: the engines read it after each step
+        loss = state.total_loss_dict.get("loss/train/total")
         if loss is not None:
-            self._loss_sum += float(loss) * images
-            self._loss_images += images
+            self._losses.put((loss, images), loss)
+            self._add_losses(self._losses.take_due())
 
     def epoch_end(self) -> None:
         self._seconds += self._step.stop()
@@ -117,20 +120,23 @@ class Meter:
 
     def peek(self) -> Reading:
         """The sums so far."""
-        measured = self._loss_images > 0 and self._loss_images == self._images
-        return Reading(
-            steps=self._steps,
-            images=self._images,
-            seconds=self._seconds,
-            wait_seconds=self._wait_seconds,
-            loss=self._loss_sum / self._loss_images if measured else None,
-        )
+        return Reading(steps=self._steps, images=self._images, seconds=self._seconds, wait_seconds=self._wait_seconds)
+
+    def mean_loss(self) -> float | None:
+        """The mean loss over the images since the last `take`, None unless every step had one. Waits for the device."""
+        self._add_losses(self._losses.take_all())
+        return self._loss_sum / self._loss_images if self._loss_images and self._loss_images == self._images else None
 
     def take(self) -> Reading:
         """The sums so far, which start again from nothing."""
         reading = self.peek()
         self.reset()
         return reading
+
+    def _add_losses(self, losses: Iterable[tuple[Number, int]]) -> None:
+        for loss, images in losses:
+            self._loss_sum += float(loss) * images
+            self._loss_images += images
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from composer.loggers import Logger
 from composer.utils import dist
 from tqdm import tqdm
 
+from training.late import LateQueue, Number
 from training.results.meter import Meter, Work, format_memory, memory_bytes
 from training.results.text import format_macs, format_seconds
 
@@ -121,7 +122,7 @@ class ProgressBar(Callback):
         self._meter.batch_end(state)
         loss = state.total_loss_dict.get("loss/train/total")
         if loss is not None:
-            self._smoothed.add(float(loss))
+            self._smoothed.add(loss)
         if self._clock() - self._drawn >= _REFRESH_SECONDS:
             self._cost_done = self._cost_of(state)
             self._draw(state)
@@ -139,7 +140,7 @@ class ProgressBar(Callback):
         self._draw(state)
         if self._prints_lines:
             finished = int(state.timestamp.epoch)
-            parts = self._parts(state, finished, loss=self._meter.peek().loss)
+            parts = self._parts(state, finished, loss=self._meter.mean_loss())
             text = _fitted({**parts, "eta": f"ETA {format_seconds(self._eta_seconds())}"}, columns=_COLUMNS)
             print(text, file=self._stream or sys.stderr, flush=True)
         self._top1 = self._top1 if self._bar else None  # a line reports its own epoch's evaluation only
@@ -220,14 +221,17 @@ class ProgressBar(Callback):
 
 
 class _Smoothed:
-    """A running mean of the last steps' losses, right from the first one on."""
+    """A running mean of the last steps' losses, right from the first one on; on a GPU without the very last."""
 
     def __init__(self) -> None:
         self._sum = self._weight = 0.0
+        self._losses: LateQueue[Number] = LateQueue()
 
-    def add(self, loss: float) -> None:
+    def add(self, loss: Number) -> None:
         keep = 1 - 1 / _SMOOTHED_STEPS
-        self._sum, self._weight = keep * self._sum + loss, keep * self._weight + 1
+        self._losses.put(loss, loss)
+        for one in self._losses.take_due():
+            self._sum, self._weight = keep * self._sum + float(one), keep * self._weight + 1
 
     @property
     def value(self) -> float | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 
+from training.late import LateQueue, late
 from training.results.history import STEP_COLUMNS, History, write_epochs_csv
 from training.results.meter import Meter, Stopwatch
 
@@ -35,6 +36,9 @@ class Recorder(Callback):
     evaluation, saving, and the batches that a resumed run skips. data_wait_share is the share of them that passed
     before the batch was there.
 
+    Loss and top-1 are read from a GPU two steps late, and those of all steps before an evaluation, before the end of an
+    epoch, and whenever the history or the state is asked for.
+
     folder: where metrics.csv goes (written by rank 0); None writes no file.
     """
 
@@ -52,10 +56,12 @@ class Recorder(Callback):
         self._ledger = Ledger()
         self._meter = Meter(clock)
         self._learning_rate: float | None = None
+        self._unread: LateQueue[dict[str, Any]] = LateQueue()  # steps, as `Ledger.add_step` takes them
 
     @property
     def history(self) -> History:
         """A copy of what has been recorded so far."""
+        self._read(self._unread.take_all())
         return self._ledger.history
 
     def fit_start(self, state: State, logger: Logger) -> None:
@@ -79,18 +85,21 @@ class Recorder(Callback):
         self._meter.batch_end(state)
         reading = self._meter.take()
         self._ledger.add_seconds(reading.seconds, waiting=reading.wait_seconds)
-        self._ledger.add_step(
-            step=int(state.timestamp.batch),
-            epoch=int(state.timestamp.epoch) + 1,
-            loss=_to_float(state.total_loss_dict.get("loss/train/total")),
-            learning_rate=self._learning_rate,
-            images=reading.images,
+        step = {
+            "step": int(state.timestamp.batch),
+            "epoch": int(state.timestamp.epoch) + 1,
+            "loss": late(state.total_loss_dict.get("loss/train/total")),
+            "learning_rate": self._learning_rate,
+            "images": reading.images,
             # Composer has just computed it over all ranks' batches, and resets the metric at every batch.
-            top1=_to_float(state.train_metric_values.get(self._metric)),
-            image_size=getattr(state.train_dataloader, "image_size", None),
-        )
+            "top1": late(state.train_metric_values.get(self._metric)),
+            "image_size": getattr(state.train_dataloader, "image_size", None),
+        }
+        self._unread.put(step, step["loss"], step["top1"])
+        self._read(self._unread.take_due())
 
     def epoch_end(self, state: State, logger: Logger) -> None:
+        self._read(self._unread.take_all())  # the epoch's time includes what the device has still to do
         self._meter.epoch_end()
         reading = self._meter.take()
         self._ledger.add_seconds(reading.seconds, waiting=reading.wait_seconds)
@@ -98,6 +107,7 @@ class Recorder(Callback):
     def eval_end(self, state: State, logger: Logger) -> None:
         if state.dataloader_label != self._evaluator:
             return
+        self._read(self._unread.take_all())
         metrics = state.eval_metrics.get(self._evaluator, {})
         values = {
             name: _to_float(metrics[name].compute()) if name in metrics else None for name in (self._metric, "loss")
@@ -106,14 +116,21 @@ class Recorder(Callback):
             self._write_csv()
 
     def epoch_checkpoint(self, state: State, logger: Logger) -> None:
+        self._read(self._unread.take_all())
         self._ledger.close_epoch(epoch=int(state.timestamp.epoch))
         self._write_csv()
 
     def state_dict(self) -> dict[str, Any]:
+        self._read(self._unread.take_all())
         return self._ledger.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._unread.clear()
         self._ledger.load_state_dict(state)
+
+    def _read(self, steps: Iterable[dict[str, Any]]) -> None:
+        for step in steps:
+            self._ledger.add_step(**{**step, "loss": _to_float(step["loss"]), "top1": _to_float(step["top1"])})
 
     def _write_csv(self) -> None:
         if self._csv_path is not None and dist.get_global_rank() == 0:

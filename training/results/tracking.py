@@ -78,7 +78,7 @@ class Position:
 class Tracking(Callback):
     """Writes a run's values to `trackers` every `interval_steps` steps, after each evaluation and after each epoch.
 
-    Values are numbers that the engine has read anyway, or that the host knows: nothing waits for the device. Rank 0
+    Values are what the host knows, besides the mean loss, for which it waits once in `interval_steps` steps. Rank 0
     writes. A tracker that fails during the run is reported once and no longer used; training goes on.
 
     trackers: name -> a function that makes Composer's logger for it, given the position; None on a rank that has none.
@@ -176,7 +176,7 @@ class Tracking(Callback):
         self._trackers = {}
 
     def _step_values(self, state: State) -> dict[str, float | None]:
-        reading = self._meter.take()
+        loss, reading = self._meter.mean_loss(), self._meter.take()
         gib = memory_bytes(self._device) / 2**30
         speed = (
             self._work.speed(reading.images_per_second, epoch=int(state.timestamp.epoch))
@@ -184,7 +184,7 @@ class Tracking(Callback):
             else {}
         )
         return {
-            "train/loss": reading.loss,
+            "train/loss": loss,
             "train/learning_rate": self._learning_rate,
             "train/image_size": getattr(state.train_dataloader, "image_size", None),
             "time/images_per_second": reading.images_per_second,

@@ -111,7 +111,7 @@ def test_skipped_batches_are_not_decoded(make: Make, monkeypatch: pytest.MonkeyP
     decoded = []
     loader = make()
     original = type(loader)._decode
-    monkeypatch.setattr(type(loader), "_decode", lambda self, b, p: decoded.extend(b) or original(self, b, p))
+    monkeypatch.setattr(type(loader), "_decode", lambda self, b, *other: decoded.extend(b) or original(self, b, *other))
     loader.set_position(0, 12)
     assert len(list(loader)) == len(decoded) == 2
 

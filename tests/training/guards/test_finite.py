@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,9 @@ from tiny_model import TinyModel
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from training import late
 from training.checkpoints.saving import Checkpoints
+from training.engines.trainer import StepTrainer
 from training.guards import finite
 from training.guards.finite import FiniteGuard, NotFinite, not_finite
 from training.results.recorder import Recorder
@@ -42,19 +45,27 @@ class Poison(Callback):
         self.weights.append(state.model.module.weight.detach().clone())
 
 
-def make_trainer(folder: Path, poison: Poison, on_nan: Any, *, optimizer: Any = None, epochs: int = 1) -> Trainer:
+def make_trainer(
+    folder: Path, poison: Poison, on_nan: Any, *, optimizer: Any = None, epochs: int = 1, every_steps: int | None = 1
+) -> Trainer:
     generator = torch.Generator().manual_seed(3)
     images = torch.randn(BATCH * STEPS, 6, generator=generator)
     data = TensorDataset(images, torch.randint(0, 3, (len(images),), generator=generator))
     model = TinyModel()
     guard = FiniteGuard(on_nan, run_dir=folder, image_indices=lambda epoch, batch: range(batch * 8, batch * 8 + 8))
-    return Trainer(
+    return StepTrainer(
+        drop_last=True,
         model=model,
         train_dataloader=DataLoader(data, batch_size=BATCH),
         optimizers=optimizer or torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1),
         max_duration=f"{epochs}ep",
         device="cpu",
-        callbacks=[poison, Recorder(), guard, Checkpoints(folder / "checkpoints", every_steps=1)],
+        callbacks=[
+            poison,
+            Recorder(),
+            guard,
+            Checkpoints(folder / "checkpoints", every_steps=every_steps, before_save=guard.settle),
+        ],
         progress_bar=False,
         log_to_console=False,
     )
@@ -88,6 +99,40 @@ def test_a_run_stops_at_the_step_and_keeps_the_checkpoint_before_it(tmp_path: Pa
     saved = torch.load(tmp_path / "checkpoints" / "latest.pt", weights_only=False)["state"]
     assert int(saved["timestamp"]["Timestamp"]["batch"]) == 2
     assert (tmp_path / finite.IMAGES_FILE).read_text().split() == [str(i) for i in range(16, 24)]
+
+
+@pytest.mark.parametrize("every_steps", [1, None])
+@pytest.mark.parametrize("loss", [False, True])
+def test_what_is_read_late_is_told_with_its_step(
+    tmp_path: Path, loss: bool, every_steps: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(late, "_LATE_DEVICES", {"cpu"})
+    monkeypatch.setattr(late, "_end_of_work", lambda device: SimpleNamespace(synchronize=lambda: None))
+    poison = Poison(3, loss=loss)
+    trainer = make_trainer(tmp_path, poison, "stop", every_steps=every_steps)
+    what = "a loss of nan" if loss else "gradients of bias that are not finite"
+    with pytest.raises(NotFinite, match=rf"step 3, in epoch 1, gave {what} at .* Its images are number 16, 17"):
+        trainer.fit()
+    trainer.close()
+    assert (tmp_path / finite.IMAGES_FILE).read_text().split() == [str(i) for i in range(16, 24)]
+    # A save is due: at once. Otherwise two steps later.
+    assert int(trainer.state.timestamp.batch) == (3 if every_steps else 5)
+    if every_steps:
+        saved = torch.load(tmp_path / "checkpoints" / "latest.pt", weights_only=False)["state"]
+        assert int(saved["timestamp"]["Timestamp"]["batch"]) == 2
+
+
+@pytest.mark.parametrize("step", [5, 6])
+def test_what_is_read_late_is_told_before_the_epochs_evaluation(
+    tmp_path: Path, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(late, "_LATE_DEVICES", {"cpu"})
+    monkeypatch.setattr(late, "_end_of_work", lambda device: SimpleNamespace(synchronize=lambda: None))
+    trainer = make_trainer(tmp_path, Poison(step), "stop", every_steps=None)
+    with pytest.raises(NotFinite, match=f"step {step}, in epoch 1, .* Its images are number {8 * (step - 1)},"):
+        trainer.fit()
+    trainer.close()
+    assert not (tmp_path / "checkpoints" / "latest.pt").exists()
 
 
 @pytest.mark.parametrize("loss", [False, True])

@@ -31,6 +31,15 @@ LAUGHS = "\nl0: ha" + "".join(f"\nl{i}: ${{l{i - 1}}}${{l{i - 1}}}" for i in ran
         ("data.train.crop_scale=[0.5]", ["data.train.crop_scale: is [0.5]", "a list of 2 values"]),
         ("data.train.crop_ratio=1.5", ["data.train.crop_ratio: is 1.5; it must lie in (0, 1]"]),
         ("data.train.crop_ratio=0.875", ["data.train.crop_ratio: is 0.875 beside crop_scale and crop_aspect_ratio"]),
+        ("data.train.sizes=[256,256]", ["data.train.sizes: sizes 256, 256: give different longest sides in px"]),
+        ("data.train.sizes=[]", ["data.train.sizes: sizes (none): give different longest sides in px"]),
+        ("data.train.sizes=256", ["data.train.sizes: is 256; it must be a list, each item a whole number"]),
+        ("data.train.tier_headroom=0.5", ["data.train.tier_headroom: is 0.5; it must be at least 1"]),
+        ("data.train.batches_ahead=0", ["data.train.batches_ahead: batches_ahead 0: give auto or a whole number"]),
+        (
+            "data.train.batches_ahead=many",
+            ["data.train.batches_ahead: batches_ahead many: give auto or a whole"],
+        ),
         ("data.train.per_device_batch_size=3", ["data.train: global_batch_size is 64", "give exactly one"]),
         ("data.source.name=digit", ["data.source.name: 'digit' is no source", "did you mean digits?"]),
         ("data.source.eval_fracton=0.1", ["data.source.eval_fracton: unknown key", "did you mean eval_fraction?"]),
@@ -84,6 +93,13 @@ def test_a_mistake_is_one_line_that_names_it(override: str, says: list[str]) -> 
     assert "\n" not in text
     for part in says:
         assert part in text
+
+
+@pytest.mark.parametrize(("key", "given"), [("path", "x.beton"), ("loader", "torch")])
+def test_sizes_belong_to_files_that_are_written_here(key: str, given: str) -> None:
+    with pytest.raises(RecipeError, match=rf"data.train.sizes: is \[8, 16\] beside data.train.{key}: {given}, for"):
+        load_recipe(DIGITS, ["data.train.sizes=[8,16]", f"data.train.{key}={given}"])
+    assert load_recipe(DIGITS, ["data.train.sizes=[8,16]", "smoke=true"]).data.train.sizes is None
 
 
 @pytest.mark.parametrize(
