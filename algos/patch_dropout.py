@@ -247,7 +247,8 @@ class _Dropping(Changed):
     def forward(self, tokens: Tensor) -> Tensor:
         tokens = super().forward(tokens)
         draws = self.microbatch_draws
-        if draws.keep_rate >= 1 or not (self.training or draws.in_evaluation):
+        # In this order: compiled for evaluation, it does not depend on the epoch's rate.
+        if not (self.training or draws.in_evaluation) or draws.keep_rate >= 1:
             return tokens
         front, patches = tokens[:, : self.num_prefix_tokens], tokens[:, self.num_prefix_tokens :]
         kept = self._draw(patches).unsqueeze(-1).expand(-1, -1, patches.shape[-1])

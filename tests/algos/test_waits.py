@@ -29,6 +29,7 @@ OF_THE_CALLBACKS = {"training/late.py:_start_copy": 3}  # loss, top-1, and which
 OF_AN_ALGORITHM = {
     "cutmix": {"algos/cutmix.py:cutmix_batch": 1},
     "mixup": {"algos/mixup.py:mixup_batch": 1},
+    "patch_dropout": {"algos/patch_dropout.py:_draw": 1},
     "stochastic_depth": {"algos/stochastic_depth.py:_draw": 1},
 }
 QUICK = ("nothing", "all together")  # the rest is in make test-all

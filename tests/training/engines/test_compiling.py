@@ -59,7 +59,7 @@ def test_every_graph_is_compiled_once_and_ahead_and_the_training_is_the_same(tmp
 
     changed = [] if network == "resnet_digits" else [
         "model=null", "model.name=vit_digits", "model.dropout=0.1", "algorithms.blurpool=null",
-        "algorithms.fixres.train=classifier",
+        "algorithms.fixres.train=classifier", "algorithms.patch_dropout={keep_rate: 0.5, final_epochs: 2}",
     ]  # fmt: skip
     lazily, breaks = train_noting_graphs(tmp_path, "lazily", "compile.ahead=false", MICROBATCHES, *changed)
     assert not breaks
