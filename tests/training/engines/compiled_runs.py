@@ -46,7 +46,9 @@ class Graphs(Callback):
 
     def __call__(self, graph: Any, inputs: Any) -> Any:
         shapes = [list(one.shape) for one in inputs if isinstance(one, torch.Tensor)]
-        self.found.append([self._now, *(shape for shape in shapes if len(shape) == 4 and shape[1] == 3 < shape[-1])])
+        self.found.append(
+            [self._now, *(shape for shape in shapes if len(shape) == 4 and shape[1] == 3 and shape[-1] >= 8)]
+        )
         return graph.forward
 
     def epoch_start(self, state: State, logger: Logger) -> None:
