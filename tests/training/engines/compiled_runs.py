@@ -36,8 +36,6 @@ EVERYTHING = (
     "algorithms.blurpool.min_channels=3", "model.width=4",
 )  # fmt: skip
 
-_SIZES = (8, 12)  # of images, px, and of no weight
-
 
 class Graphs(Callback):
     """A backend that runs what was captured as it is, and notes the images of every graph and when it was captured."""
@@ -48,8 +46,9 @@ class Graphs(Callback):
 
     def __call__(self, graph: Any, inputs: Any) -> Any:
         shapes = [list(one.shape) for one in inputs if isinstance(one, torch.Tensor)]
-        images = (shape for shape in shapes if len(shape) == 4 and shape[1] == 3 and shape[-1] in _SIZES)
-        self.found.append([self._now, *images])
+        self.found.append(
+            [self._now, *(shape for shape in shapes if len(shape) == 4 and shape[1] == 3 and shape[-1] >= 8)]
+        )
         return graph.forward
 
     def epoch_start(self, state: State, logger: Logger) -> None:
