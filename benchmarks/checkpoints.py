@@ -56,7 +56,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Every save of every round, in seconds."""
-    torch.set_num_threads(1)
     figures: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         trainer = _trained_for_a_step(options.model)

@@ -184,7 +184,7 @@ class _Operations(TorchDispatchMode):
 
 
 def _is_pretended(one: Any) -> bool:
-    return (isinstance(one, torch.device) and one.type == DEVICE.type) or one == str(DEVICE)
+    return (isinstance(one, torch.device) and one.type == DEVICE.type) or one in (str(DEVICE), DEVICE.type)
 
 
 def _storage(tensor: Tensor) -> Any:

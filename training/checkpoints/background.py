@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
@@ -59,7 +60,8 @@ class Copies:
     def of(self, value: Any) -> Any:
         """A copy of nested mappings and lists, with tensors on the CPU; those that shared their memory still do."""
         before, self._buffers = self._buffers, {}
-        copied = self._copy(value, (), {}, before)
+        with _one_thread():
+            copied = self._copy(value, (), {}, before)
         if torch.cuda.is_initialized():
             torch.cuda.current_stream().synchronize()  # a copy from a GPU to pinned memory does not wait for its end
         return copied
@@ -79,6 +81,18 @@ class Copies:
         if type(value) in (list, tuple):
             return type(value)(self._copy(item, (*path, i), seen, before) for i, item in enumerate(value))
         return value if type(value) in _UNCHANGING else deepcopy(value)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """For hundreds of copies: one thread nearly fills the memory's bandwidth, and several wait for each other after
+    every tensor, which takes ten times as long where loaders or other programs keep the cores busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _filled(buffer: Tensor | None, value: Tensor) -> Tensor:
