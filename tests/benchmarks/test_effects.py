@@ -10,8 +10,7 @@ import pytest
 from PIL import Image
 from ranks import run_python
 
-from algos.framework.registry import names
-from benchmarks.effects import NONE, effect, merge, recipe_of, table
+from benchmarks.effects import ALGORITHMS, NONE, effect, merge, recipe_of, table
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,7 +40,7 @@ def test_a_quick_run_trains_what_was_asked_for(tmp_path: Path) -> None:
     assert again.stdout == done.stdout
 
 
-@pytest.mark.parametrize("name", [NONE, *names()])
+@pytest.mark.parametrize("name", [NONE, *ALGORITHMS])
 def test_a_recipe_has_one_algorithm_or_none(name: str) -> None:
     assert list(recipe_of(name, ["seed=1"]).algorithms) == ([] if name == NONE else [name])
 
