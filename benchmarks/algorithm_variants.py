@@ -348,6 +348,12 @@ def composer_stochastic_depth(bench: Bench) -> Step:
     return bench.step(bench.ready(model))
 
 
+def our_patch_dropout(bench: Bench) -> Step:
+    from algos import apply_patch_dropout
+
+    return bench.step(bench.ready(apply_patch_dropout(bench.new_model(), keep_rate=0.5)))
+
+
 def our_sam(bench: Bench) -> Step:
     from algos import sam_gradients
     from algos.sam import frozen_statistics
@@ -407,13 +413,17 @@ def _bare(model: Any) -> nn.Module:
 
 @dataclass(frozen=True)
 class Variant:
-    """One row: `who`'s version of an algorithm. bottleneck_only: it supports only ResNet-50's residual blocks."""
+    """One row: `who`'s version of an algorithm.
+
+    bottleneck_only: it supports only ResNet-50's residual blocks. vit_only: only networks that have patches.
+    """
 
     algorithm: str
     who: str
     how: str
     make: Callable[[Bench], Step]
     bottleneck_only: bool = False
+    vit_only: bool = False
 
 
 _p = functools.partial
@@ -449,6 +459,7 @@ VARIANTS = [
     Variant("progressive_resizing", "composer", "resize_batch, to half", composer_resizing),
     Variant("stochastic_depth", OURS, "apply_stochastic_depth", our_stochastic_depth),
     Variant("stochastic_depth", "composer", "apply_stochastic_depth", composer_stochastic_depth, bottleneck_only=True),
+    Variant("patch_dropout", OURS, "apply_patch_dropout, half", our_patch_dropout, vit_only=True),
     Variant("sam", OURS, "sam_gradients, frozen_statistics", our_sam),
     Variant("sam", "composer", "SAMOptimizer", composer_sam),
     Variant("sam", "pytorch_optimizer", "SAM", pytorch_optimizer_sam),

@@ -138,13 +138,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def chosen_variants(model: str, only: Iterable[str] | None, absent: Iterable[str]) -> list[Variant]:
     """The requested variants that can be imported and that support the model."""
-    has_bottlenecks = model in ("resnet50", "resnet101", "resnet152")
+    has_bottlenecks, has_patches = model in ("resnet50", "resnet101", "resnet152"), model.startswith("vit_")
     return [
         variant
         for variant in VARIANTS
         if variant.who not in absent
         and (only is None or variant.algorithm in only)
         and (has_bottlenecks or not variant.bottleneck_only)
+        and (has_patches or not variant.vit_only)
     ]
 
 

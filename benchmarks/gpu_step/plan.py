@@ -12,8 +12,18 @@ GOAL_NETWORK, GOAL_PX, GOAL_PRECISION = "resnet50", 224, "bf16"
 # Each with its own group; the others share one, against a step without any.
 _IN_GROUPS_OF_THEIR_OWN = ("(nothing)", "blurpool", "channels_last")
 # Those of ours that make sense for a ViT, which has one convolution.
-_FOR_VIT = ("label_smoothing", "mixup", "cutmix", "ema", "stochastic_depth", "progressive_resizing", "sam")
-CHANGE_THE_MODEL = ("blurpool", "blurpool_after", "channels_last", "stochastic_depth")  # the others share one model
+_FOR_VIT = (
+    "label_smoothing",
+    "mixup",
+    "cutmix",
+    "ema",
+    "stochastic_depth",
+    "progressive_resizing",
+    "sam",
+    "patch_dropout",
+)
+# The others share one model.
+CHANGE_THE_MODEL = ("blurpool", "blurpool_after", "channels_last", "stochastic_depth", "patch_dropout")
 
 
 @dataclass(frozen=True)
@@ -152,6 +162,8 @@ def _with_algorithm(case: Case, algorithm: str, *, only: Sequence[str] = ()) -> 
 
 
 def _fits(variant: Variant, network: str) -> bool:
+    if variant.vit_only:
+        return network.startswith("vit")
     return network == GOAL_NETWORK or not (variant.bottleneck_only or variant.who == "antialiased_cnns")
 
 
@@ -210,4 +222,5 @@ def _rest(scale: Scale) -> Iterator[Group]:
 
 
 def _other_algorithms() -> list[str]:
-    return [name for name in dict.fromkeys(one.algorithm for one in VARIANTS) if name not in _IN_GROUPS_OF_THEIR_OWN]
+    for_cnn = dict.fromkeys(one.algorithm for one in VARIANTS if not one.vit_only)
+    return [name for name in for_cnn if name not in _IN_GROUPS_OF_THEIR_OWN]
