@@ -1,7 +1,7 @@
 """Small runs of any set of algorithms under any condition, for comparison with a plain run of the same set.
 
 Run as a script on several ranks (`python -m torch.distributed.run ... composition.py STRATEGY FOLDER [sets] [pairs]
-[composer]`), it trains every case in turn and writes its weights to FOLDER.
+[neighbors] [composer]`), it trains every case in turn and writes its weights to FOLDER.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,8 @@ EXAMPLES: dict[str, dict[str, Any]] = {
 }
 SETS: dict[str, list[str]] = {"nothing": [], **{name: [name] for name in names()}, "all together": names()}
 PAIRS = {"+".join(pair): list(pair) for pair in combinations(names(), 2)}
+# Each algorithm with the next one in the registry: the pairs that every change is tested with.
+NEIGHBORS = {"+".join(sorted(pair)): sorted(pair) for pair in pairwise([*names(), names()[0]])}
 # Composer's own, in recipes under composer.<name>, with settings as close to ours as they go.
 COMPOSER_EXAMPLES: dict[str, dict[str, Any]] = {
     "composer.blurpool": {"replace_convs": True, "replace_maxpools": True, "blur_first": True},
@@ -289,7 +291,7 @@ def main(strategy: str, folder: Path, wanted: list[str]) -> None:
     torch.set_num_threads(1)
     dist.initialize_dist(get_device("cpu"), timeout=120.0)
     rank, refused = dist.get_global_rank(), {}
-    known = {"sets": SETS, "pairs": PAIRS, "composer": composer_sets()}
+    known = {"sets": SETS, "pairs": PAIRS, "neighbors": NEIGHBORS, "composer": composer_sets()}
     for name, chosen in {name: chosen for what in wanted for name, chosen in known[what].items()}.items():
         try:
             torch.save(train(chosen, fsdp=strategy == "fsdp"), folder / f"{name}.{rank}.pt")

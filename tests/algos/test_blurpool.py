@@ -120,7 +120,8 @@ def test_a_blur_and_its_derivatives_are_those_of_padding_and_convolving(size, ta
     close(torch.func.jvp(ours, (images,), (images,))[1], theirs(images))
     close(torch.func.vmap(ours)(images[:, None])[:, 0], theirs(images))
     close(ours(images[0]), theirs(images)[0])
-    assert torch.autograd.gradgradcheck(ours, (images[:1].clone().requires_grad_(),))
+    # Along random directions: entry by entry it takes minutes.
+    assert torch.autograd.gradgradcheck(ours, (images[:1].clone().requires_grad_(),), fast_mode=True)
 
 
 @pytest.mark.parametrize("taps", [3, 4, 7])

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from composition import (
     COMPILED,
     EXAMPLES,
+    NEIGHBORS,
     PAIRS,
     SETS,
     STOPPED_AT,
@@ -33,6 +33,8 @@ from algos.framework.registry import find, names
 
 HERE = Path(__file__).parent
 ROUNDING = 1e-12  # float64, a dozen steps
+# With --exhaustive each algorithm is tried with every other.
+TESTED_PAIRS = [pytest.param(name, marks=[] if name in NEIGHBORS else pytest.mark.exhaustive) for name in PAIRS]
 _references: dict[tuple[str, ...], dict[str, torch.Tensor]] = {}
 _as_two_ranks: dict[tuple[str, ...], dict[str, torch.Tensor]] = {}
 
@@ -114,8 +116,9 @@ def two_ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture(scope="session", params=["ddp", pytest.param("fsdp", marks=[needs_fsdp, pytest.mark.exhaustive])])
 def pairs_on_two_ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """The same of every pair."""
-    return request.param, launch(request.param, "pairs", tmp_path_factory.mktemp(f"{request.param}_pairs"))
+    """The same of every pair that is tested."""
+    what = "pairs" if request.config.getoption("--exhaustive") else "neighbors"
+    return request.param, launch(request.param, what, tmp_path_factory.mktemp(f"{request.param}_pairs"))
 
 
 def launch(strategy: str, what: str, folder: Path) -> Path:
@@ -142,24 +145,15 @@ def test_two_ranks_train_what_one_process_does(name: str, two_ranks: tuple[str, 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.xdist_group("pairs_on_two_ranks")
-@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("name", TESTED_PAIRS)
 def test_two_ranks_train_a_pair_as_one_process_does(name: str, pairs_on_two_ranks: tuple[str, Path]) -> None:
     assert_as_one_process(PAIRS[name], name, *pairs_on_two_ranks)
 
 
-# Each algorithm with the next one in the registry, and in `make test-all` with every other.
-_NEXT = {"+".join(sorted(pair)) for pair in pairwise([*names(), names()[0]])}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "chosen",
-    [
-        pytest.param(pair, id=name, marks=[] if "+".join(sorted(pair)) in _NEXT else pytest.mark.exhaustive)
-        for name, pair in PAIRS.items()
-    ],
-)
-def test_every_pair_survives_microbatches_compiling_and_resuming(chosen: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", TESTED_PAIRS)
+def test_every_pair_survives_microbatches_compiling_and_resuming(name: str, tmp_path: Path) -> None:
+    chosen = PAIRS[name]
     assert furthest(train(chosen, device_train_microbatch_size=2), reference(chosen)) < ROUNDING
     assert furthest(train_interrupted(chosen, tmp_path, moment="batch 6"), reference(chosen)) == 0.0
     torch._dynamo.reset()

@@ -14,6 +14,7 @@ from benchmarks.busy_machine import DEFAULT, SETTINGS, busy_loops, table
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(200)
 def test_a_quick_run_measures_every_setting(tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"

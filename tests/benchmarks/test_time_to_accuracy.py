@@ -16,6 +16,7 @@ from data.sources import digits, folder
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(300)
 def test_a_quick_run_trains_both_recipes_on_both_data_sets(tmp_path: Path) -> None:
     figures, chart = tmp_path / "deep" / "figures.json", tmp_path / "chart.png"

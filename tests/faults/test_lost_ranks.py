@@ -98,6 +98,7 @@ def test_ranks_that_are_cut_off_both_end(runs: Any, tmp_path: Path, engine: str)
     goes_on(runs, name, engine)
 
 
+@pytest.mark.exhaustive
 def test_both_stopped_for_a_while_go_on(runs: Any, tmp_path: Path) -> None:
     """As Ctrl-Z and fg do it, or a machine that was suspended: nobody is silent while nobody listens."""
     name, outputs = "paused", [tmp_path / "0", tmp_path / "1"]

@@ -155,6 +155,7 @@ def test_table_and_chart(written: Path, costs: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(300)
 def test_an_engine_that_is_not_installed_is_named_and_left_out(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['deepspeed'] = None\n")

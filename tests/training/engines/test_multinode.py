@@ -49,7 +49,7 @@ def test_two_hosts_train_what_two_local_ranks_do(hosts: Hosts, tmp_path: Path) -
 @needs_root
 @pytest.mark.slow
 @pytest.mark.timeout(290)
-@pytest.mark.parametrize("loss", ["process killed", "cable cut"])
+@pytest.mark.parametrize("loss", [pytest.param("process killed", marks=pytest.mark.exhaustive), "cable cut"])
 def test_losing_a_host_ends_the_other_and_the_same_command_goes_on(hosts: Hosts, tmp_path: Path, loss: str) -> None:
     common = [*SHORT, f"results_dir={tmp_path}", f"data.cache_dir={tmp_path / 'cache'}", "run_name=run",
               "autoresume=true", "checkpoints.every_steps=5"]  # fmt: skip

@@ -153,6 +153,7 @@ def test_a_vit_goes_to_transformers(made_run: Any, tmp_path: Path) -> None:
     assert np.abs(np.load(made.folder / "pixels.npy") - expected.numpy()).max() < 2.1 / 40
 
 
+@pytest.mark.exhaustive
 def test_a_vit_goes_to_torchvision(made_run: Any, tmp_path: Path) -> None:
     run = made_run("vit", "model=vit_digits", "model.image_size=32")
     made = export_run(run, "safetensors")
@@ -188,6 +189,7 @@ def test_a_resnet_goes_to_torchvision_timm_and_transformers(format_name: str, ma
         assert "torchvision.models.get_model('resnet18'" in card_of(made.folder)[1]
 
 
+@pytest.mark.exhaustive
 def test_timms_network_keeps_timms_layout(made_run: Any, tmp_path: Path) -> None:
     run = made_run("timm", "model=timm.resnet10t", image_size=32)
     made = export_run(run, "safetensors")
