@@ -72,7 +72,7 @@ _QUARTER = (
     "algos/test_every.py", "algos/test_sam.py", "algos/test_ema.py",
     "data/loading", "models/test_vit.py", "models/test_weights.py", "models/test_hugging_face.py",
     "training/checkpoints", "training/engines/test_fsdp.py", "training/test_session.py",
-    "training/test_composer_shim.py", "training/test_startup.py",
+    "training/test_composer_shim.py",
 )  # fmt: skip
 
 
@@ -83,8 +83,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
     for item in items:
-        whole = any(
-            name in item.nodeid for name in ("two_ranks", "compil", "kernels", "pair")
-        )  # minutes of every pair of algorithms
-        if item.nodeid.removeprefix("tests/").startswith(_QUARTER) and not whole:
+        # Minutes of every pair of algorithms; and what no version of torch decides.
+        apart = any(name in item.nodeid for name in ("two_ranks", "compil", "kernels", "pair", "test_remote"))
+        if item.nodeid.removeprefix("tests/").startswith(_QUARTER) and not apart:
             item.add_marker("quarter")
