@@ -156,6 +156,15 @@ class FixRes(SpeedUp):
         if self.train != "all":
             _kept_modules(model, with_norm=self.train == "classifier_and_norm")
 
+    def check_draws(self, resizing: Any, total_epochs: int) -> None:
+        """Raises ValueError when `resizing`, a ProgressiveResizing, draws sizes in the phase, which is at one."""
+        start = self.start_epoch(total_epochs)
+        if any(resizing.shapes(epoch) for epoch in range(start, total_epochs)):
+            raise ValueError(
+                f"fixres trains the last {self.epochs} epochs at one size, and progressive_resizing draws a size for "
+                f"each of their steps; give it final_epochs={self.epochs}, which are at its last size"
+            )
+
     def suspends(self, algorithm: Any) -> TypeGuard[SpeedUp]:
         """Whether `algorithm` changes images and is suspended in the phase."""
         if not (self.plain_images and isinstance(algorithm, SpeedUp)):
@@ -213,6 +222,9 @@ class FixRes(SpeedUp):
             )
         if self.learning_rate is not None:
             require_schedule(state, "fixres.learning_rate")
+        for other in state.algorithms:
+            if hasattr(other, "shapes"):
+                self.check_draws(other, run_epochs(state))
         self.check_model(state.model)  # fail now rather than at the phase's start
 
 

@@ -37,8 +37,8 @@ def graphs_of(plan: Plan, *, rank: int = 0, first_epoch: int = 0) -> list[Graph]
     """
     found: dict[Graph, None] = {}
     for index, epoch in list(enumerate(plan.epochs))[first_epoch:]:
-        for images in _images_of_passes(plan, epoch, rank):
-            found[Graph(epoch.image_size, images, frozen=epoch.frozen, keep_rate=epoch.keep_rate)] = None
+        for size, images in _passes_of(plan, epoch, rank):
+            found[Graph(size, images, frozen=epoch.frozen, keep_rate=epoch.keep_rate)] = None
         if (index + 1) % plan.recipe.data.eval.every_epochs == 0 or index + 1 == len(plan.epochs):
             found[Graph(plan.recipe.data.eval.image_size, images_of_evaluation(plan), training=False)] = None
     return list(found)
@@ -51,12 +51,24 @@ def images_of_evaluation(plan: Plan) -> int:
     return -(-plan.facts.num_eval // (ranks * num_batches))
 
 
-def _images_of_passes(plan: Plan, epoch: Epoch, rank: int) -> list[int]:
-    """Images of each kind of forward pass of an epoch, as data/loading/order.py and the Trainer split them."""
+def _passes_of(plan: Plan, epoch: Epoch, rank: int) -> list[tuple[int, int]]:
+    """(image size, images) of each kind of forward pass of an epoch, as the loader and the Trainer split it."""
+    if not epoch.drawn:
+        images = _images_of_passes(plan, epoch.global_batch_size, plan.facts.num_train, rank)
+        return [(epoch.image_size, one) for one in images]
+    return [
+        (steps.image_size, one)
+        for steps in epoch.drawn
+        for one in _images_of_passes(plan, steps.global_batch_size, steps.images, rank)
+    ]
+
+
+def _images_of_passes(plan: Plan, global_batch_size: int, num_images: int, rank: int) -> list[int]:
+    """Images of each kind of forward pass over `num_images`, as data/loading/order.py and the Trainer split them."""
     train, ranks = plan.recipe.data.train, plan.place.world_size
-    whole = epoch.global_batch_size // ranks
-    left = plan.facts.num_train % epoch.global_batch_size
-    batches = [whole] if plan.facts.num_train >= epoch.global_batch_size else []
+    whole = global_batch_size // ranks
+    left = num_images % global_batch_size
+    batches = [whole] if num_images >= global_batch_size else []
     if left >= ranks and not train.drop_last:
         batches.append(left // ranks + (rank < left % ranks))
     size = train.per_device_microbatch_size

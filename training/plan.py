@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -45,8 +46,23 @@ _LEAVE_PIXELS_ALONE = frozenset(
 
 
 @dataclass(frozen=True)
+class Steps:
+    """Steps of an epoch that are alike. images: of all of them. forward_macs: as in `Epoch`."""
+
+    image_size: int
+    global_batch_size: int
+    steps: int
+    images: int
+    forward_macs: int
+
+
+@dataclass(frozen=True)
 class Epoch:
-    """One epoch of the run. forward_macs: multiply-adds of one image's forward pass."""
+    """One epoch of the run. forward_macs: multiply-adds of one image's forward pass.
+
+    drawn: its steps, by image size and batch size, if each draws its own. image_size and global_batch_size are then the
+    largest, and forward_macs is the mean over images.
+    """
 
     image_size: int
     global_batch_size: int
@@ -59,6 +75,7 @@ class Epoch:
     test_crop: bool
     suspended: tuple[str, ...]  # algorithms of the run that are inactive in this epoch
     keep_rate: float = 1.0  # share of a Vision Transformer's patches that are trained on
+    drawn: tuple[Steps, ...] = ()
 
     @property
     def total_forward_macs(self) -> float:
@@ -221,11 +238,21 @@ def make_plan(recipe: Recipe, facts: DataFacts, place: Place) -> Plan:
             fixres.check_model(network)
     per_device = per_device_batch_size(recipe, world_size=place.world_size)
     peak = peak_learning_rate(recipe.optimizer, global_batch_size=per_device * place.world_size)
-    shapes = _epoch_shapes(recipe, algorithms, per_device_batch_size=per_device, world_size=place.world_size)
+    shapes = _epoch_shapes(
+        recipe, algorithms, per_device_batch_size=per_device, world_size=place.world_size, num_images=facts.num_train
+    )
     keep_rates = _keep_rates(recipe, algorithms)
+    drawn = _drawn_shapes(recipe, facts, algorithms, world_size=place.world_size)
+    each_shape = {
+        (shape, keep_rate)
+        for epoch, (whole, keep_rate) in enumerate(zip(shapes, keep_rates, strict=True))
+        for shape in {whole, *drawn.get(epoch, ())}
+    }
     macs = {
-        (size, keep_rate): _macs(network, size, keep_rate, _pass_sizes(batch, recipe, facts, place.world_size), recipe)
-        for (size, batch), keep_rate in sorted(set(zip(shapes, keep_rates, strict=True)))
+        (size, batch, keep_rate): _macs(
+            network, size, keep_rate, _pass_sizes(batch, recipe, facts, place.world_size), recipe
+        )
+        for (size, batch), keep_rate in sorted(each_shape)
     }
     plan = Plan(
         recipe=recipe,
@@ -241,7 +268,14 @@ def make_plan(recipe: Recipe, facts: DataFacts, place: Place) -> Plan:
         epochs=tuple(
             replace(
                 _plan_epoch(
-                    index, recipe, facts, algorithms, shape=shape, macs=macs[shape[0], keep_rate], initial=peak
+                    index,
+                    recipe,
+                    facts,
+                    algorithms,
+                    shape=shape,
+                    drawn=_steps_of(drawn.get(index, []), macs, keep_rate, recipe, facts),
+                    macs=macs[(*shape, keep_rate)],
+                    initial=peak,
                 ),
                 keep_rate=keep_rate,
             )
@@ -310,9 +344,9 @@ def _arrange_algorithms(recipe: Recipe) -> tuple[dict[str, Any], dict[str, dict[
 
 
 def _epoch_shapes(
-    recipe: Recipe, algorithms: Mapping[str, Any], *, per_device_batch_size: int, world_size: int
+    recipe: Recipe, algorithms: Mapping[str, Any], *, per_device_batch_size: int, world_size: int, num_images: int
 ) -> list[tuple[int, int]]:
-    """(image size, global batch size) of every epoch."""
+    """(image size, global batch size) of every epoch; where each step draws its own, those of the largest images."""
     size = recipe.data.train.image_size
     shapes = [(size, per_device_batch_size * world_size)] * recipe.epochs
     resizing, fixres = algorithms.get("progressive_resizing"), algorithms.get("fixres")
@@ -323,6 +357,8 @@ def _epoch_shapes(
                 image_size=size,
                 per_device_batch_size=per_device_batch_size,
                 num_ranks=world_size,
+                num_images=num_images,
+                seed=recipe.seed,
             )
             shapes = [
                 (resizing.stage(epoch).image_size, resizing.per_device_batch_size(epoch, world_size) * world_size)
@@ -330,12 +366,46 @@ def _epoch_shapes(
             ]
         if isinstance(fixres, FixRes):
             start = fixres.start_epoch(recipe.epochs)
+            if isinstance(resizing, ProgressiveResizing):
+                fixres.check_draws(resizing, recipe.epochs)
             if fixres.image_size is not None:
                 _refuse_two_sizes(fixres, shapes[start:], resized=resizing is not None)
                 shapes[start:] = [(fixres.image_size, batch) for _, batch in shapes[start:]]
     except ValueError as error:
         raise RecipeError("algorithms", str(error)) from None
     return shapes
+
+
+def _drawn_shapes(
+    recipe: Recipe, facts: DataFacts, algorithms: Mapping[str, Any], *, world_size: int
+) -> dict[int, list[tuple[int, int]]]:
+    """(image size, global batch size) of each step of the epochs whose steps draw their own."""
+    resizing = algorithms.get("progressive_resizing")
+    if not isinstance(resizing, ProgressiveResizing):
+        return {}
+    drawn = {}
+    for epoch in range(recipe.epochs):
+        shapes = [(size, batch * world_size) for size, batch in resizing.shapes(epoch)]
+        if shapes and recipe.data.train.drop_last and sum(batch for _, batch in shapes) > facts.num_train:
+            shapes.pop()
+        if shapes:
+            drawn[epoch] = shapes
+    return drawn
+
+
+def _steps_of(
+    shapes: list[tuple[int, int]],
+    macs: Mapping[tuple[int, int, float], int],
+    keep_rate: float,
+    recipe: Recipe,
+    facts: DataFacts,
+) -> tuple[Steps, ...]:
+    """The drawn steps of an epoch, those of a shape together, smallest images first."""
+    missing = max(0, sum(batch for _, batch in shapes) - facts.num_train)  # of the last one, which is not full
+    return tuple(
+        Steps(size, batch, steps, steps * batch - missing * ((size, batch) == shapes[-1]), macs[size, batch, keep_rate])
+        for (size, batch), steps in sorted(Counter(shapes).items())
+    )
 
 
 def _keep_rates(recipe: Recipe, algorithms: Mapping[str, Any]) -> list[float]:
@@ -363,6 +433,7 @@ def _plan_epoch(
     algorithms: Mapping[str, Any],
     *,
     shape: tuple[int, int],
+    drawn: tuple[Steps, ...],
     macs: int,
     initial: float,
 ) -> Epoch:
@@ -374,6 +445,10 @@ def _plan_epoch(
         )
     steps = facts.num_train // batch if recipe.data.train.drop_last else -(-facts.num_train // batch)
     images = steps * batch if recipe.data.train.drop_last else facts.num_train
+    if drawn:
+        steps, images = sum(one.steps for one in drawn), sum(one.images for one in drawn)
+        batch = max(one.global_batch_size for one in drawn)
+        macs = round(sum(one.images * one.forward_macs for one in drawn) / images)
     sam, fixres = algorithms.get("sam"), algorithms.get("fixres")
     in_fixres = isinstance(fixres, FixRes) and index >= fixres.start_epoch(recipe.epochs)
     ends = [
@@ -394,6 +469,7 @@ def _plan_epoch(
             for name, algorithm in algorithms.items()
             if in_fixres and isinstance(fixres, FixRes) and fixres.suspends(algorithm)
         ),
+        drawn=drawn,
     )
 
 

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from itertools import groupby
 from pathlib import Path
 
 from models.summary import summarize
 from training.facts import planned_facts
 from training.graphs import graphs_of
-from training.plan import Place, Plan, choose_place, make_plan, network_as_trained, without_algorithms, without_weights
+from training.plan import (
+    Epoch,
+    Place,
+    Plan,
+    Steps,
+    choose_place,
+    make_plan,
+    network_as_trained,
+    without_algorithms,
+    without_weights,
+)
 from training.recipe import Recipe, RecipeError
 
 _WEIGHT_FILES = (".bin", ".pt", ".pth", ".safetensors")
@@ -100,11 +111,13 @@ def _phase_lines(plan: Plan) -> list[str]:
     lines, first = [], 0
     for _, run in groupby(
         plan.epochs,
-        key=lambda e: (e.image_size, e.global_batch_size, e.frozen, e.test_crop, e.suspended, e.passes, e.keep_rate),
+        key=lambda e: (_sizes(e), e.frozen, e.test_crop, e.suspended, e.passes, e.keep_rate),
     ):
         epochs = list(run)
         start, end = epochs[0], epochs[-1]
+        drawn = [steps for epoch in epochs for steps in epoch.drawn]
         notes = [
+            *_shares(drawn),
             *(["test-time crop"] if start.test_crop else []),
             *(["last layers only"] if start.frozen else []),
             *(f"no {name}" for name in start.suspended),
@@ -112,13 +125,28 @@ def _phase_lines(plan: Plan) -> list[str]:
             *([f"{start.keep_rate:g} of the patches"] if start.keep_rate < 1 else []),
         ]
         rates = f"{start.learning_rate[0]:.3g} to {end.learning_rate[1]:.3g}"
+        macs = sum(one.images * one.forward_macs for one in epochs) / sum(one.images for one in epochs)
+        size, batch = f"{start.image_size} px", f"{start.global_batch_size:,}"
         lines.append(
-            f"{f'{first + 1}-{first + len(epochs)}':>9}{f'{start.image_size} px':>8}{start.global_batch_size:>8,}"
-            f"{sum(epoch.steps for epoch in epochs):>9,}{rates:>22}{start.forward_macs / 1e6:>14.2f}"
+            f"{f'{first + 1}-{first + len(epochs)}':>9}{'drawn' if drawn else size:>8}{'drawn' if drawn else batch:>8}"
+            f"{sum(epoch.steps for epoch in epochs):>9,}{rates:>22}{macs / 1e6:>14.2f}"
             f"  {', '.join(notes)}".rstrip()
         )
         first += len(epochs)
     return lines
+
+
+def _sizes(epoch: Epoch) -> tuple[int, int] | None:
+    """What the epochs of a line share; epochs whose steps draw their sizes stand in one."""
+    return None if epoch.drawn else (epoch.image_size, epoch.global_batch_size)
+
+
+def _shares(drawn: list[Steps]) -> list[str]:
+    """For each size and batch size that is drawn, its share of the steps."""
+    total, counts = sum(one.steps for one in drawn), Counter[tuple[int, int]]()
+    for one in drawn:
+        counts[one.image_size, one.global_batch_size] += one.steps
+    return [f"{steps / total:.0%} at {px} px in {batch:,}" for (px, batch), steps in sorted(counts.items())]
 
 
 def _savings(plan: Plan, baseline: Plan) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 
@@ -28,6 +28,21 @@ class ResizableLoader(Protocol):
     def __len__(self) -> int: ...
 
     def __iter__(self) -> Iterator[Any]: ...
+
+
+@runtime_checkable
+class MixedSizesLoader(ResizableLoader, Protocol):
+    """A `ResizableLoader` whose batches can differ in size within a pass."""
+
+    num_samples: int  # images of an epoch, over all ranks
+
+    def set_batch_shapes(self, shapes: Sequence[tuple[int, int]] | None) -> None:
+        """Give every batch of the next pass its (image size in px, images per device); None: all have the same again.
+
+        The order of the images stays that of other passes: it is cut into batches of these lengths. The last one may
+        ask for more images than are left.
+        """
+        ...
 
 
 @runtime_checkable

@@ -15,7 +15,7 @@ from ..beton.tiers import Tiers
 from ..decoding.decode import Decoder, make_decoder
 from ..prefetch import PrefetchIterator
 from .ahead import Ahead, BatchesAhead, timed
-from .loader import Loader, Pass
+from .loader import Loader, Pass, Work
 from .to_device import Batch, HostBuffers
 
 _TimedBatch = tuple[Batch, list[float]]
@@ -73,12 +73,13 @@ class FFCVLoader(Loader):
         """A line for each smaller file: up to which image size training reads it."""
         return [f"{path} serves training at up to {px} px" for path, px in self._tiers.training_limits(self._crops)]
 
-    def _decode(self, batches: list[np.ndarray], this_pass: Pass, buffers: HostBuffers) -> Generator[Batch, None, None]:
-        beton = self._tiers.serving(this_pass.image_size, self._crops, augment=this_pass.augment)
-        num_parts = self._num_parts(self.batch_size)
-        num_ahead = self._ahead.begin(self.batch_size * 3 * this_pass.image_size**2)
+    def _decode(self, batches: list[Work], this_pass: Pass, buffers: HostBuffers) -> Generator[Batch, None, None]:
+        num_parts = self._num_parts(max((len(indices) for indices, _ in batches), default=1))
+        batch_bytes = max((3 * len(indices) * one.image_size**2 for indices, one in batches), default=1)
+        num_ahead = self._ahead.begin(batch_bytes)
+        buffers.reserve(batch_bytes)
         iterator = PrefetchIterator(
-            self._tasks(beton, batches, this_pass, buffers),
+            self._tasks(batches, buffers),
             num_workers=self.num_workers,
             num_ahead=num_parts * num_ahead,
         )
@@ -95,10 +96,13 @@ class FFCVLoader(Loader):
     def _num_parts(self, num_images: int) -> int:
         return max(1, min(self.num_workers, num_images // _LEAST_IMAGES_IN_A_PART))
 
-    def _tasks(
-        self, beton: Beton, batches: list[np.ndarray], this_pass: Pass, buffers: HostBuffers
-    ) -> Iterator[Callable[[], _TimedBatch | None]]:
-        for indices in batches:
+    def _tasks(self, batches: list[Work], buffers: HostBuffers) -> Iterator[Callable[[], _TimedBatch | None]]:
+        serving: dict[int, Beton] = {}
+        for indices, this_pass in batches:
+            size = this_pass.image_size
+            if size not in serving:
+                serving[size] = self._tiers.serving(size, self._crops, augment=this_pass.augment)
+            beton = serving[size]
             images, memory = buffers.take(len(indices), this_pass.image_size)
             batch = images, torch.from_numpy(beton.labels[indices])
             num_parts = self._num_parts(len(indices))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,13 +12,16 @@ import torch
 
 from ..decoding.crops import CropSettings
 from .augment import Augmentation, augment_batch, build_augmentations
-from .order import eval_batches, train_batches
+from .order import eval_batches, mixed_batches, train_batches
 from .to_device import Batch, HostBuffers, to_device
 
 
 @dataclass(frozen=True)
 class Pass:
-    """Everything except its index that determines an image's pixels in one pass over the data."""
+    """Everything except its index that determines an image's pixels in one pass over the data.
+
+    image_size: px; of the largest images, where batches differ.
+    """
 
     epoch: int
     seed: int
@@ -31,10 +34,17 @@ class Pass:
         """int32 [B, 5]: top, left, height, width in px, and the flip."""
         return self.crops.rows(indices, heights, widths, seed=self.seed, epoch=self.epoch, augment=self.augment)
 
+    def at(self, image_size: int) -> Pass:
+        """The same for images of another size."""
+        return self if image_size == self.image_size else replace(self, image_size=image_size)
+
     def augment_images(self, indices: np.ndarray, images: np.ndarray) -> None:
         """Augment uint8 [B, S, S, 3] in place; without augmentation this does nothing and needs no Pillow."""
         if self.augment and self.augmentations:
             augment_batch(images, indices, self.augmentations, seed=self.seed, epoch=self.epoch)
+
+
+Work = tuple[np.ndarray, Pass]  # a batch's image indices, and how they are decoded
 
 
 class Loader(ABC):
@@ -115,6 +125,7 @@ class Loader(ABC):
             eval_crop_ratio=eval_crop_ratio,
         )
         self._augmentations = build_augmentations(augmentations)
+        self._batch_shapes: list[tuple[int, int]] | None = None
         self.set_image_size(image_size)
         self.set_batch_size(per_device_batch_size)
 
@@ -125,6 +136,7 @@ class Loader(ABC):
             ValueError: not a whole number of at least 1.
         """
         self.image_size = _whole(image_size, "image size", "px")
+        self._batch_shapes = None
 
     def set_batch_size(self, per_device_batch_size: int) -> None:
         """Set the next pass's batch size per device.
@@ -135,6 +147,30 @@ class Loader(ABC):
         size = _whole(per_device_batch_size, "per-device batch size", "images")
         self._index_batches(epoch=0, per_device_batch_size=size)
         self.batch_size = size
+        self._batch_shapes = None
+
+    def set_batch_shapes(self, shapes: Sequence[tuple[int, int]] | None) -> None:
+        """Give every batch of the next training pass its (image size in px, images per device).
+
+        The pass has as many batches; the last of them may ask for more images than are left, and is then dropped or
+        split as any last one. None: all have the same sizes again, those of `set_image_size` and `set_batch_size`,
+        which also end this.
+
+        Raises:
+            ValueError: no batch, or numbers that are no whole ones of at least 1; an evaluation loader.
+        """
+        if shapes is None:
+            self._batch_shapes = None
+            return
+        if not self.train:
+            raise ValueError("batch shapes are for training; an evaluation loader has batches of one size")
+        made = [(_whole(size, "image size", "px"), _whole(n, "per-device batch size", "images")) for size, n in shapes]
+        if not self._index_mixed(made, epoch=0):
+            raise ValueError(
+                f"batch shapes {made[:3]}: {self.num_samples} images make no batch of these on {self._world_size} "
+                "devices; lower the batch sizes"
+            )
+        self._batch_shapes = made
 
     def set_test_crop(self, enabled: bool) -> None:
         """From the next pass on, crop as in evaluation without augmentation (True), or as in training (False).
@@ -156,27 +192,29 @@ class Loader(ABC):
 
     def image_indices(self, epoch: int, batch: int) -> np.ndarray:
         """This rank's images in batch `batch` of `epoch`, both from 0, at the current batch size: int64 [B]."""
-        return self._index_batches(epoch=epoch, per_device_batch_size=self.batch_size)[batch]
+        return self._index_pass(epoch)[batch]
 
     def __len__(self) -> int:
         """Batches in a full pass at the current batch size, the same on every rank."""
-        return len(self._index_batches(epoch=0, per_device_batch_size=self.batch_size))
+        return len(self._index_pass(epoch=0))
 
     def __iter__(self) -> Iterator[Batch]:
         epoch, first = self.position
-        batches = self._index_batches(epoch=epoch, per_device_batch_size=self.batch_size)
+        batches = self._index_pass(epoch)
         if first > len(batches):
             raise ValueError(
                 f"position (epoch {epoch}, batch {first}): an epoch has {len(batches)} batches of {self.batch_size}; "
                 "give a smaller batch number, or the batch size that the position was taken at"
             )
-        this_pass = Pass(epoch, self._seed, self.image_size, not self._test_crop, self._crops, self._augmentations)
+        sizes = [size for size, _ in self._batch_shapes or [(self.image_size, 0)] * len(batches)][: len(batches)]
+        this_pass = Pass(epoch, self._seed, max(sizes), not self._test_crop, self._crops, self._augmentations)
         if self._decoding is not None:
             self._decoding.close()
             self._decoding = None
-        return self._serve(batches[first:], this_pass)
+        sized = [(indices, this_pass.at(size)) for indices, size in zip(batches, sizes, strict=True)]
+        return self._serve(sized[first:], this_pass)
 
-    def _serve(self, batches: list[np.ndarray], this_pass: Pass) -> Generator[Batch, None, None]:
+    def _serve(self, batches: list[Work], this_pass: Pass) -> Generator[Batch, None, None]:
         # Runs from the first next() on. A pass that stops early counts too: otherwise a loop that takes a few batches
         # per epoch would see the same images forever.
         self.position = (this_pass.epoch + 1, 0)
@@ -189,6 +227,23 @@ class Loader(ABC):
                     raise RuntimeError("this pass over the data is over: a newer one over the same loader has begun")
         finally:
             decoding.close()
+
+    def _index_pass(self, epoch: int) -> list[np.ndarray]:
+        """This rank's images of each batch, at the sizes of the next pass."""
+        if self._batch_shapes is not None:
+            return self._index_mixed(self._batch_shapes, epoch=epoch)
+        return self._index_batches(epoch=epoch, per_device_batch_size=self.batch_size)
+
+    def _index_mixed(self, shapes: Sequence[tuple[int, int]], *, epoch: int) -> list[np.ndarray]:
+        return mixed_batches(
+            self.num_samples,
+            per_device_batch_sizes=[images for _, images in shapes],
+            rank=self._rank,
+            world_size=self._world_size,
+            seed=self._seed,
+            epoch=epoch,
+            drop_last=self._drop_last,
+        )
 
     def _index_batches(self, *, epoch: int, per_device_batch_size: int) -> list[np.ndarray]:
         if not self.train:
@@ -209,8 +264,10 @@ class Loader(ABC):
         )
 
     @abstractmethod
-    def _decode(self, batches: list[np.ndarray], this_pass: Pass, buffers: HostBuffers) -> Generator[Batch, None, None]:
-        """The batches of one pass, given the image indices of each. Closing it stops the decoding.
+    def _decode(self, batches: list[Work], this_pass: Pass, buffers: HostBuffers) -> Generator[Batch, None, None]:
+        """The batches of one pass, given the image indices of each and its own pass. Closing it stops the decoding.
+
+        A batch's own pass is `this_pass` but for the image size.
 
         Images in memory of `buffers` are given back once they are on the device.
         """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from ..draws import Operation, random_bits
@@ -49,6 +51,32 @@ def train_batches(
     batches = list(full[:, rank])
     if not drop_last and num_left >= world_size:
         batches.append(np.array_split(order[-num_left:], world_size)[rank])
+    return batches
+
+
+def mixed_batches(
+    num_samples: int,
+    *,
+    per_device_batch_sizes: Sequence[int],
+    rank: int,
+    world_size: int,
+    seed: int,
+    epoch: int,
+    drop_last: bool = True,
+) -> list[np.ndarray]:
+    """`train_batches`, but batch b has per_device_batch_sizes[b] images on each rank.
+
+    The order is the same, cut into these lengths; images beyond them are left out. The last one may be longer than what
+    is left, which is then dropped or split as in `train_batches`.
+    """
+    _check_rank(rank, world_size)
+    order = epoch_order(num_samples, seed=seed, epoch=epoch)
+    ends = np.cumsum(per_device_batch_sizes) * world_size
+    batches = []
+    for size, end in zip(per_device_batch_sizes, ends.tolist(), strict=True):
+        whole = order[end - size * world_size : end]
+        if len(whole) == size * world_size or (not drop_last and len(whole) >= world_size):
+            batches.append(np.array_split(whole, world_size)[rank])
     return batches
 
 

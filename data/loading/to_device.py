@@ -51,8 +51,13 @@ class HostBuffers:
 
     def __init__(self, device: torch.device) -> None:
         self._pinned = device.type == "cuda"
+        self._least_bytes = 0
         self._free: list[torch.Tensor] = []
         self._taken: dict[int, torch.Tensor] = {}
+
+    def reserve(self, batch_bytes: int) -> None:
+        """Make each buffer at least so large from now on: batches may differ, and each should fit into any."""
+        self._least_bytes = batch_bytes
 
     def take(self, num_images: int, image_size: int) -> tuple[torch.Tensor, np.ndarray]:
         """Memory for a batch, viewed as the tensor [B, 3, S, S] to return and as the array [B, S, S, 3] to fill."""
@@ -60,7 +65,7 @@ class HostBuffers:
             return empty_images(num_images, image_size)
         num_bytes = num_images * image_size * image_size * 3
         fitting = [buffer for buffer in self._free if buffer.numel() >= num_bytes]
-        buffer = fitting[0] if fitting else _pinned_bytes(num_bytes)
+        buffer = fitting[0] if fitting else _pinned_bytes(max(num_bytes, self._least_bytes))
         self._free = [other for other in self._free if other is not buffer]
         self._taken[buffer.data_ptr()] = buffer
         images = buffer[:num_bytes].view(num_images, image_size, image_size, 3)

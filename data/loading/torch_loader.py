@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional
 
 from ..sources import Source, channel_statistics
-from .loader import Loader, Pass
+from .loader import Loader, Pass, Work
 from .to_device import Batch, HostBuffers, empty_images
 
 _Item = tuple[int, Pass]
@@ -57,8 +57,8 @@ class TorchLoader(Loader):
         """Per channel, on the 0..255 scale; computed from up to 2,000 images on first use."""
         return self._statistics[1]
 
-    def _decode(self, batches: list[np.ndarray], this_pass: Pass, buffers: HostBuffers) -> Generator[Batch, None, None]:
-        self._sampler.batches = [[(int(index), this_pass) for index in indices] for indices in batches]
+    def _decode(self, batches: list[Work], this_pass: Pass, buffers: HostBuffers) -> Generator[Batch, None, None]:
+        self._sampler.batches = [[(int(index), own_pass) for index in indices] for indices, own_pass in batches]
         yield from self._dataloader
 
 

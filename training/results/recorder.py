@@ -168,8 +168,8 @@ class Ledger:
         partial = self._partial
         partial["images"] += images
         partial["largest_batch"] = max(partial["largest_batch"], images)
-        if partial["image_size"] is None and image_size is not None:
-            partial["image_size"] = int(image_size)
+        if image_size is not None:  # the largest, as of batches
+            partial["image_size"] = max(int(image_size), partial["image_size"] or 0)
         for name, value in (("loss", loss), ("top1", top1)):
             if value is not None:
                 partial[f"{name}_sum"] += value * images
