@@ -137,7 +137,7 @@ class ProgressiveResizing(SpeedUp):
         each step (see `SampledSizes`). None: what the other settings are for; without any a ramp.
     stages: explicit ones that cover the whole run.
     initial_scale, delay_fraction, finetune_fraction, size_multiple: of the ramp.
-    sizes, per_device_batch_sizes, final_epochs, spread, uniform_share: of the draws.
+    sizes, per_device_batch_sizes, global_batch_sizes, final_epochs, spread, uniform_share: of the draws.
     learning_rate_scaling: how a stage, or a draw, whose batch size differs from the loader's scales the learning rate:
         not at all ("none"), by the ratio of the batch sizes ("linear", Goyal 2017), or by its square root ("sqrt").
         Scaling needs a LearningRate among the algorithms.
@@ -170,6 +170,7 @@ class ProgressiveResizing(SpeedUp):
         schedule: Schedule | None = None,
         sizes: list[int] | None = None,
         per_device_batch_sizes: list[int] | None = None,
+        global_batch_sizes: list[int] | None = None,
         final_epochs: int = 0,
         spread: float = 0.65,
         uniform_share: float = 0.1,
@@ -183,12 +184,18 @@ class ProgressiveResizing(SpeedUp):
         self._follows_ramp = stages is None and sizes is None
         self._sampled: SampledSizes | None = None
         if sizes is not None:
-            batch_sizes = None if per_device_batch_sizes is None else tuple(per_device_batch_sizes)
-            self._sampled = SampledSizes(tuple(sizes), batch_sizes, final_epochs, spread, uniform_share)
-        elif per_device_batch_sizes is not None or final_epochs:
+            self._sampled = SampledSizes(
+                tuple(sizes),
+                None if per_device_batch_sizes is None else tuple(per_device_batch_sizes),
+                None if global_batch_sizes is None else tuple(global_batch_sizes),
+                final_epochs,
+                spread,
+                uniform_share,
+            )
+        elif per_device_batch_sizes is not None or global_batch_sizes is not None or final_epochs:
             raise ValueError(
-                "per_device_batch_sizes and final_epochs are of drawn sizes, and sizes is not given; give sizes, or "
-                "leave them out"
+                "per_device_batch_sizes, global_batch_sizes and final_epochs are of drawn sizes, and sizes is not "
+                "given; give sizes, or leave them out"
             )
         self.learning_rate_scaling = learning_rate_scaling
         self._ramp: dict[str, Any] = dict(
@@ -204,6 +211,7 @@ class ProgressiveResizing(SpeedUp):
         self._num_ranks: int | None = None  # that a plan is made for; None: those that train together
         self._batch_size: int | None = None  # images per device in the current stage
         self._total_epochs = self._num_images = self._seed = 0  # of the run, for draws
+        self._drop_last = False
         self._shapes: tuple[int, list[Shape]] | None = None  # of the epoch that was asked for last
         self._num_steps: tuple[int, int] | None = None  # the current epoch and its steps
         self._batches_per_epoch: int | None = None  # the run's own; None: all of the loader's
@@ -217,12 +225,13 @@ class ProgressiveResizing(SpeedUp):
         per_device_batch_size: int | None,
         num_ranks: int | None = None,
         num_images: int = 1,
+        drop_last: bool = False,
         seed: int = 0,
     ) -> None:
         """Fix the stages for a run of `total_epochs` whose loader is set to these sizes.
 
         num_ranks: that the run is planned for; None for the processes that train together. num_images, seed: of an
-        epoch and of the run, for draws.
+        epoch and of the run, for draws. drop_last: whether the loader drops an epoch's last batch if it is not full.
 
         Raises ValueError when explicit stages do not cover the run exactly, and final epochs that are more than those.
         """
@@ -231,6 +240,7 @@ class ProgressiveResizing(SpeedUp):
         self._num_ranks = num_ranks
         if self._sampled is not None:
             self._total_epochs, self._num_images, self._seed = total_epochs, num_images, seed
+            self._drop_last = drop_last
             self._shapes = None
             if self._sampled.final_epochs > total_epochs:
                 raise ValueError(
@@ -265,13 +275,16 @@ class ProgressiveResizing(SpeedUp):
                 per_device_batch_size=self._reference_batch_size,
                 num_ranks=self._ranks(),
             )
+            if self._drop_last and sum(images for _, images in drawn) * self._ranks() > self._num_images:
+                drawn.pop()
             self._shapes = epoch, drawn
         return self._shapes[1]
 
     def stage(self, epoch: int) -> Stage:
         """The stage of `epoch` (counted from 0); call `prepare` first."""
         if self._sampled is not None:  # the final epochs; before them, the largest images that are drawn
-            return Stage(1, self._sampled.sizes[-1], self._sampled.batch_sizes(self._reference_batch_size)[-1])
+            batch_size = self._sampled.batch_sizes(self._reference_batch_size, self._ranks())[-1]
+            return Stage(1, self._sampled.sizes[-1], batch_size)
         assert self.stages is not None, "prepare() comes first"
         return stage_at(epoch, self.stages)
 
@@ -377,9 +390,8 @@ class ProgressiveResizing(SpeedUp):
     def _try_every_stage(self, loader: ResizableLoader) -> None:
         # Setters act on the next pass, so trying costs nothing; a late stage's error would waste the run up to it.
         if self._sampled is not None:
-            for size, batch_size in zip(
-                self._sampled.sizes, self._sampled.batch_sizes(self._reference_batch_size), strict=True
-            ):
+            batch_sizes = self._sampled.batch_sizes(self._reference_batch_size, world_size())
+            for size, batch_size in zip(self._sampled.sizes, batch_sizes, strict=True):
                 loader.set_image_size(size)
                 loader.set_batch_size(batch_size)
             return
@@ -415,7 +427,7 @@ class ProgressiveResizing(SpeedUp):
 
     def _sets_batch_size(self) -> bool:
         if self._sampled is not None:
-            return self._sampled.per_device_batch_sizes is not None
+            return self._sampled.sets_batch_size
         return any(stage.per_device_batch_size or stage.global_batch_size for stage in self.stages or ())
 
     def _refuse_batches_of_changing_size(self, state: State) -> None:
@@ -449,7 +461,7 @@ class ProgressiveResizing(SpeedUp):
             )
 
     def _which(self) -> str:
-        return "a stage" if self._sampled is None else "per_device_batch_sizes"
+        return "a stage" if self._sampled is None else "a drawn size"
 
     def _refuse_another_plan(self) -> None:
         plan, loaded, self._loaded_plan = self._plan(), self._loaded_plan, None  # once: another fit may be longer
@@ -525,7 +537,7 @@ def _as_stage(stage: Any) -> Stage:
 
 def _described_plan(plan: Mapping[str, Any]) -> str:
     if plan.get("sampled") is not None:
-        return "sizes " + ", ".join(f"{name}={value}" for name, value in plan["sampled"].items())
+        return "drawn sizes with " + ", ".join(f"{name}={value}" for name, value in plan["sampled"].items())
     if plan.get("stages") is None:
         settings = ", ".join(f"{name}={value}" for name, value in (plan.get("ramp") or {}).items())
         return f"ramp {settings}"

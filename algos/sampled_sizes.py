@@ -53,7 +53,8 @@ def size_probabilities(
 class SampledSizes:
     """The sizes of every step of a run, as a pure function of (seed, epoch, step).
 
-    sizes: px, rising. per_device_batch_sizes: images of a batch at each size; None: the loader's own at all of them.
+    sizes: px, rising. per_device_batch_sizes, global_batch_sizes: images of a batch at each size, on one device or on
+        all together; give at most one. Without, the loader's own at all of them.
     final_epochs: at the run's end, which are at the last size alone. spread, uniform_share: see `size_probabilities`.
 
     Raises ValueError for fewer than two sizes, sizes that do not rise, as many batch sizes as there are not sizes, a
@@ -62,6 +63,7 @@ class SampledSizes:
 
     sizes: tuple[int, ...]
     per_device_batch_sizes: tuple[int, ...] | None = None
+    global_batch_sizes: tuple[int, ...] | None = None
     final_epochs: int = 0
     spread: float = 0.65
     uniform_share: float = 0.1
@@ -69,12 +71,17 @@ class SampledSizes:
     def __post_init__(self) -> None:
         if len(self.sizes) < 2 or any(one >= other for one, other in zip(self.sizes, self.sizes[1:], strict=False)):
             raise ValueError(f"sizes {list(self.sizes)} must be at least two image sizes in px, in rising order")
-        if self.per_device_batch_sizes is not None and len(self.per_device_batch_sizes) != len(self.sizes):
-            raise ValueError(
-                f"per_device_batch_sizes has {len(self.per_device_batch_sizes)} entries and sizes has "
-                f"{len(self.sizes)}; give one for each size, or leave it out"
-            )
-        for name, values in (("sizes", self.sizes), ("per_device_batch_sizes", self.per_device_batch_sizes or ())):
+        lists = {"per_device_batch_sizes": self.per_device_batch_sizes, "global_batch_sizes": self.global_batch_sizes}
+        if None not in lists.values():
+            raise ValueError("per_device_batch_sizes and global_batch_sizes are both given; give one of them")
+        for name, values in {"sizes": self.sizes, **lists}.items():
+            if values is None:
+                continue
+            if len(values) != len(self.sizes):
+                raise ValueError(
+                    f"{name} has {len(values)} entries and sizes has {len(self.sizes)}; give one for each size, or "
+                    "leave it out"
+                )
             if any(isinstance(value, bool) or not isinstance(value, int) or value < 1 for value in values):
                 raise ValueError(f"{name} {list(values)} must be whole numbers of at least 1")
         if isinstance(self.final_epochs, bool) or not isinstance(self.final_epochs, int) or self.final_epochs < 0:
@@ -92,10 +99,23 @@ class SampledSizes:
             len(self.sizes), progress=progress, spread=self.spread, uniform_share=self.uniform_share
         )
 
-    def batch_sizes(self, per_device_batch_size: int | None) -> tuple[int, ...]:
-        """Images per device at each size, for a loader with this batch size."""
+    @property
+    def sets_batch_size(self) -> bool:
+        """Whether it has batch sizes of its own."""
+        return self.per_device_batch_sizes is not None or self.global_batch_sizes is not None
+
+    def batch_sizes(self, per_device_batch_size: int | None, num_ranks: int = 1) -> tuple[int, ...]:
+        """Images per device at each size, for a loader with this batch size. Raises ValueError when global ones do not
+        divide over the ranks."""
         if self.per_device_batch_sizes is not None:
             return self.per_device_batch_sizes
+        if self.global_batch_sizes is not None:
+            if any(size % num_ranks for size in self.global_batch_sizes):
+                raise ValueError(
+                    f"global_batch_sizes are {list(self.global_batch_sizes)} and there are {num_ranks} ranks; make "
+                    f"them multiples of {num_ranks}"
+                )
+            return tuple(size // num_ranks for size in self.global_batch_sizes)
         return (per_device_batch_size or 1,) * len(self.sizes)
 
     def shapes(
@@ -114,7 +134,7 @@ class SampledSizes:
         A drawn batch that is larger than what is left of the epoch gives way to the largest that fits; where none does,
         the last batch is of the size with the smallest batches, and not full.
         """
-        batch_sizes = self.batch_sizes(per_device_batch_size)
+        batch_sizes = self.batch_sizes(per_device_batch_size, num_ranks)
         most_steps = -(-num_images // (min(batch_sizes) * num_ranks))
         drawn = self._draw(epoch, total_epochs, seed, most_steps)
         shapes, left = [], num_images

@@ -242,7 +242,7 @@ def make_plan(recipe: Recipe, facts: DataFacts, place: Place) -> Plan:
         recipe, algorithms, per_device_batch_size=per_device, world_size=place.world_size, num_images=facts.num_train
     )
     keep_rates = _keep_rates(recipe, algorithms)
-    drawn = _drawn_shapes(recipe, facts, algorithms, world_size=place.world_size)
+    drawn = _drawn_shapes(recipe, algorithms, world_size=place.world_size)
     each_shape = {
         (shape, keep_rate)
         for epoch, (whole, keep_rate) in enumerate(zip(shapes, keep_rates, strict=True))
@@ -273,7 +273,7 @@ def make_plan(recipe: Recipe, facts: DataFacts, place: Place) -> Plan:
                     facts,
                     algorithms,
                     shape=shape,
-                    drawn=_steps_of(drawn.get(index, []), macs, keep_rate, recipe, facts),
+                    drawn=_steps_of(drawn.get(index, []), macs, keep_rate, facts),
                     macs=macs[(*shape, keep_rate)],
                     initial=peak,
                 ),
@@ -358,6 +358,7 @@ def _epoch_shapes(
                 per_device_batch_size=per_device_batch_size,
                 num_ranks=world_size,
                 num_images=num_images,
+                drop_last=recipe.data.train.drop_last,
                 seed=recipe.seed,
             )
             shapes = [
@@ -377,27 +378,20 @@ def _epoch_shapes(
 
 
 def _drawn_shapes(
-    recipe: Recipe, facts: DataFacts, algorithms: Mapping[str, Any], *, world_size: int
+    recipe: Recipe, algorithms: Mapping[str, Any], *, world_size: int
 ) -> dict[int, list[tuple[int, int]]]:
     """(image size, global batch size) of each step of the epochs whose steps draw their own."""
     resizing = algorithms.get("progressive_resizing")
     if not isinstance(resizing, ProgressiveResizing):
         return {}
-    drawn = {}
-    for epoch in range(recipe.epochs):
-        shapes = [(size, batch * world_size) for size, batch in resizing.shapes(epoch)]
-        if shapes and recipe.data.train.drop_last and sum(batch for _, batch in shapes) > facts.num_train:
-            shapes.pop()
-        if shapes:
-            drawn[epoch] = shapes
-    return drawn
+    drawn = {epoch: resizing.shapes(epoch) for epoch in range(recipe.epochs)}
+    return {epoch: [(size, batch * world_size) for size, batch in shapes] for epoch, shapes in drawn.items() if shapes}
 
 
 def _steps_of(
     shapes: list[tuple[int, int]],
     macs: Mapping[tuple[int, int, float], int],
     keep_rate: float,
-    recipe: Recipe,
     facts: DataFacts,
 ) -> tuple[Steps, ...]:
     """The drawn steps of an epoch, those of a shape together, smallest images first."""

@@ -53,7 +53,15 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "sam": {"rho": 0.05, "interval": 2},
     "stochastic_depth": {"drop_rate": 0.3},
 }
-SETS: dict[str, list[str]] = {"nothing": [], **{name: [name] for name in names()}, "all together": names()}
+# Others of an algorithm's ways: name -> the algorithm and its settings.
+WAYS: dict[str, tuple[str, dict[str, Any]]] = {
+    "progressive_resizing, sampled": (
+        "progressive_resizing",
+        {"sizes": [8, 12, 16], "global_batch_sizes": [8, 8, 4], "final_epochs": 1, "learning_rate_scaling": "linear"},
+    ),
+}
+ALONE = {name: [name] for name in sorted([*names(), *WAYS])}
+SETS: dict[str, list[str]] = {"nothing": [], **ALONE, "all together": names()}
 PAIRS = {"+".join(pair): list(pair) for pair in combinations(names(), 2)}
 # Each algorithm with the next one in the registry: the pairs that every change is tested with.
 NEIGHBORS = {"+".join(sorted(pair)): sorted(pair) for pair in pairwise([*names(), names()[0]])}
@@ -84,7 +92,7 @@ def make(name: str) -> Algorithm:
     """The algorithm with its example settings."""
     if name in COMPOSER_EXAMPLES:
         return maker(name)(**COMPOSER_EXAMPLES[name])
-    settings = dict(EXAMPLES[name])
+    name, settings = WAYS.get(name, (name, dict(EXAMPLES.get(name, {}))))
     if "stages" in settings:
         from algos import Stage
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from algos.framework.protocols import CropSwitchingLoader, ResizableLoader
 from algos.learning_rate import LearningRate
 from algos.progressive_resizing import ProgressiveResizing, Stage, ramp_stages, resize_images, stage_at
+from algos.sampled_sizes import SampledSizes
 
 
 @pytest.fixture(autouse=True)
@@ -386,6 +387,21 @@ def test_resumed_runs_are_the_whole_run(tmp_path, steps, loader):
     assert seen.lengths == expected.lengths[steps:]
 
 
+def drawn(**settings):
+    return ProgressiveResizing(**{"sizes": [4, 8, 12], **settings})
+
+
+def test_without_the_loaders_help_each_batch_is_resized_to_its_draw():
+    _, _, seen = train([drawn(final_epochs=1)], FixedLoader(num_samples=80), epochs=4)
+    sizes = [shape[-1] for shape in seen.shapes]
+    expected = SampledSizes((4, 8, 12), final_epochs=1)
+    for epoch in range(3):
+        shapes = expected.shapes(epoch, total_epochs=4, num_images=10, seed=3, per_device_batch_size=1)
+        assert sizes[10 * epoch : 10 * epoch + 10] == [size for size, _ in shapes]
+    assert sizes[30:] == [12] * 10
+    assert set(sizes[:30]) == {4, 8, 12}
+
+
 def test_another_plan_is_refused_on_resuming(tmp_path):
     ours = lambda *rows: [ProgressiveResizing(stages=stages(*rows))]  # noqa: E731
     train(ours((1, 4), (2, 8)), save_folder=str(tmp_path), save_interval="2ba", run_name="a")
@@ -397,6 +413,8 @@ def test_another_plan_is_refused_on_resuming(tmp_path):
     with pytest.raises(ValueError, match="1 epochs at 8 px in batches of 12 a device; continue it with the same"):
         train(ours((1, 4), (1, 8), (1, 8, 12)), **resume)
     train(ours((2, 4), (1, 8)), load_weights_only=True, load_strict_model_weights=True, **resume)  # a new run
+    with pytest.raises(ValueError, match=r"had the stages 1 epochs at 4 px, .* this one the drawn sizes with sizes="):
+        train([drawn()], FixedLoader(), **resume)
 
 
 @pytest.mark.parametrize(
@@ -407,6 +425,9 @@ def test_another_plan_is_refused_on_resuming(tmp_path):
         (ProgressiveResizing(stages=stages((2, 4), (1, 8, 48))), FakeLoader, "stage 2 .*: batch size 48: there are 24"),
         (ProgressiveResizing(stages=stages((3, 4, 12))), FixedLoader, "FixedLoader, cannot change it; use a"),
         (ProgressiveResizing(stages=stages((3, 4)), learning_rate_scaling="linear"), FakeLoader, "no algos.Lear"),
+        (drawn(), FakeLoader, "a FakeLoader, changes its size between passes alone; use a loader with set_batch_sha"),
+        (drawn(global_batch_sizes=[8, 6, 4]), FixedLoader, "a drawn size sets a batch size, and the loader, a FixedL"),
+        (drawn(final_epochs=4), FixedLoader, "final_epochs is 4 and the run has 3 epochs"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_done_is_said_before_the_first_step(algorithm, loader, message):

@@ -72,6 +72,15 @@ def test_an_epoch_has_every_image_once(num_ranks, batch_sizes):
         assert sum(global_batches) - images < min(sizes) * num_ranks
 
 
+def test_global_batches_are_divided_over_the_ranks():
+    sampled = SampledSizes(SIZES, global_batch_sizes=BATCHES)
+    given = dict(total_epochs=4, num_images=3000, seed=1)
+    alone, together = (sampled.shapes(1, num_ranks=ranks, **given) for ranks in (1, 4))
+    assert [(size, 4 * images) for size, images in together] == alone
+    with pytest.raises(ValueError, match=r"\[96, 64, 48, 32\] and there are 5 ranks; make them multiples of 5"):
+        sampled.shapes(1, num_ranks=5, **given)
+
+
 def test_draws_depend_on_seed_and_epoch_alone():
     sampled = SampledSizes(SIZES, BATCHES)
     given = dict(total_epochs=5, num_images=20_000)
@@ -100,6 +109,7 @@ def test_the_final_epochs_are_at_the_last_size():
         ({"sizes": (0, 128)}, r"sizes \[0, 128\] must be whole numbers of at least 1"),
         ({"per_device_batch_sizes": (32, 16)}, "per_device_batch_sizes has 2 entries and sizes has 4"),
         ({"per_device_batch_sizes": (8, 8, 8, 0)}, r"per_device_batch_sizes \[8, 8, 8, 0\] must be whole numbers"),
+        ({"per_device_batch_sizes": BATCHES, "global_batch_sizes": BATCHES}, "are both given; give one of them"),
         ({"final_epochs": -1}, "final_epochs -1 must be a whole number of at least 0"),
         ({"spread": -0.1}, "spread -0.1 must be 0 or more"),
         ({"uniform_share": 1.5}, r"uniform_share 1.5 must lie in \[0, 1\]"),

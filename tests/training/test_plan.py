@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from models.registry import find
 from models.summary import count_forward_macs, count_parameters
+from training.graphs import graphs_of
 from training.plan import Place, plan_run, without_algorithms
 from training.plan_text import format_plan
 from training.recipe import RecipeError
@@ -36,6 +38,55 @@ def test_plan_and_run_agree(short_recipe: Any) -> None:
     for index, epoch in enumerate(plan.epochs):
         of_epoch = rates[epochs == index + 1]
         np.testing.assert_allclose([of_epoch[0], of_epoch[-1]], epoch.learning_rate, rtol=1e-6, atol=1e-12)
+
+
+DRAWN = (
+    "algorithms.progressive_resizing.stages=null", "algorithms.progressive_resizing.sizes=[8, 12, 16]",
+    "algorithms.progressive_resizing.per_device_batch_sizes=[240, 180, 120]",
+    "algorithms.progressive_resizing.final_epochs=2",
+    "algorithms.progressive_resizing.learning_rate_scaling=linear",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_plan_and_run_of_drawn_sizes_agree(short_recipe: Any, drop_last: bool) -> None:
+    recipe = short_recipe(*DRAWN, f"data.train.drop_last={drop_last}".lower())
+    plan = plan_run(recipe)
+    history = train(recipe, say=lambda text: None).history
+    epochs, rates = np.array(history.steps["epoch"]), np.array(history.steps["learning_rate"])
+    for index, (epoch, row) in enumerate(zip(plan.epochs, history.epochs, strict=True)):
+        assert (epoch.image_size, epoch.global_batch_size) == (row["image_size"], row["global_batch_size"])
+        of_epoch = rates[epochs == index + 1]
+        assert len(of_epoch) == epoch.steps
+        np.testing.assert_allclose([of_epoch[0], of_epoch[-1]], epoch.learning_rate, rtol=1e-6, atol=1e-12)
+        assert epoch.images == 1438 or drop_last
+    drawn = [epoch.drawn for epoch in plan.epochs]
+    assert [bool(steps) for steps in drawn] == [True, True, False, False]
+    for epoch in plan.epochs[:2]:
+        assert {(one.image_size, one.global_batch_size) for one in epoch.drawn} <= {(8, 240), (12, 180), (16, 120)}
+        assert sum(one.images for one in epoch.drawn) == epoch.images > 1438 - 120
+        exact = sum(one.images * one.forward_macs for one in epoch.drawn)
+        assert epoch.total_forward_macs == pytest.approx(epoch.passes * exact, rel=1e-6)
+    # One graph for each size and what is left over, for FixRes's phase, and for evaluation.
+    graphs = graphs_of(plan)
+    whole = {(graph.image_size, graph.images) for graph in graphs if graph.training and not graph.frozen}
+    assert {(8, 240), (12, 180), (16, 120)} >= whole if drop_last else len(whole) <= 3 + len(drawn)
+    text = format_plan(plan, plan_run(without_algorithms(recipe, "off")))
+    assert re.search(r"^ +1-2   drawn   drawn .* px in 240, \d+% at 12 px in 180", text, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (["algorithms.progressive_resizing.final_epochs=0"], "fixres trains the last 1 epochs at one size, .*final_ep"),
+        (["algorithms.progressive_resizing.final_epochs=9"], "final_epochs is 9 and the run has 4 epochs"),
+        (["algorithms.progressive_resizing.sizes=[8]"], r"sizes \[8\] must be at least two image sizes"),
+        (["algorithms.progressive_resizing.schedule=ramp"], "schedule is 'ramp' and the other settings are those of"),
+    ],
+)
+def test_draws_that_cannot_be_are_refused(short_recipe: Any, changes: list[str], said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        plan_run(short_recipe(*DRAWN, *changes))
 
 
 def test_the_rates_of_stages_with_a_global_batch_do_not_depend_on_the_ranks(short_recipe: Any) -> None:

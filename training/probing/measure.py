@@ -108,6 +108,11 @@ def measure(plan: Plan, *, seconds: float, say: Callable[[str], None], most_phas
             "parallelism.strategy",
             "is deepspeed, whose steps --probe does not measure; python -m training.engines.compare does",
         )
+    if any(epoch.drawn for epoch in plan.epochs):
+        raise RecipeError(
+            "algorithms.progressive_resizing.sizes",
+            "has each step draw its size, which --probe does not measure; give stages of these sizes to measure each",
+        )
     with tempfile.TemporaryDirectory() as folder:
         recipe = measured_recipe(recipe, Path(folder))
         recipe = replace(recipe, parallelism=replace(recipe.parallelism, strategy="none"))
