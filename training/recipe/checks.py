@@ -27,6 +27,7 @@ def check(raw: dict[str, Any]) -> dict[str, Any]:
     """Every section checked and filled with its defaults. Checks that cost an import come last."""
     from algos import LearningRate
     from data.beton.format import check_sizes
+    from data.decoding.crops import check_flip
     from data.loading.ahead import Ahead
     from data.loading.augment import build_augmentations
 
@@ -41,6 +42,8 @@ def check(raw: dict[str, Any]) -> dict[str, Any]:
     try_settings(
         build_augmentations, {"entries": top["data"]["train"]["augmentations"]}, path="data.train.augmentations"
     )
+    flip = {key: top["data"]["train"][key] for key in ("flip", "flip_probability")}
+    try_settings(check_flip, flip, path="data.train.flip")
     if top["data"]["train"]["sizes"] is not None:
         try_settings(check_sizes, {"sizes": top["data"]["train"]["sizes"]}, path="data.train.sizes")
     try_settings(Ahead, {"setting": top["data"]["train"]["batches_ahead"]}, path="data.train.batches_ahead")
