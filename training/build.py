@@ -84,6 +84,7 @@ def build_model(plan: Plan) -> ImageClassifier:
         num_classes=plan.facts.num_classes,
         class_names=plan.facts.class_names,
         loss=plan.recipe.loss,  # pyright: ignore[reportArgumentType]
+        class_weights=plan.class_weights,
     )
 
 

@@ -173,7 +173,8 @@ def check_flip(flip: str, flip_probability: float) -> None:
         raise ValueError(f"flip probability {flip_probability}: give a number from 0 to 1")
     if flip != "random" and flip_probability != CropSettings.flip_probability:
         raise ValueError(
-            f"flip probability {flip_probability} beside flip {flip!r}, which draws with none: leave one of them out"
+            f"flip probability {flip_probability} beside flip {flip!r}, which uses none: set it to "
+            f"{CropSettings.flip_probability}, or leave one of the two out"
         )
 
 

@@ -123,6 +123,7 @@ def _figures_table(figures: Figures) -> str:
     evaluation = figures.evaluation or {}
     rows = [("top-1", format_top1(figures.top1)), ("top-5", format_top1(figures.top5))]
     rows += [
+        ("balanced accuracy", format_top1(evaluation.get("balanced"))),
         ("loss", format_loss(figures.loss)),
         ("calibration error", format_top1(evaluation.get("calibration_error"))),
     ]

@@ -176,7 +176,8 @@ class RecipeKeys:
     model: Any = MISSING
     data: Data = field(default_factory=Data)
     algorithms: Any = None
-    loss: Literal["cross_entropy", "binary_cross_entropy"] = "cross_entropy"
+    # A name, or {name: ..., class_weights: auto | none | [a weight for each class]}; see sections.py
+    loss: Any = "cross_entropy"
     optimizer: Any = MISSING
     schedule: Any = None
     duration: Duration = field(default_factory=Duration)

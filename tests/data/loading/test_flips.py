@@ -107,7 +107,10 @@ def test_the_copies_of_an_image_in_one_epoch_alternate_too() -> None:
     ("settings", "says"),
     [
         ({"flip": "sometimes"}, "flip 'sometimes': give one of random, alternating, none"),
-        ({"flip": "alternating", "flip_probability": 0.3}, "0.3 beside flip 'alternating', .* leave one of them out"),
+        (
+            {"flip": "alternating", "flip_probability": 0.3},
+            "0.3 beside flip 'alternating', .* set it to 0.5, or leave one of the two out",
+        ),
     ],
 )
 def test_what_makes_no_sense_is_refused(settings: dict, says: str) -> None:
