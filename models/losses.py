@@ -57,7 +57,7 @@ def inverse_frequency_weights(counts: Sequence[int]) -> list[float]:
     Raises ValueError if there are no images.
     """
     if not any(count > 0 for count in counts):
-        raise ValueError("received no class with images; count the labels of the training data")
+        raise ValueError("received no class with images; give the number of training images of each class")
     scale = sum(counts) / sum(count > 0 for count in counts)
     return [scale / count if count else 0.0 for count in counts]
 
