@@ -1,6 +1,6 @@
 """Top-1 with alternating, random and no flips, on images for which a flip is a symmetry.
 
-    python -m benchmarks.flip --json figures.json --table figures.md      # about 8 minutes of one core
+    OMP_NUM_THREADS=1 python -m benchmarks.flip --json figures.json --table figures.md      # 10 minutes of one core
     python -m benchmarks.flip --read figures.json                         # measure nothing
     python -m benchmarks.flip --quick --seeds 0                           # checks that it runs
 
