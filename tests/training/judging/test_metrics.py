@@ -98,6 +98,12 @@ def test_what_cannot_be_judged_is_refused() -> None:
         accuracy(torch.zeros(1, 3), torch.tensor([3]))
 
 
+def test_balanced_accuracy_leaves_out_classes_without_images() -> None:
+    logits = torch.eye(4)[torch.tensor([0, 1, 2, 3])]
+    assert accuracy(logits, torch.tensor([0, 0, 2, 2])).balanced == 0.5
+    assert accuracy(logits, torch.tensor([0, 2, 2, 2])).balanced == pytest.approx((1 + 1 / 3) / 2)
+
+
 def test_one_class_is_always_right() -> None:
     logits, labels = torch.randn(5, 1), torch.zeros(5, dtype=torch.int64)
     assert accuracy(logits, labels).top1 == accuracy(logits, labels).balanced == 1
