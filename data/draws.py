@@ -11,6 +11,7 @@ from enum import IntEnum
 import numpy as np
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)  # splitmix64's increment: 2**64 divided by the golden ratio
+_IMAGE_BITS = 36  # of an occurrence; the bits above them are the number of the copy
 
 
 class Operation(IntEnum):
@@ -22,6 +23,7 @@ class Operation(IntEnum):
     SPLIT = 4
     PIXELS = 5
     STORAGE = 6
+    BALANCE = 7
     AUGMENTATION = 100  # and up, one per place in the list of augmentations
 
 
@@ -39,6 +41,25 @@ def uniforms(indices: np.ndarray, *, seed: int, epoch: int, operation: int, num_
     """float64 array [len(indices), num_draws], uniform in [0, 1)."""
     bits = random_bits(indices, seed=seed, epoch=epoch, operation=operation, num_draws=num_draws)
     return (bits >> np.uint64(11)) * 2.0**-53
+
+
+def occurrences(images: np.ndarray, copies: np.ndarray) -> np.ndarray:
+    """Numbers (int64 [B]) that stand for copy 0, 1, 2 ... of an image in one epoch; copy 0 is the image's own number.
+
+    Random numbers drawn for an occurrence differ from copy to copy, so an image that an epoch shows twice is cropped
+    in two ways.
+    """
+    return np.asarray(images, dtype=np.int64) + (np.asarray(copies, dtype=np.int64) << _IMAGE_BITS)
+
+
+def images_of(drawn: np.ndarray) -> np.ndarray:
+    """The images, int64 [B], that occurrences are of."""
+    return np.asarray(drawn) & ((1 << _IMAGE_BITS) - 1)
+
+
+def copies_of(drawn: np.ndarray) -> np.ndarray:
+    """The numbers of the copies, int64 [B], of occurrences."""
+    return np.asarray(drawn) >> _IMAGE_BITS
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

@@ -126,6 +126,7 @@ def _save_sheet(args: argparse.Namespace) -> None:
         seed=args.seed,
         num_workers=0,
         crop_scale=tuple(args.crop_scale),
+        flip=args.flip,
         flip_probability=args.flip_probability,
         eval_crop_ratio=args.crop_ratio,
         augmentations=_augmentations(args.augmentations),
@@ -220,6 +221,7 @@ def _parser() -> argparse.ArgumentParser:
         "--crop-ratio", type=float, default=0.875, metavar="R",
         help="in evaluation: the crop's side over the image's short side (default 0.875)",
     )  # fmt: skip
+    sheet.add_argument("--flip", default="random", metavar="HOW", help="random, alternating or none (default random)")
     sheet.add_argument("--flip-probability", type=float, default=0.5, metavar="P", help="in training (default 0.5)")
     sheet.add_argument(
         "--augmentations",

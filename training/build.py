@@ -53,8 +53,10 @@ def build_loaders(plan: Plan, *, rank: int, say: Callable[[str], None]) -> tuple
             crop_scale=data.train.crop_scale,
             crop_aspect=data.train.crop_aspect_ratio,
             crop_ratio=data.train.crop_ratio,
+            flip=data.train.flip,
             flip_probability=data.train.flip_probability,
             augmentations=data.train.augmentations,
+            sampler=data.train.sampler,
             eval_crop_ratio=data.eval.crop_ratio,
             **common,
         )
@@ -82,6 +84,7 @@ def build_model(plan: Plan) -> ImageClassifier:
         num_classes=plan.facts.num_classes,
         class_names=plan.facts.class_names,
         loss=plan.recipe.loss,  # pyright: ignore[reportArgumentType]
+        class_weights=plan.class_weights,
     )
 
 

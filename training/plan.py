@@ -23,7 +23,7 @@ from algos.progressive_resizing import ProgressiveResizing
 from algos.sam import SAM
 from models.registry import names
 from models.summary import count_forward_macs, count_parameters
-from training.facts import DataFacts, data_facts
+from training.facts import DataFacts, class_weights, data_facts
 from training.network import change_network, make_network, shapes_suffice
 from training.optimizers import peak_learning_rate
 from training.recipe import Recipe, RecipeError, users_mistake
@@ -119,6 +119,7 @@ class Plan:
     peak_learning_rate: at schedule factor 1, before any algorithm changes it.
     algorithms: in the order in which they act, including the learning-rate schedule and gradient clipping.
     parameters: number of scalars in the network after the algorithms have changed it.
+    class_weights: of the training loss; None where all classes weigh the same.
     """
 
     recipe: Recipe
@@ -129,6 +130,7 @@ class Plan:
     algorithms: tuple[PlannedAlgorithm, ...]
     parameters: int
     epochs: tuple[Epoch, ...]
+    class_weights: tuple[float, ...] | None = None
 
     @property
     def global_batch_size(self) -> int:
@@ -281,6 +283,7 @@ def make_plan(recipe: Recipe, facts: DataFacts, place: Place) -> Plan:
             )
             for index, (shape, keep_rate) in enumerate(zip(shapes, keep_rates, strict=True))
         ),
+        class_weights=class_weights(recipe, facts),
     )
     check_profiled_steps(recipe.logging.profile, total_steps=plan.steps)
     return plan

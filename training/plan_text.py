@@ -65,6 +65,7 @@ def format_plan(plan: Plan, baseline: Plan) -> str:
         f"{facts.num_classes} classes, {plan.parameters:,} parameters",
         *([] if facts.present else ["(the data are not here: counts are data.expected's)"]),
         _place_line(plan),
+        *_classes_line(plan),
         "",
         "algorithms, in the order they act",
         *(f"  {one.name:<28}{', '.join(one.events)}" for one in plan.algorithms),
@@ -93,6 +94,28 @@ def _place_line(plan: Plan) -> str:
         f"{recipe.optimizer['name']} at a peak learning rate of {plan.peak_learning_rate:g}",
     ]
     return ", ".join(parts)
+
+
+def _classes_line(plan: Plan) -> list[str]:
+    """What a setting for uneven classes does, with the numbers of images that it starts from."""
+    weights, counts = plan.class_weights, plan.facts.class_counts
+    balanced = plan.recipe.data.train.sampler == "balanced"
+    if not balanced and plan.recipe.class_weights is None:
+        return []
+    parts = []
+    if counts is not None:
+        present = [count for count in counts if count]
+        parts += [f"classes of {min(present):,} to {max(present):,} training images"]
+        parts += [f"{len(counts) - len(present):,} without any"] if len(present) < len(counts) else []
+        share = sum(counts) / len(present)
+        parts += [f"sampled equally, {share:,.0f} images of each in an epoch"] if balanced else []
+    elif balanced:
+        parts += ["classes sampled equally"]
+    if weights is not None:
+        parts += [f"loss weights from {min(weights):.3g} to {max(weights):.3g}"]
+    elif plan.recipe.class_weights is not None:
+        parts += ["loss weights from the numbers of images in each class, which are not here"]
+    return [", ".join(parts)]
 
 
 def _graphs_line(plan: Plan) -> list[str]:

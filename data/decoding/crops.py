@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 
-from ..draws import Operation, uniforms
+from ..draws import Operation, copies_of, images_of, uniforms
 
+Flip = Literal["random", "alternating", "none"]
 _ATTEMPTS = 10  # torchvision's number; after that it falls back to a center crop
 
 
@@ -21,7 +22,8 @@ class CropSettings:
     aspect: range of a training crop's width / height.
     crop_ratio: side of a training crop over the image's shorter side, within (0, 1]: a randomly placed square, in place
         of scale and aspect. 0.875 is "resize to 256, crop 224 at random". None crops by scale and aspect.
-    flip_probability: of a left-right flip in training, 0..1.
+    flip: which images training mirrors left to right; see `mirrored`.
+    flip_probability: of a `random` flip, 0..1.
     eval_crop_ratio: side of the evaluation crop over the image's shorter side, within (0, 1]. 0.875 is the usual
         "resize to 256, take the central 224".
     """
@@ -29,6 +31,7 @@ class CropSettings:
     scale: tuple[float, float] = (0.08, 1.0)
     aspect: tuple[float, float] = (3 / 4, 4 / 3)
     crop_ratio: float | None = None
+    flip: Flip = "random"
     flip_probability: float = 0.5
     eval_crop_ratio: float = 0.875
 
@@ -39,8 +42,7 @@ class CropSettings:
             raise ValueError(f"crop aspect {self.aspect}: give (least, largest) width / height, 0 < least <= largest")
         if self.crop_ratio is not None and not 0 < self.crop_ratio <= 1:
             raise ValueError(f"crop ratio {self.crop_ratio}: give a number above 0 and up to 1, or None for crop scale")
-        if not 0 <= self.flip_probability <= 1:
-            raise ValueError(f"flip probability {self.flip_probability}: give a number from 0 to 1")
+        check_flip(self.flip, self.flip_probability)
         if not 0 < self.eval_crop_ratio <= 1:
             raise ValueError(f"eval crop ratio {self.eval_crop_ratio}: give a number above 0 and up to 1")
 
@@ -50,7 +52,8 @@ class CropSettings:
         """Crop rows [B, 5] of a batch: random ones if `augment`, else the evaluation crop."""
         if not augment:
             return center_crops(heights, widths, crop_ratio=self.eval_crop_ratio)
-        drawn: dict[str, Any] = {"seed": seed, "epoch": epoch, "flip_probability": self.flip_probability}
+        flips = {"flip": self.flip, "flip_probability": self.flip_probability}
+        drawn: dict[str, Any] = {"seed": seed, "epoch": epoch, **flips}
         if self.crop_ratio is not None:
             return random_square_crops(indices, heights, widths, crop_ratio=self.crop_ratio, **drawn)
         return random_resized_crops(indices, heights, widths, scale=self.scale, aspect=self.aspect, **drawn)
@@ -65,6 +68,7 @@ def random_resized_crops(
     epoch: int,
     scale: tuple[float, float] = (0.08, 1.0),
     aspect: tuple[float, float] = (3 / 4, 4 / 3),
+    flip: Flip = "random",
     flip_probability: float = 0.5,
 ) -> np.ndarray:
     """Crops distributed as in torchvision's RandomResizedCrop and RandomHorizontalFlip.
@@ -75,6 +79,7 @@ def random_resized_crops(
         indices, heights, widths: [B]; heights and widths in px.
         scale: range of the crop's share of the image's area, within (0, 1].
         aspect: range of the crop's width / height.
+        flip, flip_probability: see `mirrored`.
 
     Returns:
         int32 [B, 5]: top, left, height, width in px, and 1 where the crop is to be flipped left to right.
@@ -92,7 +97,7 @@ def random_resized_crops(
     top = np.floor(draw_top * (room_below + 1))
     left = np.floor(draw_left * (room_right + 1))
 
-    flips = _flips(indices, seed=seed, epoch=epoch, probability=flip_probability)
+    flips = mirrored(indices, seed=seed, epoch=epoch, flip=flip, flip_probability=flip_probability)[:, None]
     attempts = np.stack([top, left, crop_height, crop_width], axis=-1)
     chosen = np.take_along_axis(attempts, fits.argmax(axis=1)[:, None, None], axis=1)[:, 0]
     chosen = np.where(fits.any(axis=1, keepdims=True), chosen, _fallback_crops(heights, widths, aspect))
@@ -107,6 +112,7 @@ def random_square_crops(
     seed: int,
     epoch: int,
     crop_ratio: float,
+    flip: Flip = "random",
     flip_probability: float = 0.5,
 ) -> np.ndarray:
     """Randomly placed squares whose side is `crop_ratio` of the image's shorter side.
@@ -118,7 +124,7 @@ def random_square_crops(
     room = np.stack([heights, widths], axis=1) - squares[:, 2:4]
     draws = uniforms(indices, seed=seed, epoch=epoch, operation=Operation.CROP, num_draws=2)
     squares[:, :2] = np.floor(draws * (room + 1))
-    squares[:, 4:] = _flips(indices, seed=seed, epoch=epoch, probability=flip_probability)
+    squares[:, 4] = mirrored(indices, seed=seed, epoch=epoch, flip=flip, flip_probability=flip_probability)
     return squares
 
 
@@ -136,8 +142,40 @@ def center_crops(heights: np.ndarray, widths: np.ndarray, *, crop_ratio: float) 
     return np.stack([top, left, side, side, np.zeros_like(side)], axis=1).astype(np.int32)
 
 
-def _flips(indices: np.ndarray, *, seed: int, epoch: int, probability: float) -> np.ndarray:
-    return np.less(uniforms(indices, seed=seed, epoch=epoch, operation=Operation.FLIP), probability)
+def mirrored(
+    indices: np.ndarray, *, seed: int, epoch: int, flip: Flip = "random", flip_probability: float = 0.5
+) -> np.ndarray:
+    """Which images are mirrored left to right in an epoch: bool [B].
+
+        random:       u(seed, epoch, image) < flip_probability, with u uniform in [0, 1)
+        alternating:  u(seed, 0, image) < 1/2, exclusive or: epoch + copy is odd
+        none:         never
+
+    Alternating (Jordan 2024, arXiv 2404.00498, section 3.6): an image that is mirrored in one epoch is not in the next,
+    so any two epochs in a row show both; the first epoch is that of `random`. copy is 0, unless an epoch shows an
+    image several times, as balanced sampling does: then its copies alternate too.
+
+    indices: images, or occurrences of them (`data.draws.occurrences`).
+    """
+    if flip == "none":
+        return np.zeros(len(indices), dtype=bool)
+    if flip == "random":
+        return uniforms(indices, seed=seed, epoch=epoch, operation=Operation.FLIP)[:, 0] < flip_probability
+    first = uniforms(images_of(indices), seed=seed, epoch=0, operation=Operation.FLIP)[:, 0] < 0.5
+    return first ^ ((epoch + copies_of(indices)) % 2 == 1)
+
+
+def check_flip(flip: str, flip_probability: float) -> None:
+    """Raise ValueError unless `mirrored` takes the two, and a probability goes with a random flip."""
+    if flip not in get_args(Flip):
+        raise ValueError(f"flip {flip!r}: give one of {', '.join(get_args(Flip))}")
+    if not 0 <= flip_probability <= 1:
+        raise ValueError(f"flip probability {flip_probability}: give a number from 0 to 1")
+    if flip != "random" and flip_probability != CropSettings.flip_probability:
+        raise ValueError(
+            f"flip probability {flip_probability} beside flip {flip!r}, which uses none: set it to "
+            f"{CropSettings.flip_probability}, or leave one of the two out"
+        )
 
 
 def _fallback_crops(heights: np.ndarray, widths: np.ndarray, aspect: tuple[float, float]) -> np.ndarray:

@@ -13,6 +13,7 @@ import torch
 from ..beton.format import Beton
 from ..beton.tiers import Tiers
 from ..decoding.decode import Decoder, make_decoder
+from ..draws import images_of
 from ..prefetch import PrefetchIterator
 from .ahead import Ahead, BatchesAhead, timed
 from .loader import Loader, Pass, Work
@@ -73,6 +74,9 @@ class FFCVLoader(Loader):
         """A line for each smaller file: up to which image size training reads it."""
         return [f"{path} serves training at up to {px} px" for path, px in self._tiers.training_limits(self._crops)]
 
+    def _labels(self) -> np.ndarray:
+        return self._tiers.largest.labels
+
     def _decode(self, batches: list[Work], this_pass: Pass, buffers: HostBuffers) -> Generator[Batch, None, None]:
         num_parts = self._num_parts(max((len(indices) for indices, _ in batches), default=1))
         batch_bytes = max((3 * len(indices) * one.image_size**2 for indices, one in batches), default=1)
@@ -104,7 +108,7 @@ class FFCVLoader(Loader):
                 serving[size] = self._tiers.serving(size, self._crops, augment=this_pass.augment)
             beton = serving[size]
             images, memory = buffers.take(len(indices), this_pass.image_size)
-            batch = images, torch.from_numpy(beton.labels[indices])
+            batch = images, torch.from_numpy(beton.labels[images_of(indices)])
             num_parts = self._num_parts(len(indices))
             seconds: list[float] = []  # of its parts
             parts = zip(np.array_split(indices, num_parts), np.array_split(memory, num_parts), strict=True)
@@ -116,8 +120,9 @@ class FFCVLoader(Loader):
 
 def _decode_part(decoder: Decoder, beton: Beton, this_pass: Pass, indices: np.ndarray, memory: np.ndarray) -> None:
     beton.check_size()
-    crops = this_pass.crop_rows(indices, beton.heights[indices], beton.widths[indices])
-    decoder.decode(beton, indices, crops, memory, exact=not this_pass.augment)
+    images = images_of(indices)
+    crops = this_pass.crop_rows(indices, beton.heights[images], beton.widths[images])
+    decoder.decode(beton, images, crops, memory, exact=not this_pass.augment)
     this_pass.augment_images(indices, memory)
 
 

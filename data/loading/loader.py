@@ -5,15 +5,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 
-from ..decoding.crops import CropSettings
+from ..decoding.crops import CropSettings, Flip
+from ..draws import images_of
 from .augment import Augmentation, augment_batch, build_augmentations
 from .order import eval_batches, mixed_batches, train_batches
 from .to_device import Batch, HostBuffers, to_device
+
+Sampler = Literal["shuffled", "balanced"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Pass:
             augment_batch(images, indices, self.augmentations, seed=self.seed, epoch=self.epoch)
 
 
-Work = tuple[np.ndarray, Pass]  # a batch's image indices, and how they are decoded
+Work = tuple[np.ndarray, Pass]  # a batch's occurrences of images, and how they are decoded
 
 
 class Loader(ABC):
@@ -66,10 +69,14 @@ class Loader(ABC):
         crop_scale: range of a training crop's share of the image's area.
         crop_aspect: range of a training crop's width / height.
         crop_ratio: side of a square training crop over the image's shorter side; None uses crop_scale.
-        flip_probability: of a left-right flip in training.
+        flip: "random", "alternating" or "none": which images training mirrors left to right (see
+            `data.decoding.crops.mirrored`).
+        flip_probability: of a random flip.
         eval_crop_ratio: side of the evaluation crop over the image's shorter side.
         augmentations: further training augmentations, in order, each a name in
             `data.loading.augment.AUGMENTATIONS` and its settings: `[{"name": "color_jitter", "brightness": 0.4}]`.
+        sampler: "shuffled" has every image once in a training pass, "balanced" every class equally often (see
+            `data.loading.order.balanced_order`). A pass has the same length either way.
         device: of the batches. On CUDA they are copied ahead of the step, on a separate stream.
 
     Attributes:
@@ -98,13 +105,17 @@ class Loader(ABC):
         crop_scale: tuple[float, float] = (0.08, 1.0),
         crop_aspect: tuple[float, float] = (3 / 4, 4 / 3),
         crop_ratio: float | None = None,
+        flip: Flip = "random",
         flip_probability: float = 0.5,
         eval_crop_ratio: float = 0.875,
         augmentations: Sequence[Mapping[str, Any]] = (),
+        sampler: Sampler = "shuffled",
         device: torch.device | str = "cpu",
     ) -> None:
         if num_workers < 0:
             raise ValueError(f"num_workers {num_workers}: give a whole number of at least 0")
+        if sampler not in get_args(Sampler):
+            raise ValueError(f"sampler {sampler!r}: give one of {', '.join(get_args(Sampler))}")
         self.num_samples = num_samples
         self.class_names = class_names
         self.train = train
@@ -115,12 +126,14 @@ class Loader(ABC):
         self._rank = rank
         self._world_size = world_size
         self._drop_last = drop_last
+        self._balanced_labels = self._labels() if train and sampler == "balanced" else None
         self._test_crop = not train
         self._decoding: Generator[Batch, None, None] | None = None
         self._crops = CropSettings(
             scale=(crop_scale[0], crop_scale[1]),
             aspect=(crop_aspect[0], crop_aspect[1]),
             crop_ratio=crop_ratio,
+            flip=flip,
             flip_probability=flip_probability,
             eval_crop_ratio=eval_crop_ratio,
         )
@@ -192,7 +205,7 @@ class Loader(ABC):
 
     def image_indices(self, epoch: int, batch: int) -> np.ndarray:
         """This rank's images in batch `batch` of `epoch`, both from 0, at the current batch size: int64 [B]."""
-        return self._index_pass(epoch)[batch]
+        return images_of(self._index_pass(epoch)[batch])
 
     def __len__(self) -> int:
         """Batches in a full pass at the current batch size, the same on every rank."""
@@ -243,6 +256,7 @@ class Loader(ABC):
             seed=self._seed,
             epoch=epoch,
             drop_last=self._drop_last,
+            balanced_labels=self._balanced_labels,
         )
 
     def _index_batches(self, *, epoch: int, per_device_batch_size: int) -> list[np.ndarray]:
@@ -261,11 +275,16 @@ class Loader(ABC):
             seed=self._seed,
             epoch=epoch,
             drop_last=self._drop_last,
+            balanced_labels=self._balanced_labels,
         )
 
     @abstractmethod
+    def _labels(self) -> np.ndarray:
+        """int64 [num_samples]: the label of each image. Called before the subclass's own __init__ is through."""
+
+    @abstractmethod
     def _decode(self, batches: list[Work], this_pass: Pass, buffers: HostBuffers) -> Generator[Batch, None, None]:
-        """The batches of one pass, given the image indices of each and its own pass. Closing it stops the decoding.
+        """The batches of one pass, given the occurrences of images in each and its own pass. Closing it stops the decoding.
 
         A batch's own pass is `this_pass` but for the image size.
 

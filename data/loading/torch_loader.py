@@ -11,7 +11,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional
 
-from ..sources import Source, channel_statistics
+from ..draws import images_of
+from ..sources import Source, channel_statistics, labels_of
 from .loader import Loader, Pass, Work
 from .to_device import Batch, HostBuffers, empty_images
 
@@ -30,8 +31,8 @@ class TorchLoader(Loader):
     """
 
     def __init__(self, source: Source, **settings: Any) -> None:
-        super().__init__(num_samples=len(source), class_names=source.class_names, **settings)
         self._source = source
+        super().__init__(num_samples=len(source), class_names=source.class_names, **settings)
         self._sampler = _PassSampler()
         self._dataloader = DataLoader(
             _CroppedImages(source),
@@ -57,6 +58,9 @@ class TorchLoader(Loader):
         """Per channel, on the 0..255 scale; computed from up to 2,000 images on first use."""
         return self._statistics[1]
 
+    def _labels(self) -> np.ndarray:
+        return labels_of(self._source)
+
     def _decode(self, batches: list[Work], this_pass: Pass, buffers: HostBuffers) -> Generator[Batch, None, None]:
         self._sampler.batches = [[(int(index), own_pass) for index in indices] for indices, own_pass in batches]
         yield from self._dataloader
@@ -81,7 +85,8 @@ class _CroppedImages(Dataset[tuple[torch.Tensor, int]]):
 
     def __getitem__(self, item: _Item) -> tuple[torch.Tensor, int]:
         index, this_pass = item
-        image = self._source.image(index)
+        number = int(images_of(np.array(index)))
+        image = self._source.image(number)
         height, width = image.shape[:2]
         rows = this_pass.crop_rows(np.array([index]), np.array([height]), np.array([width]))
         top, left, crop_height, crop_width, flip = rows[0].tolist()
@@ -92,7 +97,7 @@ class _CroppedImages(Dataset[tuple[torch.Tensor, int]]):
             pixels = functional.horizontal_flip(pixels)
         images = pixels.permute(1, 2, 0).contiguous()
         this_pass.augment_images(np.array([index]), images[None].numpy())
-        return images.permute(2, 0, 1), self._source.label(index)
+        return images.permute(2, 0, 1), self._source.label(number)
 
 
 def _collate(samples: list[tuple[torch.Tensor, int]]) -> Batch:

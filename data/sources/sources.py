@@ -315,6 +315,11 @@ def channel_statistics(source: Source) -> tuple[tuple[float, float, float], tupl
     return mean_and_std([channel_sums(source.image(int(index))) for index in statistics_picks(len(source))])
 
 
+def labels_of(source: Source) -> np.ndarray:
+    """int64 [N]: the label of each image; no image is read."""
+    return np.fromiter((source.label(index) for index in range(len(source))), dtype=np.int64, count=len(source))
+
+
 def statistics_picks(num_samples: int) -> np.ndarray:
     """int64: the images that the statistics use."""
     return np.unique(np.linspace(0, num_samples - 1, min(num_samples, _STATISTICS_IMAGES)).round().astype(int))

@@ -123,6 +123,7 @@ def _figures_table(figures: Figures) -> str:
     evaluation = figures.evaluation or {}
     rows = [("top-1", format_top1(figures.top1)), ("top-5", format_top1(figures.top5))]
     rows += [
+        ("balanced accuracy", format_top1(evaluation.get("balanced"))),
         ("loss", format_loss(figures.loss)),
         ("calibration error", format_top1(evaluation.get("calibration_error"))),
     ]
@@ -171,7 +172,7 @@ def _training_text(trained: Trained) -> str:
     versions = summary.get("versions") or {}
     rows = [
         ("optimizer", f"{recipe.optimizer['name']}, peak learning rate {_rate_text(recipe.optimizer)}"),
-        ("loss function", recipe.loss.replace("_", " ")),
+        ("loss function", recipe.loss.replace("_", " ") + (", with class weights" if recipe.class_weights else "")),
         ("training images", f"{recipe.data.train.image_size} px, {_batch_text(recipe.data.train)}"),
         ("parameters", f"{summary['parameters']:,}" if summary.get("parameters") else ""),
         ("training time", format_exact_seconds(summary.get("train_seconds"))),

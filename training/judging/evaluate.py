@@ -42,6 +42,7 @@ def format_evaluation(measured: dict[str, Any]) -> str:
         ("images", f"{measured['images']:,} of {measured['split']}, {measured['classes']:,} classes"),
         ("top-1", format_top1(measured["top1"])),
         *([("top-5", format_top1(measured["top5"]))] if measured["top5"] is not None else []),
+        ("balanced", f"{format_top1(measured['balanced'])}, the mean over the classes"),
         ("loss", format_loss(measured["loss"])),
         ("calibration", f"expected error {format_top1(measured['calibration_error'])}"),
         *([("shifts", f"{format_top1(shifts)} of pairs agree{_of_some(measured)}")] if shifts is not None else []),

@@ -15,15 +15,20 @@ CALIBRATION_BINS = 15
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Shares of 1, and the mean loss of the recipe's kind. top5 is None for five classes and fewer."""
+    """Shares of 1, and the mean loss of the recipe's kind.
+
+    top5: None for five classes and fewer.
+    balanced: the mean recall of the classes that have images: top-1 if each class had equally many.
+    """
 
     top1: float
     top5: float | None
     loss: float
+    balanced: float
 
 
 def accuracy(logits: Tensor, labels: Tensor, *, loss: str = "cross_entropy") -> Accuracy:
-    """Top-1, top-5 and loss.
+    """Top-1, top-5, balanced accuracy and loss.
 
     loss: "cross_entropy", or "binary_cross_entropy" for its sum over classes, as in training.
 
@@ -38,7 +43,12 @@ def accuracy(logits: Tensor, labels: Tensor, *, loss: str = "cross_entropy") -> 
             return 1.0  # torchmetrics takes two classes and more
         return float(multiclass_accuracy(logits, labels, num_classes=classes, average="micro", top_k=k))
 
-    return Accuracy(top1=top(1), top5=top(5) if classes > 5 else None, loss=_mean_loss(logits, labels, loss))
+    return Accuracy(
+        top1=top(1),
+        top5=top(5) if classes > 5 else None,
+        loss=_mean_loss(logits, labels, loss),
+        balanced=_mean_recall(logits.argmax(dim=1), labels),
+    )
 
 
 def probabilities(logits: Tensor, *, loss: str = "cross_entropy") -> Tensor:
@@ -113,6 +123,12 @@ def consistency(predictions: Tensor) -> float:
         raise ValueError(f"{shifts} shift was given; it takes two or more to agree or not")
     same = (predictions[:, :, None] == predictions[:, None, :]).double().sum(dim=(1, 2)) - shifts
     return float((same / (shifts * (shifts - 1))).mean())
+
+
+def _mean_recall(predicted: Tensor, labels: Tensor) -> float:
+    images = torch.bincount(labels)
+    right = torch.bincount(labels[predicted == labels], minlength=len(images))
+    return float((right[images > 0].double() / images[images > 0]).mean())
 
 
 def _mean_loss(logits: Tensor, labels: Tensor, loss: str) -> float:

@@ -12,6 +12,7 @@ from training.recipe.remote import check_remote
 from training.recipe.schema import RecipeError, parse, schema_of
 from training.recipe.sections import (
     parse_algorithms,
+    parse_loss,
     parse_model,
     parse_optimizer,
     parse_source,
@@ -27,11 +28,13 @@ def check(raw: dict[str, Any]) -> dict[str, Any]:
     """Every section checked and filled with its defaults. Checks that cost an import come last."""
     from algos import LearningRate
     from data.beton.format import check_sizes
+    from data.decoding.crops import check_flip
     from data.loading.ahead import Ahead
     from data.loading.augment import build_augmentations
 
     top = parse(RecipeKeys, raw, path="")
     top["data"]["source"] = parse_source(top["data"]["source"])
+    top["loss"] = parse_loss(top["loss"])
     top["algorithms"] = parse_algorithms(top["algorithms"])
     top["logging"]["trackers"] = parse_trackers(top["logging"]["trackers"])
     top["logging"]["profile"] = parse_profile(top["logging"]["profile"])
@@ -41,6 +44,8 @@ def check(raw: dict[str, Any]) -> dict[str, Any]:
     try_settings(
         build_augmentations, {"entries": top["data"]["train"]["augmentations"]}, path="data.train.augmentations"
     )
+    flip = {key: top["data"]["train"][key] for key in ("flip", "flip_probability")}
+    try_settings(check_flip, flip, path="data.train.flip")
     if top["data"]["train"]["sizes"] is not None:
         try_settings(check_sizes, {"sizes": top["data"]["train"]["sizes"]}, path="data.train.sizes")
     try_settings(Ahead, {"setting": top["data"]["train"]["batches_ahead"]}, path="data.train.batches_ahead")
@@ -89,6 +94,12 @@ def _check_together(top: dict[str, Any]) -> None:
     if train["crop_ratio"] is not None and _other_crop(train):
         raise RecipeError(
             "data.train.crop_ratio", f"is {train['crop_ratio']} beside {_other_crop(train)}; leave one of them out"
+        )
+    if train["sampler"] == "balanced" and isinstance(top["loss"], dict) and top["loss"]["class_weights"] == "auto":
+        raise RecipeError(
+            "loss.class_weights",
+            "is auto, and data.train.sampler is balanced: each makes up for rare classes, and both together do so "
+            "twice; set loss.class_weights=none, or data.train.sampler=shuffled",
         )
     for key, given in (("path", train["path"]), ("loader", "torch" if train["loader"] == "torch" else None)):
         if train["sizes"] is not None and given is not None:

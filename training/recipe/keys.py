@@ -41,9 +41,12 @@ class TrainData:
     crop_aspect_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     # Side of a square crop over the image's short side, instead of the two settings above. 0.875 is 224 of 256.
     crop_ratio: CropRatio | None = None
+    # random: each image is mirrored with flip_probability; alternating: in every second epoch.
+    flip: Literal["random", "alternating", "none"] = "random"
     flip_probability: Annotated[float, Range(minimum=0, maximum=1)] = 0.5
     # Further augmentations after crop and flip, in this order: [{name: color_jitter, brightness: 0.4}]
     augmentations: list[Any] = field(default_factory=list)
+    sampler: Literal["shuffled", "balanced"] = "shuffled"  # balanced: an epoch has each class equally often
 
 
 @dataclass
@@ -173,7 +176,8 @@ class RecipeKeys:
     model: Any = MISSING
     data: Data = field(default_factory=Data)
     algorithms: Any = None
-    loss: Literal["cross_entropy", "binary_cross_entropy"] = "cross_entropy"
+    # A name, or {name: ..., class_weights: auto | none | [a weight for each class]}; see sections.py
+    loss: Any = "cross_entropy"
     optimizer: Any = MISSING
     schedule: Any = None
     duration: Duration = field(default_factory=Duration)

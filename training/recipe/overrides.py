@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from training.recipe.schema import RecipeError
 
-_NAMED = ("model", "optimizer", "data", "data.source")  # an override of one of them can bring a bare name
+_NAMED = ("model", "loss", "optimizer", "data", "data.source")  # an override of one of them can bring a bare name
 
 # Limits that no recipe comes near, within which reading one takes little time and memory.
 _MOST_BYTES = 1_000_000
@@ -158,7 +158,7 @@ def with_names(raw: Any) -> Any:
     """`model: resnet18` written out as `model: {name: resnet18}`, so that an override adds a setting to either."""
     if not isinstance(raw, dict):
         return raw
-    named = {key: {"name": raw[key]} for key in ("model", "optimizer") if isinstance(raw.get(key), str)}
+    named = {key: {"name": raw[key]} for key in ("model", "loss", "optimizer") if isinstance(raw.get(key), str)}
     data = raw.get("data")
     if isinstance(data, dict) and isinstance(data.get("source"), str):
         named["data"] = {**data, "source": {"name": data["source"]}}

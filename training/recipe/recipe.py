@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from training.recipe.checks import check
 from training.recipe.compiling import Compile
@@ -33,6 +33,7 @@ class Recipe:
     """A checked recipe. `settings` is all of it as plain data, defaults filled in; a run writes it to recipe.yaml.
 
     algorithms: name -> keyword arguments, only those that are on.
+    class_weights: of the loss: auto, one for each class, or None where all weigh the same.
     """
 
     settings: dict[str, Any]
@@ -57,6 +58,7 @@ class Recipe:
     autoresume: bool
     trust_checkpoint: bool
     on_nan: OnNan
+    class_weights: Literal["auto"] | list[float] | None = None
 
     @property
     def run_dir(self) -> Path:
@@ -105,7 +107,7 @@ def recipe_from(raw: dict[str, Any]) -> Recipe:
 
 
 def _recipe(top: dict[str, Any]) -> Recipe:
-    data = top["data"]
+    data, loss = top["data"], top["loss"]
     sections = {"train": TrainData(**data["train"]), "eval": EvalData(**data["eval"])}
     for name, section in (("expected", Expected), ("test", TestData)):
         if data[name] is not None:
@@ -117,7 +119,7 @@ def _recipe(top: dict[str, Any]) -> Recipe:
         model=top["model"],
         data=Data(**{**data, **sections}),
         algorithms={name: settings for name, settings in top["algorithms"].items() if settings is not None},
-        loss=top["loss"],
+        loss=loss if isinstance(loss, str) else loss["name"],
         optimizer=top["optimizer"],
         schedule=top["schedule"],
         epochs=top["duration"]["epochs"],
@@ -133,6 +135,7 @@ def _recipe(top: dict[str, Any]) -> Recipe:
         autoresume=top["autoresume"],
         trust_checkpoint=top["trust_checkpoint"],
         on_nan=top["on_nan"],
+        class_weights=None if isinstance(loss, str) else loss["class_weights"],
     )
 
 

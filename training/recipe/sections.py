@@ -6,7 +6,8 @@ Each function returns the section with its defaults filled in, and raises Recipe
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from training.recipe.composers_own import refusal
 from training.recipe.schema import RecipeError, parse, refuse_unknown, schema_of
@@ -31,6 +32,27 @@ def parse_source(given: Any) -> dict[str, Any]:
     name, settings = _split_name(given, path="data.source")
     refuse_unknown(name, sorted(SOURCES), path="data.source.name", what="source")
     return {"name": name, **parse(schema_of(SOURCES[name], without=("split",)), settings, path="data.source")}
+
+
+@dataclass
+class _Loss:
+    name: Literal["cross_entropy", "binary_cross_entropy"] = "cross_entropy"
+    class_weights: Any = None
+
+
+def parse_loss(given: Any) -> str | dict[str, Any]:
+    """The section loss: its name if all classes weigh the same, else a mapping with class_weights, auto or a list."""
+    parsed = parse(_Loss, given if isinstance(given, dict) else {"name": given}, path="loss")
+    weights, path = parsed["class_weights"], "loss.class_weights"
+    if weights in (None, "none"):
+        return parsed["name"]
+    if isinstance(weights, list) and all(type(one) in (int, float) for one in weights):
+        from models.losses import check_class_weights
+
+        try_settings(check_class_weights, {"class_weights": weights}, path=path)
+    elif weights != "auto":
+        raise RecipeError(path, f"is {weights!r}; it must be auto, none, or a list with a number for each class")
+    return parsed
 
 
 def parse_optimizer(given: Any) -> dict[str, Any]:

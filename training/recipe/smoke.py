@@ -113,6 +113,8 @@ def _shrink_data(
     data, train, evaluation = settings["data"], settings["data"]["train"], settings["data"]["eval"]
     name = data["source"]["name"]
     num_classes = (data["expected"] or data["source"]).get("num_classes") or _SMALL_SOURCES_CLASSES.get(name, 10)
+    if isinstance(settings["loss"], dict) and settings["loss"]["class_weights"] != "auto":
+        num_classes = len(settings["loss"]["class_weights"])
     source = {
         "name": "synthetic",
         "num_samples": num_samples,

@@ -35,6 +35,8 @@ def test_counts_are_scikit_learns(said: tuple[torch.Tensor, torch.Tensor]) -> No
     classes = logits.shape[1]
     found, predicted = accuracy(logits, labels), logits.argmax(dim=1)
     assert found.top1 == pytest.approx(sklearn.accuracy_score(labels, predicted), abs=1e-6)
+    of_present = {"labels": np.unique(labels), "average": "macro"}
+    assert found.balanced == pytest.approx(sklearn.recall_score(labels, predicted, **of_present))
     assert found.loss == pytest.approx(sklearn.log_loss(labels, logits.double().softmax(1), labels=range(classes)))
     if classes > 5:
         assert found.top5 == pytest.approx(
@@ -96,8 +98,14 @@ def test_what_cannot_be_judged_is_refused() -> None:
         accuracy(torch.zeros(1, 3), torch.tensor([3]))
 
 
+def test_balanced_accuracy_leaves_out_classes_without_images() -> None:
+    logits = torch.eye(4)[torch.tensor([0, 1, 2, 3])]
+    assert accuracy(logits, torch.tensor([0, 0, 2, 2])).balanced == 0.5
+    assert accuracy(logits, torch.tensor([0, 2, 2, 2])).balanced == pytest.approx((1 + 1 / 3) / 2)
+
+
 def test_one_class_is_always_right() -> None:
     logits, labels = torch.randn(5, 1), torch.zeros(5, dtype=torch.int64)
-    assert accuracy(logits, labels).top1 == 1
+    assert accuracy(logits, labels).top1 == accuracy(logits, labels).balanced == 1
     assert calibration_error(probabilities(logits), labels) == 0
     assert confusion_matrix(labels, labels, num_classes=1).tolist() == [[5]]

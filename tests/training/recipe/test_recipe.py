@@ -81,6 +81,14 @@ LAUGHS = "\nl0: ha" + "".join(f"\nl{i}: ${{l{i - 1}}}${{l{i - 1}}}" for i in ran
         ("algorithms.progressive_resizing.stages[7].epochs=3", ["stages[7].epochs: cannot be 3: "]),
         ("seed=-1", ["seed: is -1; it must lie in [0, 4294967295]"]),
         ("duration.epochs=1000000000", ["duration.epochs: is 1000000000; it must lie in [1, 1000000]"]),
+        ("data.train.flip=mirror", ["data.train.flip: is 'mirror'; it must be one of random, alternating, none"]),
+        ("data.train.flip=alternating", ["data.train.flip: flip probability 0.0 beside flip 'alternating'", "set it"]),
+        ("data.train.sampler=balance", ["data.train.sampler: is 'balance'", "did you mean balanced?"]),
+        ("loss=focal", ["loss.name: is 'focal'; it must be one of cross_entropy, binary_cross_entropy"]),
+        ("loss.class_weights=equal", ["loss.class_weights: is 'equal'; it must be auto, none, or a list"]),
+        ("loss.class_weights=[1,true]", ["loss.class_weights: is [1, True]; it must be auto"]),
+        ("loss.class_weights=[1,-1]", ["loss.class_weights: class weights 1, -1: give a finite number of at least 0"]),
+        ("loss.weights=auto", ["loss.weights: unknown key", "allowed: name, class_weights"]),
         ("data.train.num_workers=-1", ["data.train.num_workers: is -1; it must be at least 0"]),
         ("seed", ["seed: an override has the form key=value"]),
     ],
@@ -196,6 +204,20 @@ def test_a_name_alone_takes_overrides_as_a_mapping_does(
     again = load_recipe(DIGITS, list(dict.fromkeys([f"{where}=null", f"{where}.name={short}", override, *rate])))
     once = load_recipe(DIGITS, list(dict.fromkeys([f"{where}={short}", override, *rate])))
     assert once.settings[where.partition(".")[0]] == again.settings[where.partition(".")[0]]
+
+
+def test_a_loss_is_a_name_or_a_mapping(tmp_path: Path) -> None:
+    plain = load_recipe(DIGITS, ["loss.class_weights=none"])
+    assert (plain.loss, plain.class_weights, plain.settings["loss"]) == ("cross_entropy", None, "cross_entropy")
+    weighted = load_recipe(DIGITS, ["loss=binary_cross_entropy", "loss.class_weights=auto"])
+    assert (weighted.loss, weighted.class_weights) == ("binary_cross_entropy", "auto")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(weighted.settings))
+    assert load_recipe(path).settings == weighted.settings
+    assert load_recipe(path, ["loss.class_weights=[1, 0.5]"]).class_weights == [1, 0.5]
+    with pytest.raises(RecipeError, match=r"loss.class_weights: is auto, and data.train.sampler is balanced: .* twice"):
+        load_recipe(path, ["data.train.sampler=balanced"])
+    assert load_recipe(path, ["data.train.sampler=balanced", "loss.class_weights=none"]).class_weights is None
 
 
 def test_toggling() -> None:

@@ -25,7 +25,8 @@ _SUMMARY_NUMBERS = (
     "parameters",
 )  # fmt: skip
 _EVALUATION_NUMBERS = (
-    "images", "classes", "image_size", "top1", "top5", "loss", "calibration_error", "shift_consistency", "seconds",
+    "images", "classes", "image_size", "top1", "top5", "balanced", "loss", "calibration_error", "shift_consistency",
+    "seconds",
 )  # fmt: skip
 _EVALUATION_ROWS = {
     "sizes": ("image_size", "top1", "top5", "loss"),
