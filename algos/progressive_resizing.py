@@ -563,7 +563,9 @@ def _check_schedule(schedule: Schedule | None, *, stages: Any, sizes: Any) -> No
     given = "stages" if stages is not None else "sampled" if sizes is not None else "ramp"
     if schedule is not None and schedule != given:
         needs = {"stages": "give stages", "sampled": "give sizes", "ramp": "leave stages and sizes out"}[schedule]
-        raise ValueError(f"schedule is {schedule!r} and the other settings are those of {given!r}; {needs}")
+        raise ValueError(
+            f"schedule is {schedule!r} and the other settings are those of {given!r}; {needs}, or give schedule={given!r}"
+        )
 
 
 def _check_ramp(initial_scale: float, delay_fraction: float, finetune_fraction: float) -> None:

@@ -176,7 +176,9 @@ class Loader(ABC):
             self._batch_shapes = None
             return
         if not self.train:
-            raise ValueError("batch shapes are for training; an evaluation loader has batches of one size")
+            raise ValueError(
+                "batch shapes are for training, and this loader is for evaluation; use set_image_size and set_batch_size"
+            )
         made = [(_whole(size, "image size", "px"), _whole(n, "per-device batch size", "images")) for size, n in shapes]
         if not self._index_mixed(made, epoch=0):
             raise ValueError(
@@ -284,7 +286,7 @@ class Loader(ABC):
 
     @abstractmethod
     def _decode(self, batches: list[Work], this_pass: Pass, buffers: HostBuffers) -> Generator[Batch, None, None]:
-        """The batches of one pass, given the occurrences of images in each and its own pass. Closing it stops the decoding.
+        """The batches of one pass, given the occurrences of images in each. Closing it stops the decoding.
 
         A batch's own pass is `this_pass` but for the image size.
 
