@@ -564,7 +564,8 @@ def _check_schedule(schedule: Schedule | None, *, stages: Any, sizes: Any) -> No
     if schedule is not None and schedule != given:
         needs = {"stages": "give stages", "sampled": "give sizes", "ramp": "leave stages and sizes out"}[schedule]
         raise ValueError(
-            f"schedule is {schedule!r} and the other settings are those of {given!r}; {needs}, or give schedule={given!r}"
+            f"schedule is {schedule!r} and the other settings are those of {given!r}; {needs}, or give "
+            f"schedule={given!r}"
         )
 
 

@@ -177,7 +177,8 @@ class Loader(ABC):
             return
         if not self.train:
             raise ValueError(
-                "batch shapes are for training, and this loader is for evaluation; use set_image_size and set_batch_size"
+                "batch shapes are for training, and this loader is for evaluation; use set_image_size and "
+                "set_batch_size"
             )
         made = [(_whole(size, "image size", "px"), _whole(n, "per-device batch size", "images")) for size, n in shapes]
         if not self._index_mixed(made, epoch=0):
