@@ -11,7 +11,7 @@ import numpy as np
 
 from .stored import StoredImages, damaged_image
 
-_VERSION = 2  # of the functions in data/decoding/native/decode.cpp
+_VERSION = 3  # of the functions in data/decoding/native/decode.cpp
 _MESSAGE_BYTES = 256
 _EXTENSION = f"{__package__}._native_decode"
 # As `struct Request` in data/decoding/native/decode.cpp.
@@ -40,7 +40,8 @@ class NativeDecoder:
     """Decodes with this package's own library.
 
     Args:
-        plain: True uses no vector instructions; the pixels are the same.
+        plain: True uses neither vector instructions nor this package's own entropy decoding, but libjpeg's; the pixels
+            are the same.
 
     Raises:
         ModuleNotFoundError: it was not built or does not load; the message says what to do.

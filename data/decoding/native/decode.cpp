@@ -18,6 +18,8 @@
 #include <jpeglib.h>
 #include <jerror.h>
 
+#include "baseline.h"
+
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
 #define HAS_X86 1
@@ -409,7 +411,7 @@ void on_progress(j_common_ptr info) {
 
 class Decoder {
    public:
-    Decoder(Passes passes, Checksum checksum) : resizer_(passes), checksum_(checksum) {
+    Decoder(bool plain) : plain_(plain), resizer_(choose_passes(plain)), checksum_(choose_checksum(plain)) {
         info_.err = jpeg_std_error(&handler_.base);
         handler_.base.error_exit = leave;
         handler_.base.emit_message = on_message;
@@ -471,9 +473,22 @@ class Decoder {
         }
         info_.err->num_warnings = 0;
         handler_.reason = nullptr;
-        jpeg_mem_src(&info_, const_cast<uint8_t*>(r.bytes), static_cast<unsigned long>(r.size));
+        const int scale = exact ? 1 : dct_scale(r, side);
+        const Headers headers = plain_ ? Headers{} : read_headers(r.bytes, r.size);
+        Window window{0, 0, r.height, r.width};
+        if (headers.baseline) {
+            if (headers.height != r.height || headers.width != r.width) {
+                return fail(failure, "it is of another size than the file says");
+            }
+            window = window_around(r, scale, headers);
+            scan_.open(headers, r.bytes, r.size);
+            copy_headers(headers, r.bytes, window);
+            jpeg_mem_src(&info_, headers_.data(), static_cast<unsigned long>(headers_.size()));
+        } else {
+            jpeg_mem_src(&info_, const_cast<uint8_t*>(r.bytes), static_cast<unsigned long>(r.size));
+        }
         jpeg_read_header(&info_, TRUE);
-        if (static_cast<int>(info_.image_height) != r.height || static_cast<int>(info_.image_width) != r.width) {
+        if (static_cast<int>(info_.image_height) != window.height || static_cast<int>(info_.image_width) != window.width) {
             jpeg_abort_decompress(&info_);
             return fail(failure, "it is of another size than the file says");
         }
@@ -481,15 +496,22 @@ class Decoder {
             jpeg_abort_decompress(&info_);
             return fail(failure, "it is neither grey nor of three colors");
         }
-        const int scale = exact ? 1 : dct_scale(r, side);
         info_.out_color_space = JCS_RGB;
         info_.scale_num = 1;
         info_.scale_denom = static_cast<unsigned>(scale);
         jpeg_start_decompress(&info_);
+        if (headers.baseline) {
+            if (!scan_.start(info_, headers, window)) {
+                jpeg_abort_decompress(&info_);
+                return fail(failure, "its headers contradict each other");
+            }
+            info_.client_data = this;
+            replace_entropy_decoding(info_, next_mcu);
+        }
 
         // In scaled coordinates the crop may start within a pixel, which the resizer handles. The margin provides the
         // neighbors that the interpolation of colors needs.
-        const double top = double(r.top) / scale, left = double(r.left) / scale;
+        const double top = double(r.top - window.top) / scale, left = double(r.left - window.left) / scale;
         const double height = double(r.crop_height) / scale, width = double(r.crop_width) / scale;
         JDIMENSION first_column = static_cast<JDIMENSION>(std::max(0, static_cast<int>(std::floor(left)) - kMargin));
         const JDIMENSION last_column =
@@ -516,6 +538,33 @@ class Decoder {
         return true;
     }
 
+    // The MCUs that the crop at this scale needs, with the margin.
+    static Window window_around(const Request& r, int scale, const Headers& headers) {
+        const int margin = kMargin * scale;
+        const auto down = [](int place, int unit) { return std::max(0, place) / unit * unit; };
+        const auto up = [](int place, int unit, int most) { return std::min(most, (place + unit - 1) / unit * unit); };
+        const int top = down(r.top - margin, headers.mcu_height), left = down(r.left - margin, headers.mcu_width);
+        return {top, left, up(r.top + r.crop_height + margin, headers.mcu_height, r.height) - top,
+                up(r.left + r.crop_width + margin, headers.mcu_width, r.width) - left};
+    }
+
+    void copy_headers(const Headers& headers, const uint8_t* bytes, const Window& window) {
+        headers_.assign(bytes, bytes + headers.size);
+        uint8_t* size = headers_.data() + headers.frame;
+        size[0] = static_cast<uint8_t>(window.height >> 8), size[1] = static_cast<uint8_t>(window.height);
+        size[2] = static_cast<uint8_t>(window.width >> 8), size[3] = static_cast<uint8_t>(window.width);
+    }
+
+    // Stands in for libjpeg's entropy decoding.
+    static boolean next_mcu(j_decompress_ptr info, JBLOCKROW* blocks) {
+        auto* decoder = static_cast<Decoder*>(info->client_data);
+        if (!decoder->scan_.next(blocks)) {
+            decoder->handler_.reason = "its data are damaged or end early";
+            leave(reinterpret_cast<j_common_ptr>(info));
+        }
+        return TRUE;
+    }
+
     void prepare(size_t bytes, double y, double crop_height, double x, double crop_width, int columns, int side,
                  bool flip, uint8_t* out) {
         if (pixels_.size() < bytes) pixels_.resize(bytes);
@@ -533,11 +582,14 @@ class Decoder {
 
     static constexpr int kLines = 8;
     static constexpr int kMargin = 2;
+    const bool plain_;
     Handler handler_{};
     jpeg_decompress_struct info_{};
     jpeg_progress_mgr monitor_{};
     Resizer resizer_;
     Checksum checksum_;
+    Scan scan_;
+    std::vector<uint8_t> headers_;
     std::vector<uint8_t> pixels_;
     bool created_ = false;
 };
@@ -553,7 +605,7 @@ int64_t brisk_decode_batch(const Request* requests, int64_t count, int32_t side,
     int64_t i = 0;
     Failure failure{};
     try {
-        Decoder decoder(choose_passes(plain), choose_checksum(plain));
+        Decoder decoder(plain);
         while (i < count) {
             uint8_t* crop = out + static_cast<size_t>(i) * side * side * kChannels;
             if (!decoder.decode(requests[i], side, exact, crop, failure)) break;
@@ -567,6 +619,6 @@ int64_t brisk_decode_batch(const Request* requests, int64_t count, int32_t side,
 }
 
 // Increase with every change of the functions above, so that libraries built before are not used.
-int32_t brisk_decode_version() { return 2; }
+int32_t brisk_decode_version() { return 3; }
 
 }  // extern "C"
