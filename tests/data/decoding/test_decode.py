@@ -253,7 +253,7 @@ def test_a_restart_marker_that_is_another_one_is_an_error(marker: int):
     at = whole.index(b"\xff\xd0", whole.index(b"\xff\xda"))
     stored = Stored([whole[:at] + bytes((0xFF, marker)) + whole[at + 2 :]])
     for plain in (False, True):
-        with pytest.raises(ValueError, match="damaged or end early|Corrupt JPEG data"):
+        with pytest.raises(ValueError, match=r"damaged or end early|Corrupt JPEG data"):
             stored.decode(NativeDecoder(plain=plain), [(0, 0, 133, 171, 0)], side=20)
 
 
