@@ -19,6 +19,8 @@
 #include <jerror.h>
 
 #include "baseline.h"
+#include "errors.h"
+#include "restarts.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
@@ -36,7 +38,6 @@ constexpr int kFineBits = 14;        // of the first pass if an output row cover
 constexpr int kFewTaps = 4;
 constexpr int kPadding = 32;         // values that a vector load may read beyond a row
 constexpr int64_t kMostPixels = 89'478'485;  // as MOST_PIXELS in data/sources/image_file.py, which gives the reason
-constexpr int kMostScans = 100;      // a progressive file may claim thousands, each a pass over the whole image
 
 // One image of a batch; data/decoding/native_decode.py has the same layout.
 struct Request {
@@ -383,39 +384,11 @@ class Resizer {
 
 // --- JPEG ------------------------------------------------------------------------------------------------------------
 
-// libjpeg's callbacks: errors leave by longjmp, as its interface requires.
-struct Handler {
-    jpeg_error_mgr base;
-    jmp_buf leave;
-    const char* reason;  // instead of libjpeg's, unless null
-};
-
-[[noreturn]] void leave(j_common_ptr info) { std::longjmp(reinterpret_cast<Handler*>(info->err)->leave, 1); }
-
-// Warnings about lost image data are errors: libjpeg would continue with gray. The others (stray bytes, odd markers)
-// are common and harmless.
-void on_message(j_common_ptr info, int level) {
-    if (level >= 0) return;
-    const int code = info->err->msg_code;
-    if (code == JWRN_EXTRANEOUS_DATA || code == JWRN_ADOBE_XFORM || code == JWRN_JFIF_MAJOR) return;
-    leave(info);
-}
-
-void on_progress(j_common_ptr info) {
-    auto* decoder = reinterpret_cast<j_decompress_ptr>(info);
-    if (info->is_decompressor && decoder->input_scan_number > kMostScans) {
-        reinterpret_cast<Handler*>(info->err)->reason = "it has more scans than any encoder makes";
-        leave(info);
-    }
-}
-
 class Decoder {
    public:
     Decoder(bool plain) : plain_(plain), resizer_(choose_passes(plain)), checksum_(choose_checksum(plain)) {
-        info_.err = jpeg_std_error(&handler_.base);
-        handler_.base.error_exit = leave;
-        handler_.base.emit_message = on_message;
-        handler_.base.output_message = [](j_common_ptr) {};
+        prepare_handler(handler_);
+        info_.err = &handler_.base;
         created_ = setjmp(handler_.leave) == 0;
         if (created_) jpeg_create_decompress(&info_);
         monitor_.progress_monitor = on_progress;
@@ -616,6 +589,17 @@ int64_t brisk_decode_batch(const Request* requests, int64_t count, int32_t side,
     }
     std::snprintf(message, static_cast<size_t>(message_size), "%s", failure.text);
     return i < count ? i : -1;
+}
+
+// The JPEG with a restart marker after each row of MCUs, in `out` of `capacity` bytes. Returns its size; 0 where it is
+// better left as it is, or does not fit.
+int64_t brisk_restart_rows(const uint8_t* bytes, uint64_t size, uint8_t* out, uint64_t capacity) {
+    Restarter restarter;
+    size_t made_size = 0;
+    const uint8_t* made = restarter.restarted(bytes, size, made_size);
+    if (made == nullptr || made_size > capacity) return 0;
+    std::memcpy(out, made, made_size);
+    return static_cast<int64_t>(made_size);
 }
 
 // Increase with every change of the functions above, so that libraries built before are not used.
