@@ -7,11 +7,12 @@
     python -m benchmarks.loaders --read loaders.json --chart loaders.png
 
     python -m benchmarks.loaders --tiers                               # our loader alone, from files of several sizes
+    python -m benchmarks.loaders --restarts                            # our decoder, from files with restart markers
     python -m benchmarks.loaders --device cuda                         # into a GPU's memory, beside training steps
     python -m benchmarks.loaders --ahead                               # how many batches ahead suffice
     python -m benchmarks.loaders --cores                               # how many cores a GPU needs
 
-The last four are described in benchmarks/loading; `--help` after each lists its settings.
+The last five are described in benchmarks/loading; `--help` after each lists its settings.
 
 The images are JPEGs of 90 to 130 kB and about 500x400 px, cut from the photos that scikit-learn and scikit-image ship
 (benchmarks/photos.py). FFCV's own writer makes a .beton file of them at quality 90, which FFCV's loader and this
@@ -74,7 +75,7 @@ LIBRARIES = ("torch", "torchvision", "ffcv", "nvidia-dali-cuda120", "pillow", "o
 COUNTS = ("images", "batch_size", "workers", "rounds", "starts", "timeout")  # settings that must be above 0
 DEFAULT_FOLDER = Path(".cache/brisk/benchmark_photos")
 # Benchmarks of our own loader, by the option that asks for them.
-OTHERS = {"--tiers": "tiers", "--device": "pace", "--ahead": "ahead", "--cores": "cores"}
+OTHERS = {"--tiers": "tiers", "--restarts": "restarts", "--device": "pace", "--ahead": "ahead", "--cores": "cores"}
 
 
 @dataclass
