@@ -19,7 +19,7 @@ help:
 
 setup: $(VENV)/.ready
 
-$(VENV)/.ready: pyproject.toml setup.py $(CONSTRAINTS) scripts/setup.sh data/decoding/native/decode.cpp
+$(VENV)/.ready: pyproject.toml setup.py $(CONSTRAINTS) scripts/setup.sh $(wildcard data/decoding/native/*)
 	@VENV=$(VENV) CONSTRAINTS=$(CONSTRAINTS) scripts/setup.sh
 	@touch $@
 

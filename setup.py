@@ -20,6 +20,7 @@ setup(
         Extension(
             "brisk.data.decoding._native_decode",
             ["data/decoding/native/decode.cpp"],
+            depends=[f"data/decoding/native/{name}.h" for name in ("baseline", "errors", "restarts")],
             include_dirs=pkg_config("--cflags", "-I"),
             library_dirs=pkg_config("--libs", "-L"),
             libraries=["jpeg"],

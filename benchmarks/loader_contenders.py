@@ -3,8 +3,8 @@
     python -m benchmarks.loader_contenders ours JOB     # JOB: the fields of `Job` as JSON
 
 Reads requests {"image_size": px, "epoch": number}, one per line, and answers each with a line: the cost of a pass over
-the data at that size. All contenders crop at random (scale 0.35 to 1), flip, and return uint8 batches; other settings
-are each library's defaults. Only what the one contender needs is imported.
+the data at that size. All contenders crop at random (scale 0.35 to 1, or from the job's least area on), flip, and
+return uint8 batches; other settings are each library's defaults. Only what the one contender needs is imported.
 """
 
 from __future__ import annotations
@@ -37,6 +37,12 @@ class Job:
     beton: str  # the same images, as a .beton file
     batch_size: int
     num_workers: int
+    least_area: float = CROP_SCALE[0]  # of a crop, over the image's
+
+    @property
+    def crop_scale(self) -> tuple[float, float]:
+        """Range of a crop's share of the image's area."""
+        return self.least_area, CROP_SCALE[1]
 
 
 # (image size in px, number of the epoch) -> batches of one pass over the data.
@@ -54,7 +60,7 @@ def ours(job: Job, *, decoder: str = "native") -> Epoch:
         image_size=1,
         train=True,
         num_workers=job.num_workers,
-        crop_scale=CROP_SCALE,
+        crop_scale=job.crop_scale,
     )
 
     def epoch(image_size: int, number: int) -> Iterator[Any]:
@@ -72,7 +78,7 @@ def ffcv(job: Job) -> Epoch:
     from ffcv.loader import Loader, OrderOption
     from ffcv.transforms import RandomHorizontalFlip, ToTensor, ToTorchImage
 
-    decoder: Any = RandomResizedCropRGBImageDecoder((1, 1), scale=CROP_SCALE)
+    decoder: Any = RandomResizedCropRGBImageDecoder((1, 1), scale=job.crop_scale)
     loader = Loader(
         job.beton,
         batch_size=job.batch_size,
@@ -100,7 +106,7 @@ def torchvision(job: Job) -> Epoch:
     def epoch(image_size: int, number: int) -> Iterator[Any]:
         transform = transforms.Compose(
             [
-                transforms.RandomResizedCrop(image_size, scale=CROP_SCALE),
+                transforms.RandomResizedCrop(image_size, scale=job.crop_scale),
                 transforms.RandomHorizontalFlip(),
                 transforms.PILToTensor(),
             ]
@@ -120,7 +126,7 @@ def torchvision_v2(job: Job) -> Epoch:
         return decode_jpeg(read_file(path), mode=ImageReadMode.RGB)
 
     def epoch(image_size: int, number: int) -> Iterator[Any]:
-        transform = v2.Compose([v2.RandomResizedCrop(image_size, scale=CROP_SCALE), v2.RandomHorizontalFlip()])
+        transform = v2.Compose([v2.RandomResizedCrop(image_size, scale=job.crop_scale), v2.RandomHorizontalFlip()])
         return _data_loader(datasets.ImageFolder(job.photos, transform, loader=load), job)
 
     return epoch
@@ -134,7 +140,7 @@ def dali(job: Job) -> Epoch:
     @pipeline_def(batch_size=job.batch_size, num_threads=job.num_workers, device_id=None)
     def pipeline(image_size: int) -> Any:
         jpegs, labels = fn.readers.file(file_root=job.photos, random_shuffle=True, name="files")
-        images = fn.decoders.image_random_crop(jpegs, device="cpu", random_area=list(CROP_SCALE))
+        images = fn.decoders.image_random_crop(jpegs, device="cpu", random_area=list(job.crop_scale))
         images = fn.resize(images, size=[image_size, image_size])
         return fn.flip(images, horizontal=fn.random.coin_flip()), labels
 
@@ -163,7 +169,7 @@ def limit(job: Job, *, entropy_only: bool) -> Epoch:
 
     decode_batch = _compile_limits()
     beton = Beton(job.beton)
-    crops = CropSettings(scale=CROP_SCALE)
+    crops = CropSettings(scale=job.crop_scale)
     widest = int(beton.widths.max())
 
     def decode(indices: Any, image_size: int, number: int) -> int:

@@ -2,19 +2,22 @@
 
     python -m benchmarks.loaders                                       # from the checkout; needs the extra "bench"
     python -m benchmarks.loaders --quick --only ours torchvision
+    python -m benchmarks.loaders --least-area 0.08                     # the loaders' default crops
     python -m benchmarks.loaders --json loaders.json --chart loaders.png
     python -m benchmarks.loaders --read loaders.json --chart loaders.png
 
     python -m benchmarks.loaders --tiers                               # our loader alone, from files of several sizes
+    python -m benchmarks.loaders --restarts                            # our decoder, from files with restart markers
     python -m benchmarks.loaders --device cuda                         # into a GPU's memory, beside training steps
     python -m benchmarks.loaders --ahead                               # how many batches ahead suffice
     python -m benchmarks.loaders --cores                               # how many cores a GPU needs
 
-The last four are described in benchmarks/loading; `--help` after each lists its settings.
+The last five are described in benchmarks/loading; `--help` after each lists its settings.
 
 The images are JPEGs of 90 to 130 kB and about 500x400 px, cut from the photos that scikit-learn and scikit-image ship
 (benchmarks/photos.py). FFCV's own writer makes a .beton file of them at quality 90, which FFCV's loader and this
-package's both read; the others read the JPEGs. All crop at random (scale 0.35 to 1), flip, and return uint8 batches.
+package's both read; the others read the JPEGs. All crop at random (scale 0.35 to 1, or from --least-area on), flip, and
+return uint8 batches.
 
 Every contender runs in its own process. Each is first started several times, alone, to measure the time to its first
 batch; the last process stays for the whole run. Then every round requests a pass at each size, with sizes and
@@ -49,7 +52,7 @@ from typing import Any
 import torch
 
 from benchmarks.contender_process import ContenderError, ContenderProcess
-from benchmarks.loader_contenders import CONTENDERS, Job
+from benchmarks.loader_contenders import CONTENDERS, CROP_SCALE, Job
 from benchmarks.measuring import columns, hardware, progress, spread, verdict, versions
 from benchmarks.photos import make_beton, make_photos
 
@@ -72,7 +75,7 @@ LIBRARIES = ("torch", "torchvision", "ffcv", "nvidia-dali-cuda120", "pillow", "o
 COUNTS = ("images", "batch_size", "workers", "rounds", "starts", "timeout")  # settings that must be above 0
 DEFAULT_FOLDER = Path(".cache/brisk/benchmark_photos")
 # Benchmarks of our own loader, by the option that asks for them.
-OTHERS = {"--tiers": "tiers", "--device": "pace", "--ahead": "ahead", "--cores": "cores"}
+OTHERS = {"--tiers": "tiers", "--restarts": "restarts", "--device": "pace", "--ahead": "ahead", "--cores": "cores"}
 
 
 @dataclass
@@ -115,6 +118,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--image-sizes", type=int, nargs="+", default=[128, 160, 176, 224], metavar="PX")
     parser.add_argument("--batch-size", type=int, default=64, help="images")
     parser.add_argument("--workers", type=int, default=2, help="threads or processes of a contender")
+    parser.add_argument(
+        "--least-area",
+        type=float,
+        default=CROP_SCALE[0],
+        metavar="SHARE",
+        help="of a crop, over the image's: above 0, to 1",
+    )
     parser.add_argument("--rounds", type=int, default=6, help="passes at each size that count")
     parser.add_argument("--starts", type=int, default=3, help="of each contender, for the time to its first batch")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds that a pass may take, a start included")
@@ -133,6 +143,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for name, value in (numbers | {"image_sizes": min(options.image_sizes)}).items():
         if value <= 0:
             parser.error(f"--{name.replace('_', '-')} {value}: give a number above 0")
+    if not 0 < options.least_area <= 1:
+        parser.error(f"--least-area {options.least_area}: give a number above 0 and up to 1")
     if options.images < options.batch_size:
         parser.error(
             f"--images {options.images}: they do not fill a batch of {options.batch_size}; give more, "
@@ -165,7 +177,9 @@ def measured_report(options: argparse.Namespace) -> dict[str, Any]:
     if len(photos.photos) <= 2:
         print("scikit-image is left out: it is not installed; the images are cut from 2 photos", file=sys.stderr)
     beton, writer = make_beton(photos, timeout_seconds=options.timeout)
-    job = Job(str(photos.folder.resolve()), str(beton.resolve()), options.batch_size, options.workers)
+    job = Job(
+        str(photos.folder.resolve()), str(beton.resolve()), options.batch_size, options.workers, options.least_area
+    )
     commands = {name: contender_command(name, job) for name in options.only or CONTENDERS}
     load = [os.getloadavg()[0]]
     rows, first_batch_seconds, absent = measure(
@@ -383,7 +397,7 @@ def verdicts(report: dict[str, Any]) -> list[str]:
         f"n = {settings['rounds']} rounds, {settings['starts']} starts; {images['number']} JPEGs of "
         f"{images['mean_bytes'] / 1000:.0f} kB, {images['beton_bytes'] / images['number'] / 1000:.0f} kB each in the "
         f".beton file, which was written by {images['beton_writer']}; batches of {settings['batch_size']}, "
-        f"{settings['workers']} workers",
+        f"{settings['workers']} workers; crops of {settings.get('least_area', CROP_SCALE[0])} to 1",
         f"{machine['cpu']}, {machine['cores']} cores, load average {' to '.join(map(str, report['load_average']))}; "
         + ", ".join(f"{name} {version}" for name, version in report["versions"].items()),
     ]

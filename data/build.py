@@ -50,7 +50,7 @@ def build_loader(
         loader: "ffcv", "torch", or "auto": FFCV if it is installed, else torch; `log` says which.
         cache_dir: folder for the FFCV loader's files. A source is converted on its first use with these settings.
         path: a .beton file to use as it is. The source is then ignored.
-        write_settings: `write_mode`, `jpeg_share`, `max_side_px` and `jpeg_quality` of the conversion. By default
+        write_settings: `write_mode`, `jpeg_share`, `max_side_px`, `jpeg_quality` and `restart_rows`. By default
             pixels for sources of small images, and JPEGs of up to 500 px for image folders. Unusable images are left
             out, and `log` says where they are listed.
         sizes: longest sides in px, in place of `max_side_px`: the conversion writes a file for each, and every pass

@@ -83,7 +83,12 @@ def _convert(args: argparse.Namespace) -> None:
 def _summary(path: Path, seconds: float) -> str:
     sidecar = Beton(path).sidecar
     num_images, stored = sidecar["num_samples"], sidecar["stored"]
-    words = {"as it was": "JPEGs stored as they were", "jpeg": "encoded as JPEGs", "raw": "stored as pixels"}
+    words = {
+        "as it was": "JPEGs stored as they were",
+        "with restarts": "JPEGs given restart markers",
+        "jpeg": "encoded as JPEGs",
+        "raw": "stored as pixels",
+    }
     lines = [
         f"{path}: {num_images} images, {path.stat().st_size / 1e6:.1f} MB, in {seconds:.1f} s "
         f"({num_images / seconds:.0f} images/s); " + ", ".join(f"{stored[how]} {words[how]}" for how in sorted(stored))
@@ -134,6 +139,12 @@ def _parser() -> argparse.ArgumentParser:
         "stages of small images",
     )
     parser.add_argument("--jpeg-quality", type=int, metavar="Q", help="of images that are encoded, 1..100 (default 90)")
+    parser.add_argument(
+        "--restart-rows",
+        action="store_true",
+        help="give JPEGs a restart marker after each row of blocks, so that the native decoder begins near a crop; "
+        "pixels stay the same",
+    )
     parser.add_argument("--workers", type=int, metavar="N", help="threads (default: one per core)")
     parser.add_argument("--strict", action="store_true", help="end at the first image that cannot be used")
     return parser
@@ -165,6 +176,8 @@ def _source(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 def _given(args: argparse.Namespace) -> dict[str, Any]:
     given = {"write_mode": args.write_mode, "jpeg_share": args.jpeg_share, "jpeg_quality": args.jpeg_quality}
     given = {key: value for key, value in given.items() if value is not None}
+    if args.restart_rows:
+        given["restart_rows"] = True
     if args.jpeg_share is not None:
         if args.write_mode not in (None, "proportion"):
             raise ValueError(f"--jpeg-share and --write-mode {args.write_mode}: give one of them")

@@ -50,9 +50,16 @@ def tiered_file(cache_folder: Path, num_images: int, sizes: Sequence[int] = SIZE
     return _written(cache_folder, num_images, "-".join(map(str, sorted(sizes))), sizes=sizes)
 
 
-def encoded_file(cache_folder: Path, num_images: int) -> Path:
+def copied_file(cache_folder: Path, num_images: int, *, restart_rows: bool = False) -> Path:
+    """The photos in one file, as they were unless they get restart markers."""
+    name = "copied-restarts" if restart_rows else "copied"
+    return _written(cache_folder, num_images, name, max_side_px=max(SIZES), restart_rows=restart_rows)
+
+
+def encoded_file(cache_folder: Path, num_images: int, *, restart_rows: bool = False) -> Path:
     """The photos in one file at 499 px, all of them encoded at quality 90: 56 kB."""
-    return _written(cache_folder, num_images, "encoded", max_side_px=max(SIZES) - 1)
+    name = "encoded-restarts" if restart_rows else "encoded"
+    return _written(cache_folder, num_images, name, max_side_px=max(SIZES) - 1, restart_rows=restart_rows)
 
 
 def loader(path: Path, options: argparse.Namespace, *, image_size: int, **settings: Any) -> FFCVLoader:

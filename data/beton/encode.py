@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from ..decoding.decode import Decoder, make_decoder, present_decoders
+from ..decoding.native_decode import with_restart_rows
 from ..draws import Operation, uniforms
 from ..sources import FileSource, Source, channel_sums
 from ..sources.image_file import (
@@ -39,19 +40,21 @@ class Encoding:
     jpeg_quality: 1..100, of what is encoded.
     max_sides_px: the longer side's limit at each size; None keeps the image's own.
     sampled: the images of which channel sums are computed.
+    restart_rows: JPEGs get a restart marker after each row of blocks.
     """
 
     jpeg_share: float
     jpeg_quality: int
     max_sides_px: tuple[int | None, ...]
     sampled: frozenset[int]
+    restart_rows: bool = False
 
 
 class Encoded(NamedTuple):
     """What is stored of an image at one size."""
 
     stored: bytes
-    how: str  # "as it was", "jpeg" or "raw"
+    how: str  # "as it was", "with restarts", "jpeg" or "raw"
     height: int
     width: int
 
@@ -96,7 +99,7 @@ def encode_image(source: Source, index: int, encoding: Encoding) -> EncodedImage
         image = source.image(index)
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
             raise ValueError(f"a uint8 array [height, width, 3] is needed, not {image.dtype} {list(image.shape)}")
-        sizes = [_store(image, side, encoding.jpeg_quality, as_jpeg=as_jpeg) for side in encoding.max_sides_px]
+        sizes = [_store(image, side, encoding, as_jpeg=as_jpeg) for side in encoding.max_sides_px]
         return EncodedImage(sizes, label, [], channel_sums(image) if sample else None)
     except UnusableImage as error:
         return LeftOut(f"image {index} of {source.name}", str(error), label)
@@ -120,16 +123,23 @@ def _encode_file(path: Path, label: int, encoding: Encoding, *, as_jpeg: bool, s
 
     def stored(side: int | None, fits: bool) -> Encoded:
         if kept and fits:
-            return Encoded(data, "as it was", height, width)
+            return _keep(data, height, width, encoding)
         # Pillow keeps what it has decoded, so that another size costs no decoding.
         pixels = rgb_pixels(image, max_side_px=side) if whole is None else whole
-        return _store(pixels, side, encoding.jpeg_quality, as_jpeg=as_jpeg)
+        return _store(pixels, side, encoding, as_jpeg=as_jpeg)
 
     sizes = [stored(side, one) for side, one in zip(encoding.max_sides_px, fits, strict=True)]
     return EncodedImage(sizes, label, needed, None if whole is None else channel_sums(whole))
 
 
-def _store(pixels: np.ndarray, max_side_px: int | None, jpeg_quality: int, *, as_jpeg: bool) -> Encoded:
+def _keep(data: bytes, height: int, width: int, encoding: Encoding) -> Encoded:
+    stored = with_restart_rows(data) if encoding.restart_rows else data
+    if stored is data or len(stored) > PAGE_BYTES:
+        return Encoded(data, "as it was", height, width)
+    return Encoded(stored, "with restarts", height, width)
+
+
+def _store(pixels: np.ndarray, max_side_px: int | None, encoding: Encoding, *, as_jpeg: bool) -> Encoded:
     from PIL import Image as pillow
 
     image = pillow.fromarray(pixels)
@@ -139,7 +149,7 @@ def _store(pixels: np.ndarray, max_side_px: int | None, jpeg_quality: int, *, as
         raise UnusableImage(f"a side of {max(height, width)} px; the format holds {MAX_SIDE_PX}: give a max_side_px")
     if as_jpeg:
         buffer = io.BytesIO()
-        image.save(buffer, format="JPEG", quality=jpeg_quality)
+        image.save(buffer, format="JPEG", quality=encoding.jpeg_quality, restart_marker_rows=int(encoding.restart_rows))
         stored = buffer.getvalue()
     else:
         stored = image.tobytes()

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from ..decoding.native_decode import NativeDecoder
 from ..prefetch import PrefetchIterator
 from ..sources import Source, mean_and_std, statistics_picks
 from ..whole_files import whole_file
@@ -56,6 +57,7 @@ def write_beton(
     max_side_px: int | None = None,
     sizes: Sequence[int] | None = None,
     jpeg_quality: int = 90,
+    restart_rows: bool = False,
     strict: bool = True,
     progress: bool = True,
     about: dict[str, Any] | None = None,
@@ -76,6 +78,8 @@ def write_beton(
             `tier_path(path, size)` at each other size, for stages that need no more (see `data.beton.tiers`). Every
             file has the bytes that a conversion at that size alone would write, from images that are decoded once.
         jpeg_quality: 1..100, for the images that are encoded.
+        restart_rows: JPEGs get a restart marker after each row of blocks, which lets the native decoder begin near a
+            crop; pixels stay the same. Baseline JPEGs that would be copied are rewritten, without their metadata.
         strict: raise for an unusable image. Otherwise it is left out, at every size, and listed with the reason in
             `report_path(path)`.
         progress: show a progress bar on stderr.
@@ -85,6 +89,7 @@ def write_beton(
         ValueError: bad settings; an empty source; an unusable image, if `strict`; no usable image in the source or in
             a class.
         OSError: `path` cannot be written, or the disk is full.
+        ModuleNotFoundError: `restart_rows` without the native decoder.
     """
     path = Path(path)
     num_workers = _num_cores() if num_workers is None else num_workers
@@ -94,9 +99,15 @@ def write_beton(
     }
     _check(source, path, num_workers=num_workers, jpeg_quality=jpeg_quality, **settings)
     sides = _largest_first(max_side_px, sizes)
+    if restart_rows:
+        NativeDecoder()  # raises before anything is written, with what to do, if it is not there
     path.parent.mkdir(parents=True, exist_ok=True)
     encoding = Encoding(
-        settings["jpeg_share"], jpeg_quality, sides, sampled=frozenset(statistics_picks(len(source)).tolist())
+        settings["jpeg_share"],
+        jpeg_quality,
+        sides,
+        sampled=frozenset(statistics_picks(len(source)).tolist()),
+        restart_rows=restart_rows,
     )
     encode = partial(encode_image, source, encoding=encoding)
     paths = [path, *(tier_path(path, side) for side in sides[1:] if side is not None)]
@@ -110,6 +121,8 @@ def write_beton(
         tiers = {str(side): file.images_checksum for side, file in zip(sides[1:], files[1:], strict=True)}
         for one, file, side in reversed(list(zip(paths, files, sides, strict=True))):
             written_as = settings | {"max_side_px": side, "jpeg_quality": jpeg_quality}
+            if restart_rows:
+                written_as["restart_rows"] = True
             sidecar = _sidecar(source, file.end(), written, written_as, about or {})
             if file is files[0] and tiers:
                 sidecar["tiers"] = tiers

@@ -11,7 +11,7 @@ import numpy as np
 
 from .stored import StoredImages, damaged_image
 
-_VERSION = 2  # of the functions in data/decoding/native/decode.cpp
+_VERSION = 3  # of the functions in data/decoding/native/decode.cpp
 _MESSAGE_BYTES = 256
 _EXTENSION = f"{__package__}._native_decode"
 # As `struct Request` in data/decoding/native/decode.cpp.
@@ -40,7 +40,8 @@ class NativeDecoder:
     """Decodes with this package's own library.
 
     Args:
-        plain: True uses no vector instructions; the pixels are the same.
+        plain: True uses neither vector instructions nor this package's own entropy decoding, but libjpeg's; the pixels
+            are the same.
 
     Raises:
         ModuleNotFoundError: it was not built or does not load; the message says what to do.
@@ -75,6 +76,20 @@ class NativeDecoder:
             raise damaged_image(images.path, int(indices[failed]), message.value.decode(errors="replace"))
 
 
+def with_restart_rows(stored: bytes) -> bytes:
+    """A JPEG with a restart marker after each row of its blocks, so that a decoder of crops begins near a crop.
+
+    Its pixels are the same in any decoder; metadata is left out. One that is progressive, damaged, has such markers, or
+    would be twice as large is returned as it is.
+
+    Raises:
+        ModuleNotFoundError: the native decoder was not built or does not load; the message says what to do.
+    """
+    out = ctypes.create_string_buffer(2 * len(stored))
+    num_bytes = _library().brisk_restart_rows(stored, len(stored), out, len(out))
+    return out.raw[:num_bytes] if num_bytes else stored
+
+
 @cache
 def _library() -> ctypes.CDLL:
     path = find_native()
@@ -94,4 +109,6 @@ def _library() -> ctypes.CDLL:
         [ctypes.c_void_p, ctypes.c_int64] + [ctypes.c_int32] * 3 + [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int64]
     )
     library.brisk_decode_batch.restype = ctypes.c_int64
+    library.brisk_restart_rows.argtypes = [ctypes.c_char_p, ctypes.c_uint64, ctypes.c_void_p, ctypes.c_uint64]
+    library.brisk_restart_rows.restype = ctypes.c_int64
     return library

@@ -224,6 +224,7 @@ def test_a_report_is_read_and_printed_again(tmp_path: Path, capsys: pytest.Captu
     ("arguments", "message"),
     [
         (["--images", "10"], "--images 10: they do not fill a batch of 64"),
+        (["--least-area", "1.5"], "--least-area 1.5: give a number above 0 and up to 1"),
         (["--rounds", "0"], "--rounds 0: give a number above 0"),
         (["--image-sizes", "128", "-1"], "--image-sizes -1: give a number above 0"),
         (["--read", "absent.json"], "--read absent.json: there is no such file"),
@@ -288,6 +289,7 @@ def test_batches_are_looked_at() -> None:
 
 def test_every_contender_has_a_title_and_a_command() -> None:
     assert set(TITLES) == set(CONTENDERS)
-    job = Job("photos", "file.beton", 64, 2)
+    job = Job("photos", "file.beton", 64, 2, 0.08)
     assert Job(**json.loads(contender_command("ours", job)[-1])) == job
     assert dataclasses.asdict(job)["batch_size"] == 64
+    assert job.crop_scale == (0.08, 1.0)

@@ -54,6 +54,16 @@ def test_tiers(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "CPU-seconds at 128 px over the single file's; goal at most 0.6" in said
 
 
+def test_restarts(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report, said = run(capsys, tmp_path, "--restarts", "--folder", str(photos), "--image-sizes", "96")
+    assert [(row["file"], row["least_area"]) for row in report["rows"]] == [
+        (name, area) for area in (0.08, 0.35) for name in ("copied", "encoded")
+    ]
+    for without, restarts in report["bytes_per_image"].values():
+        assert 0.9 * without < restarts < 1.05 * without
+    assert "copied: " in said
+
+
 def test_cores(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cores(0.5, 2500, 224) == pytest.approx(1.25)
     assert cores(0.5, 2500, 128) == pytest.approx(1.25 * 4.09 / 1.34)

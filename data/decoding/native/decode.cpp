@@ -18,6 +18,10 @@
 #include <jpeglib.h>
 #include <jerror.h>
 
+#include "baseline.h"
+#include "errors.h"
+#include "restarts.h"
+
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
 #define HAS_X86 1
@@ -34,7 +38,6 @@ constexpr int kFineBits = 14;        // of the first pass if an output row cover
 constexpr int kFewTaps = 4;
 constexpr int kPadding = 32;         // values that a vector load may read beyond a row
 constexpr int64_t kMostPixels = 89'478'485;  // as MOST_PIXELS in data/sources/image_file.py, which gives the reason
-constexpr int kMostScans = 100;      // a progressive file may claim thousands, each a pass over the whole image
 
 // One image of a batch; data/decoding/native_decode.py has the same layout.
 struct Request {
@@ -381,39 +384,11 @@ class Resizer {
 
 // --- JPEG ------------------------------------------------------------------------------------------------------------
 
-// libjpeg's callbacks: errors leave by longjmp, as its interface requires.
-struct Handler {
-    jpeg_error_mgr base;
-    jmp_buf leave;
-    const char* reason;  // instead of libjpeg's, unless null
-};
-
-[[noreturn]] void leave(j_common_ptr info) { std::longjmp(reinterpret_cast<Handler*>(info->err)->leave, 1); }
-
-// Warnings about lost image data are errors: libjpeg would continue with gray. The others (stray bytes, odd markers)
-// are common and harmless.
-void on_message(j_common_ptr info, int level) {
-    if (level >= 0) return;
-    const int code = info->err->msg_code;
-    if (code == JWRN_EXTRANEOUS_DATA || code == JWRN_ADOBE_XFORM || code == JWRN_JFIF_MAJOR) return;
-    leave(info);
-}
-
-void on_progress(j_common_ptr info) {
-    auto* decoder = reinterpret_cast<j_decompress_ptr>(info);
-    if (info->is_decompressor && decoder->input_scan_number > kMostScans) {
-        reinterpret_cast<Handler*>(info->err)->reason = "it has more scans than any encoder makes";
-        leave(info);
-    }
-}
-
 class Decoder {
    public:
-    Decoder(Passes passes, Checksum checksum) : resizer_(passes), checksum_(checksum) {
-        info_.err = jpeg_std_error(&handler_.base);
-        handler_.base.error_exit = leave;
-        handler_.base.emit_message = on_message;
-        handler_.base.output_message = [](j_common_ptr) {};
+    Decoder(bool plain) : plain_(plain), resizer_(choose_passes(plain)), checksum_(choose_checksum(plain)) {
+        prepare_handler(handler_);
+        info_.err = &handler_.base;
         created_ = setjmp(handler_.leave) == 0;
         if (created_) jpeg_create_decompress(&info_);
         monitor_.progress_monitor = on_progress;
@@ -471,9 +446,22 @@ class Decoder {
         }
         info_.err->num_warnings = 0;
         handler_.reason = nullptr;
-        jpeg_mem_src(&info_, const_cast<uint8_t*>(r.bytes), static_cast<unsigned long>(r.size));
+        const int scale = exact ? 1 : dct_scale(r, side);
+        const Headers headers = plain_ ? Headers{} : read_headers(r.bytes, r.size);
+        Window window{0, 0, r.height, r.width};
+        if (headers.baseline) {
+            if (headers.height != r.height || headers.width != r.width) {
+                return fail(failure, "it is of another size than the file says");
+            }
+            window = window_around(r, scale, headers);
+            scan_.open(headers, r.bytes, r.size);
+            copy_headers(headers, r.bytes, window);
+            jpeg_mem_src(&info_, headers_.data(), static_cast<unsigned long>(headers_.size()));
+        } else {
+            jpeg_mem_src(&info_, const_cast<uint8_t*>(r.bytes), static_cast<unsigned long>(r.size));
+        }
         jpeg_read_header(&info_, TRUE);
-        if (static_cast<int>(info_.image_height) != r.height || static_cast<int>(info_.image_width) != r.width) {
+        if (static_cast<int>(info_.image_height) != window.height || static_cast<int>(info_.image_width) != window.width) {
             jpeg_abort_decompress(&info_);
             return fail(failure, "it is of another size than the file says");
         }
@@ -481,15 +469,22 @@ class Decoder {
             jpeg_abort_decompress(&info_);
             return fail(failure, "it is neither grey nor of three colors");
         }
-        const int scale = exact ? 1 : dct_scale(r, side);
         info_.out_color_space = JCS_RGB;
         info_.scale_num = 1;
         info_.scale_denom = static_cast<unsigned>(scale);
         jpeg_start_decompress(&info_);
+        if (headers.baseline) {
+            if (!scan_.start(info_, headers, window)) {
+                jpeg_abort_decompress(&info_);
+                return fail(failure, "its headers contradict each other");
+            }
+            info_.client_data = this;
+            replace_entropy_decoding(info_, next_mcu);
+        }
 
         // In scaled coordinates the crop may start within a pixel, which the resizer handles. The margin provides the
         // neighbors that the interpolation of colors needs.
-        const double top = double(r.top) / scale, left = double(r.left) / scale;
+        const double top = double(r.top - window.top) / scale, left = double(r.left - window.left) / scale;
         const double height = double(r.crop_height) / scale, width = double(r.crop_width) / scale;
         JDIMENSION first_column = static_cast<JDIMENSION>(std::max(0, static_cast<int>(std::floor(left)) - kMargin));
         const JDIMENSION last_column =
@@ -516,6 +511,33 @@ class Decoder {
         return true;
     }
 
+    // The MCUs that the crop at this scale needs, with the margin.
+    static Window window_around(const Request& r, int scale, const Headers& headers) {
+        const int margin = kMargin * scale;
+        const auto down = [](int place, int unit) { return std::max(0, place) / unit * unit; };
+        const auto up = [](int place, int unit, int most) { return std::min(most, (place + unit - 1) / unit * unit); };
+        const int top = down(r.top - margin, headers.mcu_height), left = down(r.left - margin, headers.mcu_width);
+        return {top, left, up(r.top + r.crop_height + margin, headers.mcu_height, r.height) - top,
+                up(r.left + r.crop_width + margin, headers.mcu_width, r.width) - left};
+    }
+
+    void copy_headers(const Headers& headers, const uint8_t* bytes, const Window& window) {
+        headers_.assign(bytes, bytes + headers.size);
+        uint8_t* size = headers_.data() + headers.frame;
+        size[0] = static_cast<uint8_t>(window.height >> 8), size[1] = static_cast<uint8_t>(window.height);
+        size[2] = static_cast<uint8_t>(window.width >> 8), size[3] = static_cast<uint8_t>(window.width);
+    }
+
+    // Stands in for libjpeg's entropy decoding.
+    static boolean next_mcu(j_decompress_ptr info, JBLOCKROW* blocks) {
+        auto* decoder = static_cast<Decoder*>(info->client_data);
+        if (!decoder->scan_.next(blocks)) {
+            decoder->handler_.reason = "its data are damaged or end early";
+            leave(reinterpret_cast<j_common_ptr>(info));
+        }
+        return TRUE;
+    }
+
     void prepare(size_t bytes, double y, double crop_height, double x, double crop_width, int columns, int side,
                  bool flip, uint8_t* out) {
         if (pixels_.size() < bytes) pixels_.resize(bytes);
@@ -533,11 +555,14 @@ class Decoder {
 
     static constexpr int kLines = 8;
     static constexpr int kMargin = 2;
+    const bool plain_;
     Handler handler_{};
     jpeg_decompress_struct info_{};
     jpeg_progress_mgr monitor_{};
     Resizer resizer_;
     Checksum checksum_;
+    Scan scan_;
+    std::vector<uint8_t> headers_;
     std::vector<uint8_t> pixels_;
     bool created_ = false;
 };
@@ -553,7 +578,7 @@ int64_t brisk_decode_batch(const Request* requests, int64_t count, int32_t side,
     int64_t i = 0;
     Failure failure{};
     try {
-        Decoder decoder(choose_passes(plain), choose_checksum(plain));
+        Decoder decoder(plain);
         while (i < count) {
             uint8_t* crop = out + static_cast<size_t>(i) * side * side * kChannels;
             if (!decoder.decode(requests[i], side, exact, crop, failure)) break;
@@ -566,7 +591,18 @@ int64_t brisk_decode_batch(const Request* requests, int64_t count, int32_t side,
     return i < count ? i : -1;
 }
 
+// The JPEG with a restart marker after each row of MCUs, in `out` of `capacity` bytes. Returns its size; 0 where it is
+// better left as it is, or does not fit.
+int64_t brisk_restart_rows(const uint8_t* bytes, uint64_t size, uint8_t* out, uint64_t capacity) {
+    Restarter restarter;
+    size_t made_size = 0;
+    const uint8_t* made = restarter.restarted(bytes, size, made_size);
+    if (made == nullptr || made_size > capacity) return 0;
+    std::memcpy(out, made, made_size);
+    return static_cast<int64_t>(made_size);
+}
+
 // Increase with every change of the functions above, so that libraries built before are not used.
-int32_t brisk_decode_version() { return 2; }
+int32_t brisk_decode_version() { return 3; }
 
 }  // extern "C"

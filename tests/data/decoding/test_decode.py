@@ -181,6 +181,82 @@ def test_plain_code_gives_the_same_bits():
             assert np.array_equal(fast, stored.decode(NativeDecoder(plain=True), crops, side=side, exact=exact))
 
 
+def noisy(height: int, width: int) -> np.ndarray:
+    """A photo's part with noise, so that codes of all lengths occur."""
+    noise = np.random.default_rng(0).normal(0, 20, (height, width, 3))
+    return np.clip(real_photos()[1][:height, :width] + noise, 0, 255).astype(np.uint8)
+
+
+def resampled(stored: bytes, sampling: int, height: int, width: int) -> bytes:
+    """A JPEG with another sampling of its luma and another size in its frame header, and as many blocks as before."""
+    at = stored.index(b"\xff\xc0")
+    frame = bytearray(stored[at : at + 12])
+    frame[5:9], frame[11] = height.to_bytes(2, "big") + width.to_bytes(2, "big"), sampling
+    return stored[:at] + bytes(frame) + stored[at + 12 :]
+
+
+KINDS: dict[str, Callable[[], bytes]] = {
+    "4:4:4": lambda: jpeg(noisy(133, 171), subsampling=0),
+    "4:2:2": lambda: jpeg(noisy(133, 171), subsampling=1),
+    "4:2:0": lambda: jpeg(noisy(133, 171), subsampling=2),
+    "4:4:0": lambda: resampled(jpeg(noisy(133, 171), subsampling=1), 0x12, 171, 133),
+    "4:1:1": lambda: resampled(jpeg(noisy(133, 171), subsampling=2), 0x41, 8 * 9 - 3, 32 * 11 - 5),
+    "grey": lambda: jpeg(noisy(133, 171)[..., 0]),
+    "whole MCUs": lambda: jpeg(noisy(128, 160)),
+    "one MCU": lambda: jpeg(noisy(7, 9)),
+    "codes of its own": lambda: jpeg(noisy(133, 171), optimize=True, quality=98),
+    "restarts in rows": lambda: jpeg(noisy(133, 171), restart_marker_blocks=3),
+    "a restart a row": lambda: jpeg(noisy(133, 171), restart_marker_rows=1, subsampling=1),
+    "coarse": lambda: jpeg(noisy(133, 171), quality=5),
+    "progressive": lambda: jpeg(noisy(133, 171), progressive=True),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_our_entropy_decoding_gives_libjpegs_pixels(kind: str):
+    """For crops at every border and at every place within a block, at full size and at each reduction."""
+    stored = KINDS[kind]()
+    width, height = Image.open(io.BytesIO(stored)).size
+    random = np.random.default_rng(5)
+    borders = [
+        (top, left, tall, wide, 0)
+        for tall in {1, height // 3 + 1, height}
+        for wide in {1, width // 3 + 1, width}
+        for top in {0, (height - tall) // 2, height - tall}
+        for left in {0, (width - wide) // 2, width - wide}
+    ]
+    tops, lefts = random.integers(0, height, 40), random.integers(0, width, 40)
+    inside = [
+        (y, x, random.integers(1, height - y + 1), random.integers(1, width - x + 1), 1)
+        for y, x in zip(tops, lefts, strict=True)
+    ]
+    crops = borders + inside
+    images = Stored([stored] * len(crops))
+    for side, exact in ((24, True), (1, False), (4, False), (12, False), (33, False)):
+        ours, libjpegs = (images.decode(NativeDecoder(plain=p), crops, side=side, exact=exact) for p in (False, True))
+        assert np.array_equal(ours, libjpegs)
+
+
+def test_data_that_end_early_are_an_error_only_where_the_crop_needs_them():
+    whole = jpeg(noisy(133, 171), subsampling=0)
+    cut = Stored([whole[: len(whole) * 3 // 4]], sizes=[(133, 171)])
+    expected = Stored([whole]).decode(NativeDecoder(), [(0, 0, 60, 171, 0)], side=20)
+    assert np.array_equal(cut.decode(NativeDecoder(), [(0, 0, 60, 171, 0)], side=20), expected)
+    for crop in ((0, 0, 133, 10, 0), (120, 0, 1, 1, 0)):
+        with pytest.raises(ValueError, match="its data are damaged or end early"):
+            cut.decode(NativeDecoder(), [crop], side=20)
+
+
+@pytest.mark.parametrize("marker", [0xD1, 0xD5, 0xD9, 0xFE])
+def test_a_restart_marker_that_is_another_one_is_an_error(marker: int):
+    whole = jpeg(noisy(133, 171), restart_marker_blocks=3)
+    at = whole.index(b"\xff\xd0", whole.index(b"\xff\xda"))
+    stored = Stored([whole[:at] + bytes((0xFF, marker)) + whole[at + 2 :]])
+    for plain in (False, True):
+        with pytest.raises(ValueError, match=r"damaged or end early|Corrupt JPEG data"):
+            stored.decode(NativeDecoder(plain=plain), [(0, 0, 133, 171, 0)], side=20)
+
+
 def test_enlarging_is_torchvisions_bilinear():
     image = real_photos()[0]
     crop = (100, 50, 60, 71, 1)
