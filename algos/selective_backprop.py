@@ -11,7 +11,7 @@ from bisect import bisect_left
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .framework.base import Contract, Event, Logger, Resource, SpeedUp, State, global_rank, precision_context
 from .framework.batches import split_batch
@@ -37,8 +37,8 @@ def select_samples(losses: Tensor, *, ranks: Tensor) -> Tensor:
         )
     if ranks.ndim != 1 or ranks.is_floating_point() or len(ranks) > len(losses):
         raise ValueError(
-            f"received ranks of shape {list(ranks.shape)} and type {ranks.dtype} for {len(losses)} losses; they must be "
-            "integers [K], K at most the number of losses: draw them with draw_loss_ranks"
+            f"received ranks of shape {list(ranks.shape)} and type {ranks.dtype} for {len(losses)} losses; they must "
+            "be integers [K], K at most the number of losses: draw them with draw_loss_ranks"
         )
     order = losses.argsort(stable=True)
     return order[ranks.to(losses.device, non_blocking=True)].sort().values
@@ -168,12 +168,12 @@ def _check_keep(keep: float) -> None:
         raise ValueError(f"keep {keep} must lie in (0, 1]; 0.5 is usual, and 1 keeps every sample")
 
 
-def _check_loss(model: Any) -> None:
-    loss = without_ddp(model).loss
-    taken = inspect.signature(loss).parameters
+def _check_loss(wrapped: nn.Module) -> None:
+    model: Any = without_ddp(wrapped)
+    taken = inspect.signature(model.loss).parameters
     if "reduction" not in taken and all(one.kind is not one.VAR_KEYWORD for one in taken.values()):
         raise ValueError(
-            f"selective_backprop needs a loss for each sample, and {type(without_ddp(model)).__name__}.loss takes no "
+            f"selective_backprop needs a loss for each sample, and {type(model).__name__}.loss takes no "
             "reduction='none'; give it that argument, as Composer's ComposerClassifier does, or leave "
             "selective_backprop out"
         )

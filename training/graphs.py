@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from algos.selective_backprop import count_kept
 from training.plan import Epoch, Plan
 
 
@@ -11,7 +12,8 @@ from training.plan import Epoch, Plan
 class Graph:
     """A compiled form of the network, with its backward pass in training.
 
-    images: of a forward pass on this rank. frozen: only the last layers are trained. training: else of an evaluation.
+    images: of a forward pass on this rank. frozen: only the last layers are trained. training: else without, for an
+    evaluation or to find the losses of samples.
     keep_rate: share of a Vision Transformer's patches that are trained on.
     """
 
@@ -37,8 +39,12 @@ def graphs_of(plan: Plan, *, rank: int = 0, first_epoch: int = 0) -> list[Graph]
     """
     found: dict[Graph, None] = {}
     for index, epoch in list(enumerate(plan.epochs))[first_epoch:]:
-        for images in _images_of_passes(plan, epoch, rank):
-            found[Graph(epoch.image_size, images, frozen=epoch.frozen, keep_rate=epoch.keep_rate)] = None
+        for images, selects in _batches(plan, epoch, rank):
+            if selects and epoch.selecting is not None:
+                found[Graph(epoch.selecting.image_size, images, training=False)] = None
+                images = count_kept(images, epoch.selecting.keep)
+            for part in _parts(images, plan.recipe.data.train.per_device_microbatch_size):
+                found[Graph(epoch.image_size, part, frozen=epoch.frozen, keep_rate=epoch.keep_rate)] = None
         if (index + 1) % plan.recipe.data.eval.every_epochs == 0 or index + 1 == len(plan.epochs):
             found[Graph(plan.recipe.data.eval.image_size, images_of_evaluation(plan), training=False)] = None
     return list(found)
@@ -51,15 +57,33 @@ def images_of_evaluation(plan: Plan) -> int:
     return -(-plan.facts.num_eval // (ranks * num_batches))
 
 
-def _images_of_passes(plan: Plan, epoch: Epoch, rank: int) -> list[int]:
-    """Images of each kind of forward pass of an epoch, as data/loading/order.py and the Trainer split them."""
-    train, ranks = plan.recipe.data.train, plan.place.world_size
-    whole = epoch.global_batch_size // ranks
+def shapes_of_selection(plan: Plan, *, rank: int = 0) -> frozenset[tuple[int, int]]:
+    """(images, image size) of the passes of this rank that find losses, each a graph of its own."""
+    selecting = [epoch for epoch in plan.epochs if epoch.selecting is not None]
+    return frozenset(
+        (images, epoch.selecting.image_size)
+        for epoch in selecting
+        for images, selects in _batches(plan, epoch, rank)
+        if selects and epoch.selecting is not None
+    )
+
+
+def _batches(plan: Plan, epoch: Epoch, rank: int) -> list[tuple[int, bool]]:
+    """Images of each kind of batch of an epoch, as data/loading/order.py makes them, and whether its step selects."""
+    ranks, full_steps = plan.place.world_size, plan.facts.num_train // epoch.global_batch_size
     left = plan.facts.num_train % epoch.global_batch_size
-    batches = [whole] if plan.facts.num_train >= epoch.global_batch_size else []
-    if left >= ranks and not train.drop_last:
-        batches.append(left // ranks + (rank < left % ranks))
-    size = train.per_device_microbatch_size
-    if isinstance(size, int):
-        batches = [part for batch in batches for part in (min(size, batch), batch % size if batch > size else 0)]
-    return [batch for batch in batches if batch]
+    chosen = epoch.selecting.steps if epoch.selecting is not None else range(0)
+    selecting = sum(step < full_steps for step in chosen)
+    kinds = {False: selecting < full_steps, True: selecting > 0}
+    batches = [(epoch.global_batch_size // ranks, selects) for selects, there in kinds.items() if there]
+    if left >= ranks and not plan.recipe.data.train.drop_last:
+        batches.append((left // ranks + (rank < left % ranks), full_steps in chosen))
+    return batches
+
+
+def _parts(images: int, microbatch_size: int | str | None) -> list[int]:
+    """Images of each kind of forward pass, as the Trainer splits a batch."""
+    if not isinstance(microbatch_size, int):
+        return [images]
+    sizes = {min(microbatch_size, images), images % microbatch_size if images > microbatch_size else 0}
+    return sorted(sizes - {0}, reverse=True)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
 from models.summary import summarize
+from training.arrangement import network_as_trained, without_weights
 from training.facts import planned_facts
 from training.graphs import graphs_of
-from training.plan import Place, Plan, choose_place, make_plan, network_as_trained, without_algorithms, without_weights
+from training.plan import Epoch, Place, Plan, choose_place, make_plan, without_algorithms
 from training.recipe import Recipe, RecipeError
 
 _WEIGHT_FILES = (".bin", ".pt", ".pth", ".safetensors")
@@ -61,13 +63,20 @@ def format_plan(plan: Plan, baseline: Plan) -> str:
         f"{'epochs':>9}{'image':>8}{'batch':>8}{'steps':>9}{'learning rate':>22}{'MMACs/image':>14}  notes",
         *_phase_lines(plan),
         "",
-        f"{plan.steps:,} steps, {plan.images:,} images seen; evaluation at {plan.recipe.data.eval.image_size} px",
+        f"{plan.steps:,} steps, {_images_seen(plan)}; evaluation at {plan.recipe.data.eval.image_size} px",
+        *_teacher_line(plan),
         *_graphs_line(plan),
         f"forward: {_engineering(plan.forward_macs)}MACs in all; with the backward passes: "
         f"{_engineering(plan.total_macs)}MACs",
         _savings(plan, baseline),
     ]
     return "\n".join(lines)
+
+
+def _images_seen(plan: Plan) -> str:
+    trained = sum(epoch.trained_images for epoch in plan.epochs)
+    seen = f"{plan.images:,} images seen"
+    return seen if trained == plan.images else f"{seen}, {trained:,} of them trained"
 
 
 def _place_line(plan: Plan) -> str:
@@ -98,10 +107,7 @@ def _graphs_line(plan: Plan) -> list[str]:
 
 def _phase_lines(plan: Plan) -> list[str]:
     lines, first = [], 0
-    for _, run in groupby(
-        plan.epochs,
-        key=lambda e: (e.image_size, e.global_batch_size, e.frozen, e.test_crop, e.suspended, e.passes, e.keep_rate),
-    ):
+    for _, run in groupby(plan.epochs, key=_alike):
         epochs = list(run)
         start, end = epochs[0], epochs[-1]
         notes = [
@@ -110,6 +116,7 @@ def _phase_lines(plan: Plan) -> list[str]:
             *(f"no {name}" for name in start.suspended),
             *([f"{start.passes:g} passes a step"] if start.passes > 1 else []),
             *([f"{start.keep_rate:g} of the patches"] if start.keep_rate < 1 else []),
+            *_selecting_notes(epochs),
         ]
         rates = f"{start.learning_rate[0]:.3g} to {end.learning_rate[1]:.3g}"
         lines.append(
@@ -119,6 +126,32 @@ def _phase_lines(plan: Plan) -> list[str]:
         )
         first += len(epochs)
     return lines
+
+
+def _alike(epoch: Epoch) -> tuple[object, ...]:
+    return (
+        epoch.image_size, epoch.global_batch_size, epoch.frozen, epoch.test_crop, epoch.suspended, epoch.passes,
+        epoch.keep_rate, epoch.selecting is None,
+    )  # fmt: skip
+
+
+def _selecting_notes(epochs: Sequence[Epoch]) -> list[str]:
+    found = [epoch.selecting for epoch in epochs if epoch.selecting is not None]
+    if not found:
+        return []
+    note = f"{found[0].keep:g} of the images in {sum(len(one.steps) for one in found):,} of the steps"
+    return [f"{note}, found at {found[0].image_size} px"]
+
+
+def _teacher_line(plan: Plan) -> list[str]:
+    if not plan.teacher_parameters:
+        return []
+    name, largest = plan.recipe.algorithms["distillation"]["teacher"], max(e.teacher_macs for e in plan.epochs)
+    memory = f"{_engineering(4 * plan.teacher_parameters)}B"
+    return [
+        f"teacher {name}: {plan.teacher_parameters:,} parameters, {memory} on every rank, up to "
+        f"{largest / 1e6:.2f} MMACs an image, forward only"
+    ]
 
 
 def _savings(plan: Plan, baseline: Plan) -> str:
