@@ -52,7 +52,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     },
     "randaugment": {"num_ops": 1},
     "sam": {"rho": 0.05, "interval": 2},
-    "selective_backprop": {"start": 0.0, "end": 0.9, "keep": 0.5, "interval": 2},
+    "selective_backprop": {"start": 0.3, "end": 0.67, "keep": 0.5, "interval": 2},  # of the second epoch
     "stochastic_depth": {"drop_rate": 0.3},
 }
 SETS: dict[str, list[str]] = {"nothing": [], **{name: [name] for name in names()}, "all together": names()}
