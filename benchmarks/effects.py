@@ -33,12 +33,16 @@ from benchmarks.time_to_accuracy import QUICK, RECIPE, SCENES, make_scenes, run
 from training.recipe import Recipe, load_recipe
 
 NONE = "none"
-ALGORITHMS = [name for name in names() if name != "patch_dropout"]  # which leaves this network as it is
+# Without patch_dropout, which leaves this network as it is; distillation learns from a run of `TEACHER`.
+ALGORITHMS = [name for name in names() if name != "patch_dropout"]
+TEACHER, TEACHER_WIDTH = "teacher", 32  # a run without algorithms, of twice the width; its seconds are not counted
 # For algorithms that the medium recipe lacks, and those whose settings there are for other sizes or lengths.
 SETTINGS = {
     "cutmix": "{alpha: 1.0}",
+    "distillation": "{teacher: '${results_dir}/teacher'}",
     "ema": "{half_life_steps: 28}",  # two epochs
     "randaugment": "{num_ops: 1, magnitude: 9}",
+    "selective_backprop": "{}",
     "stochastic_depth": "{drop_rate: 0.1}",
 }
 
@@ -84,6 +88,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         given = [*scenes, *(QUICK if options.quick else []), f"results_dir={results}", f"data.cache_dir={cache}"]
         given += ["logging.progress_bar=false", "checkpoints.keep_best=false", "device=cpu"]
         run(recipe_of(NONE, [*given, *QUICK]))  # converts the data and warms caches
+        if "distillation" in runs:
+            progress(TEACHER)
+            run(recipe_of(NONE, [*given, f"model.width={TEACHER_WIDTH}"], run_name=TEACHER))
         for seed in options.seeds:
             for name, done in runs.items():
                 progress(f"seed {seed}: {name}")
@@ -99,9 +106,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def recipe_of(name: str, overrides: Sequence[str]) -> Recipe:
-    """The medium recipe with algorithm `name` alone, or with none."""
-    given = [*overrides, f"run_name={name}", *others_off(name)]
+def recipe_of(name: str, overrides: Sequence[str], *, run_name: str | None = None) -> Recipe:
+    """The medium recipe with algorithm `name` alone, or with none. run_name: None for `name`."""
+    given = [*overrides, f"run_name={run_name or name}", *others_off(name)]
     last = {override.partition("=")[0]: override for override in given}  # no key may be given twice
     return load_recipe(RECIPE, list(last.values()))
 
