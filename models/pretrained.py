@@ -64,7 +64,7 @@ def _of_timm(name: str) -> Published:
 
     config = timm.get_pretrained_cfg(name)
     if config is None or not config.has_weights:
-        raise ValueError(f"timm has no weights for {name}; name one that timm.list_pretrained() has")
+        raise ValueError(f"timm has no weights for {name}; use one that timm.list_pretrained() has")
     return Published(
         num_classes=config.num_classes,
         mean=_of_255(config.mean),
@@ -87,7 +87,9 @@ def _of_hugging_face(name: str) -> Published:
     elif "image_mean" in processor and "image_std" in processor:
         mean, std = processor["image_mean"], processor["image_std"]
     else:
-        raise ValueError(f"hf.{name} does not say how its images are normalized (preprocessor_config.json)")
+        raise ValueError(
+            f"hf.{name} does not say how its images are normalized (preprocessor_config.json); use another"
+        )
     return Published(
         num_classes=num_classes,
         mean=_of_255(mean),

@@ -63,7 +63,7 @@ def find_teacher(name: str, *, trust: bool = False) -> Teacher:
     try:
         recipe, class_names, made = describe_trained(name)
     except ValueError as error:
-        raise ValueError(f"is {name!r}: {error}; published ones are torchvision.NAME, timm.NAME, hf.NAME") from None
+        raise ValueError(f"is {name!r}: {error}; or use torchvision.NAME, timm.NAME or hf.NAME") from None
     return Teacher(
         name=name,
         num_classes=len(class_names),

@@ -54,7 +54,7 @@ def test_the_plan_counts_what_is_trained_and_what_it_takes(short_recipe: Any, ra
 
 
 def test_the_run_is_as_planned(short_recipe: Any) -> None:
-    recipe = selecting(short_recipe)
+    recipe = selecting(short_recipe, SETTINGS, "model.width=4")
     plan, history = plan_run(recipe), session.train(recipe, say=lambda text: None).history
     for epoch, row in zip(plan.epochs, history.epochs, strict=True):
         seconds = row["images_per_second"] * row["train_seconds"]

@@ -156,11 +156,12 @@ def test_torchvisions_weights_are_its_own(tmp_path: Path, monkeypatch: pytest.Mo
         assert torch.equal(teacher.load()(images), published(images))
 
 
+@pytest.mark.exhaustive  # imports both; the ways of torchvision's are the same
 def test_timms_and_transformers_tell_their_classes_and_normalization(tmp_path: Path) -> None:
     pytest.importorskip("timm")
     teacher = find_teacher("timm.vit_tiny_patch16_224")
     assert (teacher.num_classes, teacher.mean, teacher.std) == (1000, (127.5,) * 3, (127.5,) * 3)
-    with pytest.raises(ValueError, match=r"timm has no weights for .*; name one that timm.list_pretrained\(\) has"):
+    with pytest.raises(ValueError, match=r"timm has no weights for .*; use one that timm.list_pretrained\(\) has"):
         find_teacher("timm.resnet200")
     transformers = pytest.importorskip("transformers")
     config = transformers.ViTConfig(
