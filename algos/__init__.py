@@ -19,6 +19,7 @@ _MORE = {
     "averaged_weights": ".ema",
     "draw_cutmix": ".cutmix",
     "draw_kept_patches": ".patch_dropout",
+    "draw_loss_ranks": ".selective_backprop",
     "draw_mixup": ".mixup",
     "draw_randaugment": ".randaugment",
     "draw_stochastic_depth": ".stochastic_depth",
@@ -26,6 +27,7 @@ _MORE = {
     "phase_learning_rate": ".fixres",
     "ramp_stages": ".progressive_resizing",
     "resize_images": ".progressive_resizing",
+    "soft_target_loss": ".distillation",
     "warmup_decay": ".learning_rate",
 }
 

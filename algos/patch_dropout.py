@@ -98,7 +98,7 @@ class PatchDropout(SpeedUp):
     (images, targets).
     """
 
-    contract = Contract(writes=[Resource.MODEL])
+    contract = Contract(writes=[Resource.MODEL], after=[Resource.SAMPLES])  # draws for those that are trained
     events = (
         Event.INIT,
         Event.FIT_START,

@@ -112,7 +112,9 @@ class SAM(SpeedUp):
     that), FSDP1, whose shards do not give the whole gradient's norm, and per_rank on several ranks without DDP.
     """
 
-    contract = Contract(owns=[Resource.GRADIENTS], after=[Resource.IMAGES, Resource.TARGETS])
+    contract = Contract(
+        owns=[Resource.GRADIENTS], after=[Resource.IMAGES, Resource.TARGETS, Resource.SAMPLES, Resource.LOSS]
+    )
     events = (
         Event.FIT_START,
         Event.BATCH_START,

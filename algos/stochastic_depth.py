@@ -96,7 +96,7 @@ class StochasticDepth(SpeedUp):
     number of batches done, so ranks draw differently, and a resumed run repeats and skips nothing.
     """
 
-    contract = Contract(writes=[Resource.MODEL])
+    contract = Contract(writes=[Resource.MODEL], after=[Resource.SAMPLES])  # draws for those that are trained
     events = (Event.INIT, Event.BATCH_START, Event.BEFORE_TRAIN_BATCH, Event.BEFORE_FORWARD, Event.BATCH_END)
 
     def __init__(self, *, drop_rate: float = 0.1, mode: Mode = "sample", distribution: Distribution = "linear") -> None:

@@ -77,6 +77,18 @@ class Bench:
         """Shared by all variants that leave the model unchanged, so that they differ only in the algorithm."""
         return self.ready(self.new_model())
 
+    def autocast(self) -> torch.autocast:
+        """The context of forward passes and losses."""
+        return torch.autocast(self.device.type, DTYPES[self.precision], enabled=self.precision != "fp32")
+
+    def evaluate(self, model: nn.Module, images: Tensor) -> Tensor:
+        """Outputs in evaluation mode, without gradients; the mode is as before afterwards."""
+        training = model.training
+        with torch.no_grad(), self.autocast():
+            outputs = model.eval()(images)
+        model.train(training)
+        return outputs
+
     def pass_once(
         self,
         model: nn.Module,
@@ -86,7 +98,7 @@ class Bench:
         scaler: torch.amp.GradScaler | None = None,
     ) -> Tensor:
         """Forward and backward; gradients accumulate in the parameters, scaled by `scaler` if there is one."""
-        with torch.autocast(self.device.type, DTYPES[self.precision], enabled=self.precision != "fp32"):
+        with self.autocast():
             outputs = model(images)
             value = loss(outputs, targets)
         (value if scaler is None else scaler.scale(value)).backward()
@@ -354,6 +366,41 @@ def our_patch_dropout(bench: Bench) -> Step:
     return bench.step(bench.ready(apply_patch_dropout(bench.new_model(), keep_rate=0.5)))
 
 
+def our_selective_backprop(bench: Bench) -> Step:
+    from algos import draw_loss_ranks, select_samples
+
+    model, generator = bench.plain_model, torch.Generator().manual_seed(0)
+
+    def keep_half(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        ranks = draw_loss_ranks(len(images), keep=0.5, generator=generator)
+        outputs = bench.evaluate(model, images)
+        kept = select_samples(F.cross_entropy(outputs, labels, reduction="none"), ranks=ranks)
+        return images[kept], labels[kept]
+
+    return bench.step(model, prepare=keep_half)
+
+
+def composer_selective_backprop(bench: Bench) -> Step:
+    from composer.functional import select_using_loss
+
+    def keep_half(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        with bench.autocast():
+            return select_using_loss(images, labels, bench.plain_model, F.cross_entropy, keep=0.5)
+
+    return bench.step(bench.plain_model, prepare=keep_half)
+
+
+def our_distillation(bench: Bench) -> Step:
+    from algos import distillation_loss
+
+    teacher = bench.ready(bench.new_model()).eval()
+
+    def with_teacher(outputs: Tensor, labels: Tensor) -> Tensor:
+        return distillation_loss(outputs, bench.evaluate(teacher, bench.images), labels)
+
+    return bench.step(bench.plain_model, loss=with_teacher)
+
+
 def our_sam(bench: Bench) -> Step:
     from algos import sam_gradients
     from algos.sam import frozen_statistics
@@ -460,6 +507,9 @@ VARIANTS = [
     Variant("stochastic_depth", OURS, "apply_stochastic_depth", our_stochastic_depth),
     Variant("stochastic_depth", "composer", "apply_stochastic_depth", composer_stochastic_depth, bottleneck_only=True),
     Variant("patch_dropout", OURS, "apply_patch_dropout, half", our_patch_dropout, vit_only=True),
+    Variant("selective_backprop", OURS, "select_samples, half", our_selective_backprop),
+    Variant("selective_backprop", "composer", "select_using_loss, half", composer_selective_backprop),
+    Variant("distillation", OURS, "distillation_loss, a teacher of its size", our_distillation),
     Variant("sam", OURS, "sam_gradients, frozen_statistics", our_sam),
     Variant("sam", "composer", "SAMOptimizer", composer_sam),
     Variant("sam", "pytorch_optimizer", "SAM", pytorch_optimizer_sam),

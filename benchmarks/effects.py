@@ -52,12 +52,15 @@ class Variant:
 
 
 NONE, VIT = "none", "vit"
+TEACHER, TEACHER_WIDTH = "teacher", 32  # a run without algorithms, of twice the width, which distillation learns from
 # For algorithms that the medium recipe lacks, and those whose settings there are for other sizes or lengths.
 SETTINGS = {
     "cutmix": "{alpha: 1.0}",
+    "distillation": "{teacher: '${results_dir}/teacher'}",
     "ema": "{half_life_steps: 28}",  # two epochs
     "patch_dropout": "{keep_rate: 0.5, final_epochs: 3}",
     "randaugment": "{num_ops: 1, magnitude: 9}",
+    "selective_backprop": "{}",
     "stochastic_depth": "{drop_rate: 0.1}",
 }
 ON_VIT = (  # with a patch side of 4 px: 64 patches
@@ -177,7 +180,11 @@ def missing(report: dict[str, Any], options: argparse.Namespace) -> Iterator[tup
 def prepare(options: argparse.Namespace, results: str, data: set[str]) -> None:
     """Convert the data once, before runs that may share the machine; and warm caches."""
     for name in data:
-        run(recipe_of(NONE, [*overrides_of(name, options, results), *QUICK]))
+        given = overrides_of(name, options, results)
+        run(recipe_of(NONE, [*given, *QUICK]))
+        if "distillation" in options.only:
+            progress(f"{name}: {TEACHER}, whose seconds are not counted")
+            run(recipe_of(NONE, [*given, f"model.width={TEACHER_WIDTH}", f"run_name={TEACHER}"]))
 
 
 def overrides_of(data: str, options: argparse.Namespace, results: str) -> list[str]:
@@ -187,7 +194,7 @@ def overrides_of(data: str, options: argparse.Namespace, results: str) -> list[s
         given = [f"data.source.eval_fraction={HELD_OUT_SHARE}"]
     else:
         given = [f"data.source={{name: folder, path: {make_scenes(cache)}}}", *SCENES]
-    given += [*(QUICK if options.quick else []), f"results_dir={results}", f"data.cache_dir={cache}"]
+    given += [*(QUICK if options.quick else []), f"results_dir={results}/{data}", f"data.cache_dir={cache}"]
     return [*given, "logging.progress_bar=false", "checkpoints.keep_best=false", "device=cpu"]
 
 

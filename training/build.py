@@ -14,10 +14,12 @@ from algos.framework.registry import maker
 from data import Normalizer, build_loader
 from models.classifier import ImageClassifier
 from models.sync_batchnorm import synchronize_batchnorm
+from training.arrangement import SCHEDULE
 from training.network import make_network
 from training.optimizers import build_optimizer
-from training.plan import SCHEDULE, Plan
+from training.plan import Plan, teacher_of
 from training.recipe import users_mistake
+from training.teachers import for_images_of
 
 
 def build_network(plan: Plan) -> nn.Module:
@@ -25,14 +27,26 @@ def build_network(plan: Plan) -> nn.Module:
     return make_network(plan.recipe, num_classes=plan.facts.num_classes)
 
 
-def build_algorithms(plan: Plan) -> dict[str, SpeedUp]:
-    """New instances of the plan's algorithms, in order. They keep state, so every Trainer needs its own."""
+def build_algorithms(plan: Plan, *, loader: Any = None) -> dict[str, SpeedUp]:
+    """New instances of the plan's algorithms, in order. They keep state, so every Trainer needs its own.
+
+    loader: of the training images; a teacher has to know how they are normalized. Only plans without one need none.
+    """
     made = {}
     for planned in plan.algorithms:
         with users_mistake(f"algorithms.{planned.name}"):
             factory = LearningRate if planned.name == SCHEDULE else maker(planned.name)
-            made[planned.name] = factory(**planned.settings)
+            settings = dict(planned.settings)
+            if planned.name == "distillation":
+                settings["teacher"] = _build_teacher(plan, loader)
+            made[planned.name] = factory(**settings)
     return made
+
+
+def _build_teacher(plan: Plan, loader: Any) -> nn.Module:
+    teacher = teacher_of(plan.recipe)
+    assert teacher is not None
+    return for_images_of(teacher.load(), teacher, mean=loader.mean, std=loader.std)
 
 
 def build_loaders(plan: Plan, *, rank: int, say: Callable[[str], None]) -> tuple[Any, Any]:

@@ -99,7 +99,7 @@ def work_of(plan: Plan) -> Work:
     """What an image of each epoch costs, and the peak of the run's devices."""
     peak = device_peak_flops(plan.place.device, plan.recipe.precision)
     return Work(
-        macs_per_image=[epoch.total_macs / max(1, epoch.images) for epoch in plan.epochs],
+        macs_per_image=[epoch.total_macs / max(1, epoch.trained_images) for epoch in plan.epochs],
         peak_flops=peak * plan.place.world_size if peak is not None else None,
     )
 

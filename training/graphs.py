@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from algos.selective_backprop import count_kept
 from training.plan import Epoch, Plan
 
 
@@ -11,7 +12,8 @@ from training.plan import Epoch, Plan
 class Graph:
     """A compiled form of the network, with its backward pass in training.
 
-    images: of a forward pass on this rank. frozen: only the last layers are trained. training: else of an evaluation.
+    images: of a forward pass on this rank. frozen: only the last layers are trained. training: else without, for an
+    evaluation or to find the losses of samples.
     keep_rate: share of a Vision Transformer's patches that are trained on.
     """
 
@@ -37,8 +39,12 @@ def graphs_of(plan: Plan, *, rank: int = 0, first_epoch: int = 0) -> list[Graph]
     """
     found: dict[Graph, None] = {}
     for index, epoch in list(enumerate(plan.epochs))[first_epoch:]:
-        for size, images in _passes_of(plan, epoch, rank):
-            found[Graph(size, images, frozen=epoch.frozen, keep_rate=epoch.keep_rate)] = None
+        for size, images, selects in _batches(plan, epoch, rank):
+            if selects and epoch.selecting is not None:
+                found[Graph(epoch.selecting.image_size, images, training=False)] = None
+                images = count_kept(images, epoch.selecting.keep)
+            for part in _parts(images, plan.recipe.data.train.per_device_microbatch_size):
+                found[Graph(size, part, frozen=epoch.frozen, keep_rate=epoch.keep_rate)] = None
         if (index + 1) % plan.recipe.data.eval.every_epochs == 0 or index + 1 == len(plan.epochs):
             found[Graph(plan.recipe.data.eval.image_size, images_of_evaluation(plan), training=False)] = None
     return list(found)
@@ -51,27 +57,44 @@ def images_of_evaluation(plan: Plan) -> int:
     return -(-plan.facts.num_eval // (ranks * num_batches))
 
 
-def _passes_of(plan: Plan, epoch: Epoch, rank: int) -> list[tuple[int, int]]:
-    """(image size, images) of each kind of forward pass of an epoch, as the loader and the Trainer split it."""
+def shapes_of_selection(plan: Plan, *, rank: int = 0) -> frozenset[tuple[int, int]]:
+    """(images, image size) of the passes of this rank that find losses, each a graph of its own."""
+    selecting = [epoch for epoch in plan.epochs if epoch.selecting is not None]
+    return frozenset(
+        (images, epoch.selecting.image_size)
+        for epoch in selecting
+        for _, images, selects in _batches(plan, epoch, rank)
+        if selects and epoch.selecting is not None
+    )
+
+
+def _batches(plan: Plan, epoch: Epoch, rank: int) -> list[tuple[int, int, bool]]:
+    """(image size, images, whether its step selects) of each kind of batch of an epoch, as loaders make them."""
     if not epoch.drawn:
-        images = _images_of_passes(plan, epoch.global_batch_size, plan.facts.num_train, rank)
-        return [(epoch.image_size, one) for one in images]
+        return [(epoch.image_size, *one) for one in _batches_of(plan, epoch, rank, plan.facts.num_train)]
     return [
-        (steps.image_size, one)
+        (steps.image_size, *one)
         for steps in epoch.drawn
-        for one in _images_of_passes(plan, steps.global_batch_size, steps.images, rank)
+        for one in _batches_of(plan, replace(epoch, global_batch_size=steps.global_batch_size), rank, steps.images)
     ]
 
 
-def _images_of_passes(plan: Plan, global_batch_size: int, num_images: int, rank: int) -> list[int]:
-    """Images of each kind of forward pass over `num_images`, as data/loading/order.py and the Trainer split them."""
-    train, ranks = plan.recipe.data.train, plan.place.world_size
-    whole = global_batch_size // ranks
-    left = num_images % global_batch_size
-    batches = [whole] if num_images >= global_batch_size else []
-    if left >= ranks and not train.drop_last:
-        batches.append(left // ranks + (rank < left % ranks))
-    size = train.per_device_microbatch_size
-    if isinstance(size, int):
-        batches = [part for batch in batches for part in (min(size, batch), batch % size if batch > size else 0)]
-    return [batch for batch in batches if batch]
+def _batches_of(plan: Plan, epoch: Epoch, rank: int, num_images: int) -> list[tuple[int, bool]]:
+    """(images, whether its step selects) of each kind of batch of `num_images`, as data/loading/order.py makes them."""
+    ranks, full_steps = plan.place.world_size, num_images // epoch.global_batch_size
+    left = num_images % epoch.global_batch_size
+    chosen = epoch.selecting.steps if epoch.selecting is not None else range(0)
+    selecting = sum(step < full_steps for step in chosen)
+    kinds = {False: selecting < full_steps, True: selecting > 0}
+    batches = [(epoch.global_batch_size // ranks, selects) for selects, there in kinds.items() if there]
+    if left >= ranks and not plan.recipe.data.train.drop_last:
+        batches.append((left // ranks + (rank < left % ranks), full_steps in chosen))
+    return batches
+
+
+def _parts(images: int, microbatch_size: int | str | None) -> list[int]:
+    """Images of each kind of forward pass, as the Trainer splits a batch."""
+    if not isinstance(microbatch_size, int):
+        return [images]
+    sizes = {min(microbatch_size, images), images % microbatch_size if images > microbatch_size else 0}
+    return sorted(sizes - {0}, reverse=True)

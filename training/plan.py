@@ -7,31 +7,32 @@ import shutil
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from algos.distillation import Distillation
 from algos.fixres import FixRes
-from algos.framework.composer_algorithms import describe
-from algos.framework.ordering import arrange
 from algos.framework.protocols import LearningRateModifier
-from algos.framework.registry import planner
 from algos.learning_rate import LearningRate
 from algos.patch_dropout import PatchDropout, keeping_patches
 from algos.progressive_resizing import ProgressiveResizing
 from algos.sam import SAM
+from algos.selective_backprop import SelectiveBackprop
 from models.registry import names
 from models.summary import count_forward_macs, count_parameters
+from training.arrangement import CLIPPING, SCHEDULE, arrange_algorithms
 from training.facts import DataFacts, class_weights, data_facts
 from training.network import change_network, make_network, shapes_suffice
 from training.optimizers import peak_learning_rate
 from training.recipe import Recipe, RecipeError, users_mistake
 from training.recipe.compiling import CUDA_GRAPH_MODES
 from training.recipe.watching import check_profiled_steps
+from training.selecting import Selecting, plan_selecting
+from training.teachers import Teacher, find_teacher
 
-SCHEDULE = "learning_rate"  # an algorithm of every run; its settings are the recipe's section schedule
-_CLIPPING = "composer.gradient_clipping"  # what optimizer.clip_norm turns on
 _AUTOCAST = {"amp_bf16": "bfloat16", "amp_fp16": "float16"}
 _RGB = 3
 # Networks that do nothing to an image before a convolution, which tests/training/test_pixel_type.py looks at.
@@ -39,8 +40,8 @@ _CONVOLVE_FIRST = frozenset(names()) - {"alexnet"}
 # Algorithms that compute with no pixel: in a recipe progressive_resizing's images come in their size from the loader.
 _LEAVE_PIXELS_ALONE = frozenset(
     {
-        SCHEDULE, _CLIPPING, "blurpool", "channels_last", "cutmix", "ema", "fixres", "label_smoothing",
-        "progressive_resizing", "sam", "stochastic_depth",
+        SCHEDULE, CLIPPING, "blurpool", "channels_last", "cutmix", "ema", "fixres", "label_smoothing",
+        "progressive_resizing", "sam", "selective_backprop", "stochastic_depth",
     }
 )  # fmt: skip
 
@@ -58,10 +59,12 @@ class Steps:
 
 @dataclass(frozen=True)
 class Epoch:
-    """One epoch of the run. forward_macs: multiply-adds of one image's forward pass.
+    """One epoch of the run.
 
-    drawn: its steps, by image size and batch size, if each draws its own. image_size and global_batch_size are then the
-    largest, and forward_macs is the mean over images.
+    images: that the loader gives. forward_macs: multiply-adds of one image's forward pass. drawn: its steps, by image
+    size and batch size, if each draws its own; image_size and global_batch_size are then the largest, and forward_macs
+    is the mean over images. selecting: the steps that train only a part of their images, None if none does.
+    teacher_macs: multiply-adds of a teacher's pass of an image.
     """
 
     image_size: int
@@ -76,16 +79,33 @@ class Epoch:
     suspended: tuple[str, ...]  # algorithms of the run that are inactive in this epoch
     keep_rate: float = 1.0  # share of a Vision Transformer's patches that are trained on
     drawn: tuple[Steps, ...] = ()
+    selecting: Selecting | None = None
+    teacher_macs: int = 0
+
+    @property
+    def trained_images(self) -> int:
+        """The images that get a backward pass."""
+        return self.images - (self.selecting.left_out if self.selecting else 0)
 
     @property
     def total_forward_macs(self) -> float:
         """Multiply-adds of the epoch's forward passes."""
-        return self.images * self.passes * self.forward_macs
+        return self._trained_macs + self._other_macs
 
     @property
     def total_macs(self) -> float:
         """Multiply-adds including the backward passes, each counted as two forward passes."""
-        return self.total_forward_macs * (1 if self.frozen else 3)
+        return self._trained_macs * (1 if self.frozen else 3) + self._other_macs
+
+    @property
+    def _trained_macs(self) -> float:
+        return self.trained_images * self.passes * self.forward_macs
+
+    @property
+    def _other_macs(self) -> float:
+        """Of passes without a backward pass: those that find losses, and a teacher's."""
+        selection = self.selecting.images * self.selecting.forward_macs if self.selecting else 0
+        return selection + self.trained_images * self.teacher_macs
 
 
 @dataclass(frozen=True)
@@ -120,6 +140,7 @@ class Plan:
     algorithms: in the order in which they act, including the learning-rate schedule and gradient clipping.
     parameters: number of scalars in the network after the algorithms have changed it.
     class_weights: of the training loss; None where all classes weigh the same.
+    teacher_parameters: of a teacher, which every rank holds beside the network; 0 without one.
     """
 
     recipe: Recipe
@@ -131,6 +152,7 @@ class Plan:
     parameters: int
     epochs: tuple[Epoch, ...]
     class_weights: tuple[float, ...] | None = None
+    teacher_parameters: int = 0
 
     @property
     def global_batch_size(self) -> int:
@@ -232,7 +254,7 @@ def make_plan(recipe: Recipe, facts: DataFacts, place: Place) -> Plan:
             "schedule.warmup_epochs",
             f"is {recipe.schedule['warmup_epochs']:g}, longer than the run of {recipe.epochs} epochs; make it shorter",
         )
-    algorithms, settings = _arrange_algorithms(recipe)
+    algorithms, settings = arrange_algorithms(recipe)
     network = make_network(recipe, num_classes=facts.num_classes, shapes_only=shapes_suffice(algorithms))
     network = change_network(network, recipe, algorithms)
     if isinstance(fixres := algorithms.get("fixres"), FixRes):
@@ -285,8 +307,22 @@ def make_plan(recipe: Recipe, facts: DataFacts, place: Place) -> Plan:
         ),
         class_weights=class_weights(recipe, facts),
     )
+    plan = _add_selecting(plan, algorithms, network)
+    plan = _add_teacher(plan, algorithms)
     check_profiled_steps(recipe.logging.profile, total_steps=plan.steps)
     return plan
+
+
+def teacher_of(recipe: Recipe) -> Teacher | None:
+    """The teacher that `recipe` names, None without distillation. Raises RecipeError if it is not there."""
+    settings = recipe.algorithms.get("distillation")
+    if settings is None:
+        return None
+    name, where = settings["teacher"], "algorithms.distillation.teacher"
+    if Path(name).resolve().is_relative_to(recipe.run_dir.resolve()):
+        raise RecipeError(where, f"is {name}, which this run replaces; give the run another run_name")
+    with users_mistake(where):
+        return find_teacher(name, trust=recipe.trust_checkpoint)
 
 
 def per_device_batch_size(recipe: Recipe, *, world_size: int) -> int:
@@ -303,47 +339,11 @@ def per_device_batch_size(recipe: Recipe, *, world_size: int) -> int:
     return train.global_batch_size // world_size
 
 
-def network_as_trained(recipe: Recipe, *, num_classes: int, shapes_only: bool = False) -> nn.Module:
-    """The recipe's network as its algorithms change it. shapes_only: see `make_network`."""
-    algorithms, _ = _arrange_algorithms(recipe)
-    shapes_only = shapes_only and shapes_suffice(algorithms)
-    network = make_network(recipe, num_classes=num_classes, shapes_only=shapes_only)
-    return change_network(network, recipe, algorithms)
-
-
 def without_algorithms(recipe: Recipe, run_name: str) -> Recipe:
     """The same recipe with every speed-up off."""
     off = dict.fromkeys(recipe.algorithms)
     settings = {**recipe.settings, "algorithms": off, "run_name": run_name}
     return replace(recipe, algorithms={}, run_name=run_name, settings=settings)
-
-
-def without_weights(recipe: Recipe) -> Recipe:
-    """The same recipe with new weights, which need no download."""
-    if recipe.model.get("weights") is None:
-        return recipe
-    return replace(recipe, model={**recipe.model, "weights": None})
-
-
-def _arrange_algorithms(recipe: Recipe) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """The recipe's algorithms for planning, in the order in which they act, and the settings of each."""
-    settings = {SCHEDULE: recipe.schedule, **recipe.algorithms}
-    made: dict[str, Any] = {SCHEDULE: LearningRate.for_planning(**recipe.schedule)}
-    for name, given in recipe.algorithms.items():
-        with users_mistake(f"algorithms.{name}"):
-            made[name] = planner(name)(**given)
-    clip_norm = recipe.optimizer["clip_norm"]
-    if clip_norm is not None:
-        if _CLIPPING in made:
-            raise RecipeError(
-                "optimizer.clip_norm",
-                f"is {clip_norm:g} beside algorithms.{_CLIPPING}, which does the same; drop one",
-            )
-        made[_CLIPPING] = describe(_CLIPPING)
-        settings[_CLIPPING] = {"clipping_type": "norm", "clipping_threshold": clip_norm}
-    with users_mistake("algorithms"):
-        order = arrange({name: algorithm.contract for name, algorithm in made.items()})
-    return {name: made[name] for name in order}, settings
 
 
 def _epoch_shapes(
@@ -412,6 +412,66 @@ def _keep_rates(recipe: Recipe, algorithms: Mapping[str, Any]) -> list[float]:
         return [1.0] * recipe.epochs
     with users_mistake("algorithms"):
         return [dropout.rate_at(epoch, recipe.epochs) for epoch in range(recipe.epochs)]
+
+
+def _add_selecting(plan: Plan, algorithms: Mapping[str, Any], network: nn.Module) -> Plan:
+    """`plan` with the steps of each epoch that select samples, and what their forward passes take."""
+    selective = algorithms.get("selective_backprop")
+    if not isinstance(selective, SelectiveBackprop):
+        return plan
+    if any(epoch.drawn for epoch in plan.epochs):
+        raise RecipeError(
+            "algorithms.selective_backprop",
+            "selects from batches of one size, and progressive_resizing draws a size for each step; give that stages",
+        )
+    epochs, first_step, ranks = [], 0, plan.place.world_size
+    macs: dict[int, int] = {}
+    for index, epoch in enumerate(plan.epochs):
+        selecting = plan_selecting(
+            selective, epoch=index, total_epochs=len(plan.epochs), first_step=first_step, steps=epoch.steps,
+            images=epoch.images, global_batch_size=epoch.global_batch_size, image_size=epoch.image_size, ranks=ranks,
+        )  # fmt: skip
+        if selecting is not None:
+            size = selecting.image_size
+            if size not in macs:
+                whole = (epoch.global_batch_size // ranks,)
+                macs[size] = _macs(network, size, 1.0, whole, plan.recipe)
+            selecting = replace(selecting, forward_macs=macs[size])
+        epochs.append(replace(epoch, selecting=selecting))
+        first_step += epoch.steps
+    return replace(plan, epochs=tuple(epochs))
+
+
+def _mean_macs(epoch: Epoch, macs: Mapping[int, int]) -> int:
+    """Of an image of `epoch`, given those at each size."""
+    if not epoch.drawn:
+        return macs[epoch.image_size]
+    return round(sum(steps.images * macs[steps.image_size] for steps in epoch.drawn) / epoch.images)
+
+
+def _add_teacher(plan: Plan, algorithms: Mapping[str, Any]) -> Plan:
+    """`plan` with what a teacher's passes and weights take. Raises RecipeError if it does not suit the run."""
+    if not isinstance(algorithms.get("distillation"), Distillation):
+        return plan
+    teacher = teacher_of(plan.recipe)
+    assert teacher is not None
+    where = "algorithms.distillation.teacher"
+    with users_mistake(where):
+        teacher.check_classes(plan.facts.class_names if plan.facts.present else [""] * plan.facts.num_classes)
+        network = teacher.outline()
+    macs: dict[int, int] = {}
+    drawn = {steps.image_size for epoch in plan.epochs for steps in epoch.drawn}
+    for size in sorted({epoch.image_size for epoch in plan.epochs} | drawn):
+        try:
+            macs[size] = count_forward_macs(network, image_size=size)
+        except (RuntimeError, ValueError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise RecipeError(where, f"is {teacher.name}, which cannot take images of {size} px: {reason}") from None
+    return replace(
+        plan,
+        teacher_parameters=count_parameters(network),
+        epochs=tuple(replace(epoch, teacher_macs=_mean_macs(epoch, macs)) for epoch in plan.epochs),
+    )
 
 
 def _refuse_two_sizes(fixres: FixRes, shapes: list[tuple[int, int]], *, resized: bool) -> None:

@@ -4,23 +4,15 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
 from models.summary import summarize
+from training.arrangement import network_as_trained, without_weights
 from training.facts import planned_facts
 from training.graphs import graphs_of
-from training.plan import (
-    Epoch,
-    Place,
-    Plan,
-    Steps,
-    choose_place,
-    make_plan,
-    network_as_trained,
-    without_algorithms,
-    without_weights,
-)
+from training.plan import Epoch, Place, Plan, Steps, choose_place, make_plan, without_algorithms
 from training.recipe import Recipe, RecipeError
 
 _WEIGHT_FILES = (".bin", ".pt", ".pth", ".safetensors")
@@ -73,13 +65,20 @@ def format_plan(plan: Plan, baseline: Plan) -> str:
         f"{'epochs':>9}{'image':>8}{'batch':>8}{'steps':>9}{'learning rate':>22}{'MMACs/image':>14}  notes",
         *_phase_lines(plan),
         "",
-        f"{plan.steps:,} steps, {plan.images:,} images seen; evaluation at {plan.recipe.data.eval.image_size} px",
+        f"{plan.steps:,} steps, {_images_seen(plan)}; evaluation at {plan.recipe.data.eval.image_size} px",
+        *_teacher_line(plan),
         *_graphs_line(plan),
         f"forward: {_engineering(plan.forward_macs)}MACs in all; with the backward passes: "
         f"{_engineering(plan.total_macs)}MACs",
         _savings(plan, baseline),
     ]
     return "\n".join(lines)
+
+
+def _images_seen(plan: Plan) -> str:
+    trained = sum(epoch.trained_images for epoch in plan.epochs)
+    seen = f"{plan.images:,} images seen"
+    return seen if trained == plan.images else f"{seen}, {trained:,} of them trained"
 
 
 def _place_line(plan: Plan) -> str:
@@ -132,10 +131,7 @@ def _graphs_line(plan: Plan) -> list[str]:
 
 def _phase_lines(plan: Plan) -> list[str]:
     lines, first = [], 0
-    for _, run in groupby(
-        plan.epochs,
-        key=lambda e: (_sizes(e), e.frozen, e.test_crop, e.suspended, e.passes, e.keep_rate),
-    ):
+    for _, run in groupby(plan.epochs, key=_alike):
         epochs = list(run)
         start, end = epochs[0], epochs[-1]
         drawn = [steps for epoch in epochs for steps in epoch.drawn]
@@ -146,6 +142,7 @@ def _phase_lines(plan: Plan) -> list[str]:
             *(f"no {name}" for name in start.suspended),
             *([f"{start.passes:g} passes a step"] if start.passes > 1 else []),
             *([f"{start.keep_rate:g} of the patches"] if start.keep_rate < 1 else []),
+            *_selecting_notes(epochs),
         ]
         rates = f"{start.learning_rate[0]:.3g} to {end.learning_rate[1]:.3g}"
         macs = sum(one.images * one.forward_macs for one in epochs) / sum(one.images for one in epochs)
@@ -159,17 +156,40 @@ def _phase_lines(plan: Plan) -> list[str]:
     return lines
 
 
-def _sizes(epoch: Epoch) -> tuple[int, int] | None:
-    """What the epochs of a line share; epochs whose steps draw their sizes stand in one."""
-    return None if epoch.drawn else (epoch.image_size, epoch.global_batch_size)
-
-
 def _shares(drawn: list[Steps]) -> list[str]:
     """For each size and batch size that is drawn, its share of the steps."""
     total, counts = sum(one.steps for one in drawn), Counter[tuple[int, int]]()
     for one in drawn:
         counts[one.image_size, one.global_batch_size] += one.steps
     return [f"{steps / total:.0%} at {px} px in {batch:,}" for (px, batch), steps in sorted(counts.items())]
+
+
+def _alike(epoch: Epoch) -> tuple[object, ...]:
+    """What the epochs of a line share; epochs whose steps draw their sizes stand in one."""
+    return (
+        None if epoch.drawn else (epoch.image_size, epoch.global_batch_size), epoch.frozen, epoch.test_crop,
+        epoch.suspended, epoch.passes,
+        epoch.keep_rate, epoch.selecting is None,
+    )  # fmt: skip
+
+
+def _selecting_notes(epochs: Sequence[Epoch]) -> list[str]:
+    found = [epoch.selecting for epoch in epochs if epoch.selecting is not None]
+    if not found:
+        return []
+    note = f"{found[0].keep:g} of the images in {sum(len(one.steps) for one in found):,} of the steps"
+    return [f"{note}, found at {found[0].image_size} px"]
+
+
+def _teacher_line(plan: Plan) -> list[str]:
+    if not plan.teacher_parameters:
+        return []
+    name, largest = plan.recipe.algorithms["distillation"]["teacher"], max(e.teacher_macs for e in plan.epochs)
+    memory = f"{_engineering(4 * plan.teacher_parameters)}B"
+    return [
+        f"teacher {name}: {plan.teacher_parameters:,} parameters, {memory} on every rank, up to "
+        f"{largest / 1e6:.2f} MMACs an image, forward only"
+    ]
 
 
 def _savings(plan: Plan, baseline: Plan) -> str:

@@ -14,6 +14,7 @@ import yaml
 from composer.utils import dist
 
 from data.whole_files import replace_file
+from training.arrangement import network_as_trained
 from training.build import build_loaders, build_test_loader
 from training.checkpoints.choosing import choose_checkpoint
 from training.engines.composer import evaluate_composer, train_composer
@@ -21,7 +22,7 @@ from training.engines.memory import describe_out_of_memory, forget, is_out_of_me
 from training.engines.peers import PeerWatch
 from training.engines.start import start_distributed
 from training.guards.run_lock import FolderTaken, RunLock
-from training.plan import Plan, choose_place, network_as_trained, plan_run, without_algorithms
+from training.plan import Plan, choose_place, plan_run, without_algorithms
 from training.recipe import Recipe, RecipeError, flat_keys, users_mistake
 from training.results.comparison import format_comparison, write_comparison
 from training.results.figures import plot_curves
@@ -39,7 +40,8 @@ _FREE_ON_RESUME = (
     "device", "compile", "data.cache_dir", "parallelism.strategy", "parallelism.fsdp",
     "parallelism.lost_rank_timeout_seconds",
 )  # fmt: skip
-_FREE_ON_RESUME_ENDINGS = (".num_workers", ".batches_ahead", ".loader", ".path")
+# A teacher may have moved; that it is the same one, its hash in the checkpoint says.
+_FREE_ON_RESUME_ENDINGS = (".num_workers", ".batches_ahead", ".loader", ".path", ".teacher")
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from data import normalize, prepare_image
+from training.arrangement import network_as_trained, without_weights
 from training.checkpoints.weights import find_checkpoint, read_network_weights
-from training.plan import network_as_trained, without_weights
 from training.recipe import Recipe, RecipeError, load_recipe
 from training.results.summary import write_json
 
@@ -79,23 +79,33 @@ def load_trained(source: str | os.PathLike[str], *, trust_checkpoint: bool = Fal
     Raises ValueError if there is no such run or checkpoint, or it does not fit its recipe, and RecipeError for a
     checkpoint that is damaged or names code.
     """
-    checkpoint = find_checkpoint(source, names=("best.pt", "latest.pt"))
-    run_dir = checkpoint.parent.parent
-    recipe, about = _recipe_of(run_dir), _read_about(run_dir)
-    class_names = tuple(about["class_names"])
+    checkpoint = _checkpoint_of(source)
+    recipe, class_names, preprocessing = describe_trained(source)
     network = _network_to_fill(recipe, num_classes=len(class_names))
     weights, averaged = read_network_weights(checkpoint, trust=trust_checkpoint)
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{checkpoint} does not hold the network of {run_dir / 'recipe.yaml'}: {reason}") from None
-    return Trained(network.eval(), recipe, class_names, about["preprocessing"], checkpoint, averaged)
+        described = checkpoint.parent.parent / "recipe.yaml"
+        raise ValueError(f"{checkpoint} does not hold the network of {described}: {reason}") from None
+    return Trained(network.eval(), recipe, class_names, preprocessing, checkpoint, averaged)
+
+
+def describe_trained(source: str | os.PathLike[str]) -> tuple[Recipe, tuple[str, ...], Preprocessing]:
+    """What `load_trained` would load, without its weights: the run's recipe, class names and preprocessing."""
+    run_dir = _checkpoint_of(source).parent.parent
+    recipe, about = _recipe_of(run_dir), _read_about(run_dir)
+    return recipe, tuple(about["class_names"]), about["preprocessing"]
 
 
 def write_about(run_dir: Path, *, class_names: Sequence[str], preprocessing: Preprocessing) -> None:
     """Write model.json, which makes a run's checkpoints usable without its data."""
     write_json({"class_names": list(class_names), **asdict(preprocessing)}, run_dir / MODEL_FILE)
+
+
+def _checkpoint_of(source: str | os.PathLike[str]) -> Path:
+    return find_checkpoint(source, names=("best.pt", "latest.pt"))
 
 
 def _network_to_fill(recipe: Recipe, *, num_classes: int) -> nn.Module:

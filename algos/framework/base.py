@@ -75,6 +75,8 @@ class Resource(str, Enum):
     MIXING = "how samples are mixed"
     TARGETS = "the batch's targets"
     SMOOTHING = "how targets are smoothed"
+    SAMPLES = "which of the batch's samples are trained"
+    LOSS = "the loss"
     GRADIENTS = "the gradients that the optimizer sees"
     LEARNING_RATE = "the learning rate"
 

@@ -17,6 +17,12 @@ _ALGORITHMS: dict[str, tuple[str, str, str, str]] = {
     "blurpool": (".blurpool", "BlurPool", "apply_blurpool", "anti-aliased strided convolutions and max-pools"),
     "channels_last": (".channels_last", "ChannelsLast", "apply_channels_last", "NHWC memory format for the model"),
     "cutmix": (".cutmix", "CutMix", "cutmix_batch", "a box of another sample in each image, targets mixed by area"),
+    "distillation": (
+        ".distillation",
+        "Distillation",
+        "distillation_loss",
+        "the outputs of a trained network as further targets",
+    ),
     "ema": (".ema", "EMA", "ema_update", "evaluation and export of averaged weights"),
     "fixres": (".fixres", "FixRes", "freeze_for_fixres", "last epochs at test resolution with the test-time crop"),
     "label_smoothing": (".label_smoothing", "LabelSmoothing", "smooth_labels", "targets a little less than certain"),
@@ -40,6 +46,12 @@ _ALGORITHMS: dict[str, tuple[str, str, str, str]] = {
         "random operations on every image, on the device",
     ),
     "sam": (".sam", "SAM", "sam_gradients", "gradients at the worst point nearby, for flatter minima"),
+    "selective_backprop": (
+        ".selective_backprop",
+        "SelectiveBackprop",
+        "select_samples",
+        "backward passes for the samples with high losses only",
+    ),
     "stochastic_depth": (
         ".stochastic_depth",
         "StochasticDepth",

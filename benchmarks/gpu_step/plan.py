@@ -21,6 +21,8 @@ _FOR_VIT = (
     "progressive_resizing",
     "sam",
     "patch_dropout",
+    "selective_backprop",
+    "distillation",
 )
 # The others share one model.
 CHANGE_THE_MODEL = ("blurpool", "blurpool_after", "channels_last", "stochastic_depth", "patch_dropout")

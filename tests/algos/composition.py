@@ -41,6 +41,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "blurpool": {},
     "channels_last": {},
     "cutmix": {"alpha": 1.0},
+    "distillation": {"temperature": 2.0, "weight": 0.7},  # its teacher comes from `make`
     "ema": {"half_life_steps": 4},
     "fixres": {"epochs": 1, "image_size": 16, "train": "classifier", "learning_rate": 0.01},
     "label_smoothing": {"smoothing": 0.1},
@@ -51,6 +52,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     },
     "randaugment": {"num_ops": 1},
     "sam": {"rho": 0.05, "interval": 2},
+    "selective_backprop": {"start": 0.3, "end": 0.67, "keep": 0.5, "interval": 2},  # of the second epoch
     "stochastic_depth": {"drop_rate": 0.3},
 }
 # Others of an algorithm's ways: name -> the algorithm and its settings.
@@ -79,7 +81,7 @@ COMPOSER_EXAMPLES: dict[str, dict[str, Any]] = {
 # A compilation for each image size. With sizes as variables, torch 2.7.0 has inductor fail on these networks, and
 # aot_eager return wrong gradients behind reflection padding.
 COMPILED = {"backend": "aot_eager", "dynamic": False}
-DRAW_PER_RANK = {"mixup", "cutmix", "patch_dropout", "randaugment", "stochastic_depth"}
+DRAW_PER_RANK = {"mixup", "cutmix", "patch_dropout", "randaugment", "selective_backprop", "stochastic_depth"}
 
 
 def composer_sets() -> dict[str, list[str]]:
@@ -97,6 +99,8 @@ def make(name: str) -> Algorithm:
         from algos import Stage
 
         settings["stages"] = [Stage(**stage) for stage in settings["stages"]]
+    if name == "distillation":
+        settings["teacher"] = network(4, vit=False, seed=1)
     return find(name)(**settings)
 
 
@@ -163,12 +167,12 @@ class _ResNetAndViT(nn.Module):
         return self.vit(images) + self.resnet(images)
 
 
-def network(num_classes: int, *, vit: bool) -> nn.Module:
+def network(num_classes: int, *, vit: bool, seed: int = 0) -> nn.Module:
     """In float64, with norms that know no batch, so that splitting a batch changes nothing by itself.
 
     vit: with a Vision Transformer beside the small ResNet.
     """
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     resnet = SmallResNet(num_classes=num_classes, width=16, blocks_per_stage=1, activation=nn.SiLU)
     for module in list(resnet.modules()):
         for name, child in module.named_children():

@@ -30,6 +30,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "randaugment": {"normalization": "unit"},
 }
 MAKERS = {name: lambda name=name: [find(name)(**SETTINGS.get(name, {}))] for name in names()} | {
+    "distillation": lambda: [algos.Distillation(teacher=teacher())],
     "learning_rate": lambda: [algos.LearningRate(warmup_epochs=1)],
     "fixres with a rate of its own": lambda: [
         algos.FixRes(epochs=1, crop="keep", learning_rate=0.01),
@@ -52,6 +53,12 @@ def network(dropout: float) -> nn.Module:
         BasicBlock(16, 16, stride=2, downsample=shortcut),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(dropout), nn.Linear(16, 4),
     )  # fmt: skip
+
+
+def teacher() -> nn.Module:
+    """The same one at each call."""
+    torch.manual_seed(1)
+    return network(0.5)
 
 
 def make_trainer(algorithms: list[Any], max_duration: str, *, draws: bool = True, **settings: Any) -> Trainer:

@@ -15,6 +15,7 @@ NAMES = [
     "blurpool",
     "channels_last",
     "cutmix",
+    "distillation",
     "ema",
     "fixres",
     "label_smoothing",
@@ -23,6 +24,7 @@ NAMES = [
     "progressive_resizing",
     "randaugment",
     "sam",
+    "selective_backprop",
     "stochastic_depth",
 ]
 

@@ -30,6 +30,7 @@ OF_AN_ALGORITHM = {
     "cutmix": {"algos/cutmix.py:cutmix_batch": 1},
     "mixup": {"algos/mixup.py:mixup_batch": 1},
     "patch_dropout": {"algos/patch_dropout.py:_draw": 1},
+    "selective_backprop": {"algos/selective_backprop.py:apply": 1},
     "stochastic_depth": {"algos/stochastic_depth.py:_draw": 1},
 }
 QUICK = ("nothing", "all together")  # the rest is in make test-all

@@ -20,6 +20,7 @@ PLAIN = (
     "ema={decay: 0.9}",
     "label_smoothing={}",
     "sam={}",
+    "selective_backprop={}",
     "stochastic_depth={}",
 )
 

@@ -27,7 +27,7 @@ from algos.fixres import FixRes, briefly_frozen, hold_frozen_statistics
 from algos.framework.base import precision_context
 from algos.framework.randomness import microbatch_draws
 from algos.patch_dropout import keeping_patches
-from training.graphs import Graph, graphs_of, images_of_evaluation
+from training.graphs import Graph, graphs_of, images_of_evaluation, shapes_of_selection
 from training.plan import Plan
 from training.recipe.compiling import CUDA_GRAPH_MODES
 
@@ -51,6 +51,7 @@ def compile_network(network: nn.Module, plan: Plan) -> None:
         network,
         torch.compile(_with_key(network.forward), **torch_settings(plan)),
         evaluation_images=images_of_evaluation(plan),
+        as_they_are=shapes_of_selection(plan, rank=dist.get_global_rank()),
         keeps_outputs=on_gpu and plan.recipe.compile.mode in CUDA_GRAPH_MODES,
     )
 
@@ -132,7 +133,8 @@ class _CompiledForward:
     Training: there is a graph for each set of trained parameters, whose backward pass leaves out the others. torch 2.7
     does not notice every change of requires_grad, so the key of a graph has it.
     Evaluation: a smaller last batch is filled up with zeros, and frozen parameters pass for trained ones, of which
-    torch would make another graph. Without gradients that changes no result.
+    torch would make another graph. Without gradients that changes no result. Passes that find the losses of samples
+    are of the shapes `as_they_are`, (images, px), which are not filled up.
     Everywhere: images are channels-last in memory, as the loaders deliver them, whatever algorithms made of them.
     """
 
@@ -142,11 +144,12 @@ class _CompiledForward:
         compiled: Callable[[Tensor, str], Tensor],
         *,
         evaluation_images: int,
+        as_they_are: frozenset[tuple[int, int]],
         keeps_outputs: bool,
     ) -> None:
         self._network, self._compiled = network, compiled
         self._parameters = list(network.parameters())
-        self._evaluation_images = evaluation_images
+        self._evaluation_images, self._as_they_are = evaluation_images, as_they_are
         self._keeps_outputs = keeps_outputs  # CUDA graphs write the next outputs over them
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -165,7 +168,7 @@ class _CompiledForward:
 
     def _evaluate(self, images: Tensor) -> Tensor:
         missing = self._evaluation_images - len(images)
-        if missing > 0:
+        if missing > 0 and (len(images), images.shape[-1]) not in self._as_they_are:
             padded = torch.cat([images, images.new_zeros(missing, *images.shape[1:])])
             padded = padded.contiguous(memory_format=torch.channels_last)
             return self._evaluate(padded)[: len(images)]

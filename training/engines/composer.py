@@ -77,7 +77,7 @@ def build_trainer(
             eval_dataloader=Evaluator(label="eval", dataloader=evaluation),
             eval_interval=f"{recipe.data.eval.every_epochs}ep",
             max_duration=f"{recipe.epochs}ep",
-            algorithms=list(build_algorithms(plan).values()),
+            algorithms=list(build_algorithms(plan, loader=loaders[0]).values()),
             optimizers=build_optimizer_of(model, plan),
             callbacks=callbacks,
             parallelism_config=fsdp_config(recipe.parallelism.fsdp, network) if sharding else None,

@@ -99,6 +99,10 @@ class StepTrainer(Trainer):
     def _accumulate_time_across_ranks(
         self, num_samples: int | float, num_tokens: int, batch_time: datetime.timedelta
     ) -> tuple[int, int, datetime.timedelta]:
+        if isinstance(num_samples, int):
+            # Composer counted them before BATCH_START, where an algorithm may have left some out.
+            assert self._train_data_spec is not None
+            num_samples = self._train_data_spec.get_num_samples_in_batch(self.state.batch)
         if not isinstance(num_samples, int) or not self._ranks_are_alike():
             return super()._accumulate_time_across_ranks(num_samples, num_tokens, batch_time)
         ranks = dist.get_world_size()

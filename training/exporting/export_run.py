@@ -10,13 +10,13 @@ from pathlib import Path
 
 import torch
 
+from training.arrangement import network_as_trained, without_weights
 from training.exporting.card import model_card
 from training.exporting.checking import check_export
 from training.exporting.formats import FORMATS, Written, write
 from training.exporting.preprocessing import preprocessor_config
 from training.exporting.samples import Samples, sample_images
 from training.exporting.whole_folder import refuse_existing, whole_folder
-from training.plan import network_as_trained, without_weights
 from training.trained import Trained, load_trained
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -35,6 +36,7 @@ def phases_of(plan: Plan) -> list[Phase]:
     for index, epoch in enumerate(plan.epochs):
         key = (
             epoch.image_size, epoch.global_batch_size, epoch.frozen, epoch.test_crop, epoch.suspended, epoch.passes,
+            None if epoch.selecting is None else (epoch.selecting.keep, epoch.selecting.steps.step),
         )  # fmt: skip
         groups.setdefault(key, []).append(index)
     return [_phase(plan.epochs[indices[0]], indices) for indices in groups.values()]
@@ -54,9 +56,13 @@ def _phase(epoch: Epoch, indices: Sequence[int]) -> Phase:
         *(["last layers only"] if epoch.frozen else []),
         *(f"no {name}" for name in epoch.suspended),
         *([f"{epoch.passes:g} passes a step"] if epoch.passes > 1 else []),
+        *([f"trains {epoch.selecting.keep:g} of the images"] if epoch.selecting else []),
     ]
-    # SAM takes a second pass at every interval-th step: only whole intervals have the same cost.
+    # SAM takes a second pass at every interval-th step, and selective backpropagation selects at every interval-th:
+    # only whole intervals have the same cost.
     interval = round(1 / (epoch.passes - 1)) if epoch.passes > 1 else 1
+    if epoch.selecting is not None:
+        interval = math.lcm(interval, epoch.selecting.steps.step)
     return Phase(
         first_epoch=indices[0],
         epochs=len(indices),

@@ -78,7 +78,7 @@ def schema_of(factory: Callable[..., Any], *, without: Sequence[str] = ()) -> ty
         if name in without or parameter.kind not in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD):
             continue
         default = MISSING if parameter.default is parameter.empty else parameter.default
-        fields.append((name, hints.get(name, Any), dataclasses.field(default=default)))
+        fields.append((name, _of_recipes(hints.get(name, Any)), dataclasses.field(default=default)))
     return dataclasses.make_dataclass(getattr(factory, "__name__", "Settings"), fields, kw_only=True)
 
 
@@ -163,6 +163,18 @@ def _convert(hint: Any, value: Any, *, path: str) -> Any:
 def _shown(value: Any) -> str:
     """As a recipe has it: null, not None."""
     return "null" if value is None else repr(value)
+
+
+def _of_recipes(hint: Any) -> Any:
+    """`hint` without the objects of programs that an argument may be too: str of str | nn.Module."""
+    if get_origin(hint) not in (Union, types.UnionType):
+        return hint
+    parts = [part for part in get_args(hint) if not _is_program(part)]
+    return Union[tuple(parts)]  # noqa: UP007
+
+
+def _is_program(hint: Any) -> bool:
+    return isinstance(hint, type) and hint.__module__.partition(".")[0] == "torch"
 
 
 def _refuse_unknown_keys(given: dict[Any, Any], known: Sequence[str], *, path: str) -> None:

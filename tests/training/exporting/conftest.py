@@ -11,7 +11,7 @@ import yaml
 from torch import nn
 
 from training import session
-from training.plan import network_as_trained, without_weights
+from training.arrangement import network_as_trained, without_weights
 from training.recipe import load_recipe
 from training.trained import Preprocessing, write_about
 
