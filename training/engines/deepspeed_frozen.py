@@ -18,9 +18,11 @@ _FREEZES = "frozen_by_fixres"  # a parameter group's key, which checkpoints keep
 
 
 def put_frozen_apart(optimizer: Optimizer, model: nn.Module, *, train: Trained) -> None:
-    """Split each group of `optimizer` into what FixRes trains in its phase and what it freezes, and skip the latter then.
+    """Split each group of `optimizer` into what FixRes freezes in its phase, to be skipped then, and what it trains.
 
-    Call it before `optimizer` is given to DeepSpeed. train: as in FixRes.
+    Call it before `optimizer` is given to DeepSpeed.
+
+    train: what the phase trains, as in FixRes.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with briefly_frozen(model, train=train):

@@ -57,7 +57,6 @@ _TORCHS = ("adadelta", "adagrad", "adam", "adamax", "adamw", "nadam", "radam", "
 _ELEMENTWISE = {"adamw", "decoupled_adamw", "decoupled_sgdw", "sgd", *(f"torch.{name}" for name in _TORCHS)}
 _NEEDS_WHOLE_WEIGHTS = {  # which ZeRO stage 3 has only while their layer computes
     "ema": "averages and swaps all weights between steps",
-    "fixres": "freezes weights in mid-run",
     "sam": "moves all weights between its two passes",
 }
 _AUTOCAST = {"amp_bf16": "bfloat16", "amp_fp16": "float16"}
