@@ -261,7 +261,7 @@ def _algorithms(plan: Plan) -> dict[str, SpeedUp]:
 
 def _freeze_apart(state: State) -> Trained | None:
     """Prepare the optimizer for FixRes, if it freezes parameters; returns what it trains in its phase."""
-    fixres = next((one for one in state.algorithms if isinstance(one, FixRes)), None)
+    fixres: Any = next((one for one in state.algorithms if isinstance(one, FixRes)), None)
     if fixres is None or fixres.train == "all":
         return None
     put_frozen_apart(state.optimizers[0], state.model, train=fixres.train)

@@ -79,7 +79,7 @@ class Passes:
     def __init__(self, state: State, engine: Any) -> None:
         self._state = state
         self._engines = EnginePass(engine)
-        self._sam = next((one for one in state.algorithms if isinstance(one, SAM)), None)
+        self._sam: Any = next((one for one in state.algorithms if isinstance(one, SAM)), None)
         if self._sam is not None:
             self._sam.compute_second_pass_with(self._engines.forward, self._engines.backward)
 

@@ -70,8 +70,8 @@ MICROBATCHED = (0, 2, 3)
 # Rounding depends on the size of the batch that a kernel sees. AdamW divides by a gradient's own size, so it widens
 # that where gradients are small (1e-4 after 22 steps); SGD does not.
 WITHOUT_WIDENING = ("model.dropout=0.0", "optimizer.name=sgd", "optimizer.learning_rate=0.05")
-# SAM, EMA and FixRes, whose phase is the second epoch, with a rank's 32 images in parts of 12, 12 and 8. At the rate of the
-# recipe, rounding grows to 3e-5 where the phase begins to normalize with running statistics.
+# SAM, EMA and FixRes, whose phase is the second epoch, with a rank's 32 images in parts of 12, 12 and 8. At the rate of
+# the recipe, rounding grows to 3e-5 where the phase begins to normalize with running statistics.
 THREE = (*RESNET, *ALGORITHMS["sam"], *ALGORITHMS["ema"], *ALGORITHMS["fixres"], "optimizer.learning_rate=0.05",
          "data.train.per_device_microbatch_size=12")  # fmt: skip
 OTHER_THREES = {
