@@ -61,10 +61,13 @@ COMPOSER_EXAMPLES: dict[str, dict[str, Any]] = {
     "composer.channels_last": {},
     "composer.cutmix": {"alpha": 1.0},
     "composer.ema": {"half_life": "4ba"},
+    "composer.ghost_batchnorm": {"ghost_batch_size": 2},
     "composer.label_smoothing": {"smoothing": 0.1},
+    "composer.layer_freezing": {"freeze_start": 0.0},
     "composer.mixup": {"alpha": 0.5},
     "composer.progressive_resizing": {"initial_scale": 0.75, "delay_fraction": 0.3, "finetune_fraction": 0.4},
     "composer.sam": {"rho": 0.05, "interval": 2},
+    "composer.squeeze_excite": {"min_channels": 16, "latent_channels": 4},
 }
 # A compilation for each image size. With sizes as variables, torch 2.7.0 has inductor fail on these networks, and
 # aot_eager return wrong gradients behind reflection padding.
@@ -153,16 +156,16 @@ class _ResNetAndViT(nn.Module):
         return self.vit(images) + self.resnet(images)
 
 
-def network(num_classes: int, *, vit: bool) -> nn.Module:
+def network(num_classes: int, *, vit: bool, batch_norm: bool = False) -> nn.Module:
     """In float64, with norms that know no batch, so that splitting a batch changes nothing by itself.
 
-    vit: with a Vision Transformer beside the small ResNet.
+    vit: with a Vision Transformer beside the small ResNet. batch_norm: with its own norms instead.
     """
     torch.manual_seed(0)
     resnet = SmallResNet(num_classes=num_classes, width=16, blocks_per_stage=1, activation=nn.SiLU)
     for module in list(resnet.modules()):
         for name, child in module.named_children():
-            if isinstance(child, nn.BatchNorm2d):
+            if isinstance(child, nn.BatchNorm2d) and not batch_norm:
                 setattr(module, name, nn.GroupNorm(4, child.num_features))
     if not vit:
         return resnet.double()
@@ -195,7 +198,8 @@ def make_trainer(
     )  # fmt: skip
     normalize = Normalizer(loader.mean, loader.std, dtype=torch.float64)
     vit = vit or any(isinstance(algorithm, PatchDropout) for algorithm in algorithms)
-    classifier = ImageClassifier(network(4, vit=vit), num_classes=4)
+    ghosts = any(type(algorithm).__name__ == "GhostBatchNorm" for algorithm in algorithms)
+    classifier = ImageClassifier(network(4, vit=vit, batch_norm=ghosts), num_classes=4)
     if fsdp:
         from composer.utils.parallelism import FSDP2Config
 

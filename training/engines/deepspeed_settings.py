@@ -16,7 +16,8 @@ from training.recipe import Recipe
 from training.recipe.schema import RecipeError, parse
 
 ALGORITHMS = (
-    "blurpool", "channels_last", "cutmix", "ema", "fixres", "label_smoothing", "mixup", "progressive_resizing", "sam",
+    "blurpool", "channels_last", "cutmix", "ema", "fixres", "label_smoothing", "mixup", "patch_dropout",
+    "progressive_resizing", "randaugment", "sam", "stochastic_depth",
 )  # fmt: skip
 
 _PATH = "parallelism.deepspeed"

@@ -42,6 +42,7 @@ ENGINES = {
     "zero2_offload": zero(2, offload_optimizer="cpu"),
     "zero3_offload": zero(3, offload_optimizer="cpu", offload_param="cpu"),
 }
+OTHER_ENGINES = [name for name in ENGINES if name not in ("ddp", "zero2", "zero3")]
 ALGORITHMS = {
     "blurpool": ("algorithms.blurpool={}",),
     "channels_last": ("algorithms.channels_last={}",),
@@ -60,10 +61,16 @@ ALGORITHMS = {
         "duration.epochs=2",
     ),
     "sam": ("algorithms.sam={rho: 0.1, interval: 2}",),
+    "randaugment": ("algorithms.randaugment={num_ops: 1}", "optimizer.learning_rate=0.05"),
+    "stochastic_depth": (
+        "algorithms.stochastic_depth={drop_rate: 0.3}",
+        "optimizer.learning_rate=0.05",
+        "data.train.per_device_microbatch_size=12",
+    ),
+    "patch_dropout": (*VIT, "algorithms.patch_dropout={keep_rate: 0.5}", "data.train.per_device_microbatch_size=12"),
 }
-TOGETHER = tuple(
-    one for name, overrides in ALGORITHMS.items() if name not in ("cutmix", "ema", "sam", "fixres") for one in overrides
-)
+NOT_TOGETHER = ("cutmix", "ema", "fixres", "patch_dropout", "sam")  # the three others are in THREE
+TOGETHER = tuple(one for name, overrides in ALGORITHMS.items() if name not in NOT_TOGETHER for one in overrides)
 
 
 MICROBATCHED = (0, 2, 3)
@@ -103,9 +110,13 @@ def compare_some(folder: Path) -> None:
 
 
 def compare_engines(folder: Path) -> None:
-    """The same 22 steps of a ViT under the other engines, and with the batch in parts."""
-    for name in ENGINES.keys() - {"ddp", "zero2", "zero3"}:
+    """The same 22 steps of a ViT under the other engines."""
+    for name in OTHER_ENGINES:
         train(recipe_of(folder, name, *VIT, *ENGINES[name]))
+
+
+def compare_parts(folder: Path) -> None:
+    """The same with whole batches, and with batches in parts."""
     for stage in MICROBATCHED:
         for name, size in (("at_once", "null"), ("in_parts", "12")):  # 12, 12 and 8 of a rank's 32 images
             microbatch = f"data.train.per_device_microbatch_size={size}"
@@ -113,10 +124,14 @@ def compare_engines(folder: Path) -> None:
 
 
 def compare_algorithms(folder: Path) -> None:
-    """The same ResNet under each algorithm, DDP and ZeRO-2; and SAM, EMA and FixRes under the other engines."""
+    """The same ResNet under each algorithm, DDP and ZeRO-2."""
     train(recipe_of(folder, "none_zero", *RESNET, *zero(2)))
     for name, overrides in ALGORITHMS.items():
         _compare_algorithm(folder, name, overrides, stage=2)
+
+
+def compare_threes(folder: Path) -> None:
+    """SAM, EMA and FixRes under the other engines, and under DDP."""
     for name, overrides in OTHER_THREES.items():
         train(_two_epochs(folder, f"three_{name}_zero", *THREE, *overrides))
         train(_two_epochs(folder, f"three_{name}_ddp", *THREE, *overrides, *DDP, "parallelism.deepspeed=null"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,9 @@ import pytest
 import torch
 from deepspeed_ranks import (
     ALGORITHMS,
-    ENGINES,
     KILLED_AT_STEP,
     MICROBATCHED,
+    OTHER_ENGINES,
     OTHER_THREES,
     RESNET,
     RESUMED,
@@ -57,19 +59,23 @@ def some_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def all_runs(some_runs: Path) -> Path:
-    run_ranks(2, SCRIPT, str(some_runs), "compare_engines", "compare_algorithms", "resume", timeout=560)
-    return some_runs
+def run_job(some_runs: Path) -> Callable[[str], None]:
+    """Has two ranks do a job of the script, once."""
+    return cache(lambda job: run_ranks(2, SCRIPT, str(some_runs), job, timeout=580))
 
 
 @pytest.fixture
-def runs(request: pytest.FixtureRequest) -> Path:
-    """What the test needs."""
-    return request.getfixturevalue("all_runs" if request.node.get_closest_marker("exhaustive") else "some_runs")
+def runs(request: pytest.FixtureRequest, some_runs: Path, run_job: Callable[[str], None]) -> Path:
+    """The folder, with the runs of the job that the test's mark names."""
+    marker = request.node.get_closest_marker("exhaustive")
+    for job in marker.args if marker else ():
+        run_job(job)
+    return some_runs
 
 
-def exhaustive(*values: Any) -> Any:
-    return pytest.param(*values, marks=pytest.mark.exhaustive)
+def exhaustive(job: str, *values: Any) -> Any:
+    """A case that only the exhaustive suite has, with the job whose runs it looks at."""
+    return pytest.param(*values, marks=pytest.mark.exhaustive(job))
 
 
 def record(run_dir: Path) -> Any:
@@ -88,16 +94,16 @@ def assert_same_losses(run: Path, reference: Path, *, steps: int, tolerance: flo
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(
-    "engine", ["zero2", "zero3", *(exhaustive(name) for name in ENGINES if name not in ("ddp", "zero2", "zero3"))]
-)
+@pytest.mark.parametrize("engine", ["zero2", "zero3", *(exhaustive("compare_engines", name) for name in OTHER_ENGINES)])
 def test_losses_are_those_of_ddp(runs: Path, engine: str) -> None:
     assert_same_losses(runs / engine, runs / "ddp", steps=STEPS_AN_EPOCH)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("algorithm", ["together", *map(exhaustive, [*ALGORITHMS, "none"])])
+@pytest.mark.parametrize(
+    "algorithm", ["together", *(exhaustive("compare_algorithms", name) for name in [*ALGORITHMS, "none"])]
+)
 def test_algorithms_do_what_they_do_under_ddp(runs: Path, algorithm: str) -> None:
     found, expected, without = (runs / name for name in (f"{algorithm}_zero", f"{algorithm}_ddp", "none_ddp"))
     steps = len(record(expected)["step_loss"])
@@ -117,7 +123,7 @@ def test_sam_ema_and_fixres_do_what_they_do_under_ddp(runs: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
+@pytest.mark.exhaustive("compare_threes")
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", OTHER_THREES)
 def test_sam_ema_and_fixres_do_so_under_other_engines(runs: Path, name: str) -> None:
@@ -134,7 +140,9 @@ def assert_the_phase_trains_the_last_layers_only(run: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive  # parts of a batch are in test_sam_ema_and_fixres_do_what_they_do_under_ddp too
+@pytest.mark.exhaustive(
+    "compare_parts"
+)  # parts of a batch are in test_sam_ema_and_fixres_do_what_they_do_under_ddp too
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("stage", MICROBATCHED)
 def test_accumulated_gradients_are_the_whole_batchs(runs: Path, stage: int) -> None:
@@ -144,7 +152,7 @@ def test_accumulated_gradients_are_the_whole_batchs(runs: Path, stage: int) -> N
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("engine", ["three_zero2", *map(exhaustive, RESUMED)])
+@pytest.mark.parametrize("engine", ["three_zero2", *(exhaustive("resume", name) for name in RESUMED)])
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(runs: Path, engine: str) -> None:
     run, whole = runs / f"{engine}_resumed", runs / f"{engine}_whole"
     assert_same_losses(run, whole, steps=2 * STEPS_AN_EPOCH, tolerance=0)
@@ -171,7 +179,7 @@ def test_a_run_killed_while_it_saves_goes_on_as_if_it_had_not_been(runs: Path) -
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
+@pytest.mark.exhaustive("resume")
 @pytest.mark.timeout(600)
 def test_a_run_killed_at_an_epochs_end_goes_on_as_if_it_had_not_been(runs: Path) -> None:
     run_ranks(2, SCRIPT, str(runs), "die_at_an_epochs_end", timeout=120, statuses=[KILL, KILL])
@@ -196,9 +204,9 @@ def assert_went_on(run: Path, whole: Path) -> None:
     [
         ("zero3", "ddp", VIT),
         ("three_zero2_whole", "three_ddp", THREE),  # averages, as the run's evaluations have them
-        exhaustive("zero0", "ddp", VIT),
-        exhaustive("zero3_offload", "ddp", VIT),
-        exhaustive("none_zero", "none_ddp", RESNET),
+        exhaustive("compare_engines", "zero0", "ddp", VIT),
+        exhaustive("compare_engines", "zero3_offload", "ddp", VIT),
+        exhaustive("compare_algorithms", "none_zero", "none_ddp", RESNET),
     ],
 )
 def test_a_checkpoint_of_two_ranks_becomes_one_file_for_one_process(
@@ -249,7 +257,7 @@ def small(*overrides: str) -> Recipe:
     return recipe_of(Path("nowhere"), "refused", "algorithms=null", "parallelism.strategy=deepspeed", *overrides)
 
 
-@pytest.mark.parametrize("name", sorted({*registry.names(), "composer.ema"} - ALGORITHMS.keys()))
+@pytest.mark.parametrize("name", sorted({*registry.names(), "composer.ema", "composer.cutout"} - ALGORITHMS.keys()))
 def test_other_algorithms_are_refused_by_name(name: str) -> None:
     settings = {"composer.ema": "{half_life: 1ba}"}.get(name, "{}")
     with pytest.raises(RecipeError, match=rf"^algorithms\.{name}: does not run under deepspeed, which takes "):
@@ -264,7 +272,7 @@ def test_allowed_algorithms_are_not_refused(name: str) -> None:
 @pytest.mark.timeout(120)
 def test_a_refusal_is_one_line_and_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folders = [f"results_dir={tmp_path / 'results'}", f"data.cache_dir={tmp_path / 'cache'}"]
-    given = ["parallelism.strategy=deepspeed", "algorithms.randaugment={}"]
+    given = ["parallelism.strategy=deepspeed", "algorithms.composer.cutout={}"]
     assert cli.main(["-f", str(DIGITS), *given, *folders]) == 2
     said = capsys.readouterr().err.strip()
     assert said.startswith("run.py: algorithms.")
