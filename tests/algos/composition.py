@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import algos.framework.base
 from algos import LearningRate, arrange
+from algos.framework.base import SpeedUp
 from algos.framework.registry import find, maker, names
 from algos.patch_dropout import PatchDropout
 from data import Normalizer, build_loader
@@ -125,6 +126,20 @@ def act_as_two_ranks(algorithm: Any) -> None:
     algorithm.apply = apply
 
 
+def keep_precision(algorithm: Any, *, buffers: bool) -> None:
+    """Have one of Composer's algorithms, which make new layers in float32, make them in float64."""
+    apply_in_float32 = algorithm.apply
+
+    def apply(event: Event, state: State, logger: Any = None) -> None:
+        apply_in_float32(event, state, logger)
+        if event == Event.INIT:
+            made = [*state.model.parameters(), *(state.model.buffers() if buffers else ())]
+            for tensor in made:
+                tensor.data = tensor.data.double() if tensor.is_floating_point() else tensor.data
+
+    algorithm.apply = apply
+
+
 class _Stop(Exception):
     pass
 
@@ -200,7 +215,12 @@ def make_trainer(
     vit = vit or any(isinstance(algorithm, PatchDropout) for algorithm in algorithms)
     ghosts = any(type(algorithm).__name__ == "GhostBatchNorm" for algorithm in algorithms)
     classifier = ImageClassifier(network(4, vit=vit, batch_norm=ghosts), num_classes=4)
+    for algorithm in algorithms:
+        if not isinstance(algorithm, SpeedUp):
+            keep_precision(algorithm, buffers=not fsdp)
     if fsdp:
+        for buffer in classifier.buffers():  # Composer's FSDP2 computes in float32
+            buffer.data = buffer.data.float() if buffer.is_floating_point() else buffer.data
         from composer.utils.parallelism import FSDP2Config
 
         settings["parallelism_config"] = {"fsdp": FSDP2Config()}

@@ -53,7 +53,8 @@ class WholeGradientPass:
         self._state = state
         self._parameters = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
         self._average = average
-        self._gradients: Sequence[Tensor] = []
+        # In the parameters' layout and apart from each other, which autograd's own need not be.
+        self._gradients = [torch.zeros_like(parameter) for parameter in self._parameters]
 
     def forward(self, microbatch: Any) -> Tensor:
         with get_precision_context(self._state.precision, self._state.precision_config):
@@ -61,10 +62,7 @@ class WholeGradientPass:
 
     def backward(self, loss: Tensor) -> None:
         gradients = torch.autograd.grad(loss, self._parameters, allow_unused=True, materialize_grads=True)
-        if self._gradients:
-            _untyped._foreach_add_(self._gradients, gradients)
-        else:
-            self._gradients = gradients
+        _untyped._foreach_add_(self._gradients, gradients)
 
     def finish(self) -> None:
         if self._average:

@@ -59,13 +59,13 @@ def some_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run_job(some_runs: Path) -> Callable[[str], None]:
+def run_job(some_runs: Path) -> Callable[[str], str]:
     """Has two ranks do a job of the script, once."""
     return cache(lambda job: run_ranks(2, SCRIPT, str(some_runs), job, timeout=580))
 
 
 @pytest.fixture
-def runs(request: pytest.FixtureRequest, some_runs: Path, run_job: Callable[[str], None]) -> Path:
+def runs(request: pytest.FixtureRequest, some_runs: Path, run_job: Callable[[str], str]) -> Path:
     """The folder, with the runs of the job that the test's mark names."""
     marker = request.node.get_closest_marker("exhaustive")
     for job in marker.args if marker else ():
