@@ -42,7 +42,7 @@ ENGINES = {
     "zero2_offload": zero(2, offload_optimizer="cpu"),
     "zero3_offload": zero(3, offload_optimizer="cpu", offload_param="cpu"),
 }
-OTHER_ENGINES = [name for name in ENGINES if name not in ("ddp", "zero2", "zero3")]
+OTHER_ENGINES = [name for name in ENGINES if name not in ("ddp", "zero3")]
 ALGORITHMS = {
     "blurpool": ("algorithms.blurpool={}",),
     "channels_last": ("algorithms.channels_last={}",),
@@ -101,7 +101,7 @@ KILLED_AT_STEP = 40
 
 def compare_some(folder: Path) -> None:
     """What the default suite looks at."""
-    for name in ("ddp", "zero2", "zero3"):
+    for name in ("ddp", "zero3"):
         train(recipe_of(folder, name, *VIT, *ENGINES[name]))
     train(recipe_of(folder, "none_ddp", *RESNET, *DDP))
     _compare_algorithm(folder, "together", TOGETHER, stage=3)

@@ -54,7 +54,7 @@ pytestmark = pytest.mark.xdist_group("deepspeed")  # one worker of pytest-xdist 
 def some_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The runs of two ranks that the default suite looks at, from one start of them."""
     folder = tmp_path_factory.mktemp("two_ranks")
-    run_ranks(2, SCRIPT, str(folder), "compare_some", timeout=280)
+    run_ranks(2, SCRIPT, str(folder), "compare_some", timeout=560)
     return folder
 
 
@@ -94,7 +94,7 @@ def assert_same_losses(run: Path, reference: Path, *, steps: int, tolerance: flo
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("engine", ["zero2", "zero3", *(exhaustive("compare_engines", name) for name in OTHER_ENGINES)])
+@pytest.mark.parametrize("engine", ["zero3", *(exhaustive("compare_engines", name) for name in OTHER_ENGINES)])
 def test_losses_are_those_of_ddp(runs: Path, engine: str) -> None:
     assert_same_losses(runs / engine, runs / "ddp", steps=STEPS_AN_EPOCH)
 
