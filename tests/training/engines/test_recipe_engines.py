@@ -36,7 +36,7 @@ def _case(name: str) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.timeout(290)
-@pytest.mark.parametrize("name", map(_case, ENGINES))
+@pytest.mark.parametrize("name", [_case(name) for name in ENGINES])
 def test_runs_under_the_engine_that_it_names(name: str, tmp_path: Path) -> None:
     path = ROOT / "yamls" / f"{name}.yaml"
     given = ["smoke=true", f"results_dir={tmp_path}", f"data.cache_dir={tmp_path / 'cache'}"]
