@@ -147,6 +147,18 @@ class SAM(SpeedUp):
         self._first_pass: list[_Microbatch] = []
         self._num_samples = 0  # in this rank's batch
         self._mean_num_samples = 0.0  # per batch, over ranks
+        self._forward: Callable[[Any], Any] | None = None
+        self._backward: Callable[[Tensor], Any] | None = None
+
+    def compute_second_pass_with(self, forward: Callable[[Any], Any], backward: Callable[[Tensor], Any]) -> None:
+        """For a training loop that takes gradients away as they are computed, as ZeRO's does; call it before the run.
+
+        forward: called with a microbatch in place of the model. backward: called with its loss, in place of the loss's
+            own; it scales the loss where the precision needs that.
+
+        Such a loop leaves the first pass's gradients in `.grad`, whole, and averaged over ranks for "global".
+        """
+        self._forward, self._backward = forward, backward
 
     def match(self, event: Event, state: State) -> bool:
         """Whether to act at `event`: at a run's start, and in sharpness-aware steps."""
@@ -188,11 +200,9 @@ class SAM(SpeedUp):
             for index, microbatch in enumerate(self._first_pass):
                 _set_random_state(state.model, microbatch.random_state)
                 with contextlib.nullcontext() if index == last else _no_sync(state.model):
-                    loss = _loss(state, microbatch)
-                    if state.precision.value == "amp_fp16":  # the Trainer unscales the gradients after this
-                        assert state.scaler is not None
-                        loss = state.scaler.scale(loss)
-                    (loss * (microbatch.num_samples / self._mean_num_samples)).backward()
+                    loss = _loss(state, microbatch, forward=self._forward or state.model)
+                    loss = loss * (microbatch.num_samples / self._mean_num_samples)
+                    (self._backward or _scaled_backward(state))(loss)
 
 
 @dataclass
@@ -244,11 +254,19 @@ def _norm(tensors: Sequence[Tensor]) -> Tensor:
     return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
 
 
-def _loss(state: State, microbatch: _Microbatch) -> Tensor:
+def _scaled_backward(state: State) -> Callable[[Tensor], None]:
+    if state.precision.value != "amp_fp16":
+        return Tensor.backward
+    scaler = state.scaler  # the Trainer unscales the gradients after this
+    assert scaler is not None
+    return lambda loss: scaler.scale(loss).backward()
+
+
+def _loss(state: State, microbatch: _Microbatch, *, forward: Callable[[Any], Any]) -> Tensor:
     model: Any = state.model
     owner = model.module if isinstance(model, DistributedDataParallel) else model
     with precision_context(state):
-        outputs = model(microbatch.forward_batch)
+        outputs = forward(microbatch.forward_batch)
     with precision_context(state):
         loss = owner.loss(outputs, microbatch.loss_batch)
     if isinstance(loss, Mapping):
@@ -307,6 +325,7 @@ def _check_run(state: State, algorithm: SAM) -> None:
             "use version 2 (torch's fully_shard) or DDP"
         )
     replicated = world_size() == 1 or isinstance(state.model, DistributedDataParallel)
+    replicated = replicated or algorithm._forward is not None  # the loop's: see compute_second_pass_with
     if algorithm.perturbation == "per_rank" and not replicated:
         raise ValueError(
             "sam.perturbation is per_rank, which needs the whole of every parameter on every rank, and this run "

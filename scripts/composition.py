@@ -38,7 +38,8 @@ NOTES = """
 - Our algorithms that draw per rank (MixUp, CutMix, RandAugment, StochasticDepth) are compared with one process that
   makes both ranks' draws for the halves of its batch. The draws of Composer's cannot be set, so their cells under two
   ranks only say that they ran.
-- Composer's BlurPool fails on a float64 model (it makes its filter in float32), so its row and the last show errors.
+- Composer's algorithms make new layers in float32; these runs convert them. Ghost batch norm has the ResNet's own batch
+  norms, in groups of two images, and microbatches of two; the other rows have group norms.
 - These runs have no evaluation, during which Composer's EMA fails under FSDP2.
 - Listed twice, our algorithms are refused before training, with a message that names them. Composer's act twice; a
   number is the resulting difference.

@@ -2,7 +2,8 @@
 
 They are Composer's classes. If one of them fails with what a recipe trains, the instance is patched:
 
-    those that change layers    an optimizer of several parameter groups is kept consistent
+    those that change layers    an optimizer of several parameter groups is kept consistent; all ranks draw the same new
+                                weights, of which FSDP takes each rank's part
     ghost_batchnorm             evaluation accepts batches smaller than a ghost batch
     layer_freezing              frozen parameters stay in the optimizer, so checkpoints can be saved; a resumed run
                                 freezes before its first step
@@ -13,13 +14,14 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from .base import Contract, Event, Resource
+from .base import Contract, Event, Resource, global_rank, world_size
 
 if TYPE_CHECKING:
     from .base import Algorithm
@@ -138,11 +140,31 @@ def _apply_with_one_group(algorithm: Any, event: Event, state: Any, logger: Any 
     for optimizer, groups in before:
         if len(groups) > 1:
             optimizer.param_groups[:] = [{**groups[0], "params": [one for group in groups for one in group["params"]]}]
-    type(algorithm).apply(algorithm, event, state, logger)
+    with _drawing_as_rank_zero():
+        type(algorithm).apply(algorithm, event, state, logger)
     for optimizer, groups in before:
         if len(groups) > 1:
             _share_out(optimizer.param_groups[0]["params"], groups)
             optimizer.param_groups[:] = [group for group in groups if group["params"]]
+
+
+@contextmanager
+def _drawing_as_rank_zero() -> Iterator[None]:
+    """Inside, every rank draws what rank 0 does; the generators of the others are then as before."""
+    if world_size() == 1:
+        yield
+        return
+    import torch
+
+    before = torch.get_rng_state()
+    of_rank_zero = [before]
+    torch.distributed.broadcast_object_list(of_rank_zero, src=0)
+    torch.set_rng_state(of_rank_zero[0])
+    try:
+        yield
+    finally:
+        if global_rank() != 0:
+            torch.set_rng_state(before)
 
 
 def _share_out(parameters: list[Any], groups: list[dict[str, Any]]) -> None:

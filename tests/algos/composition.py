@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import algos.framework.base
 from algos import LearningRate, arrange
+from algos.framework.base import SpeedUp
 from algos.framework.registry import find, maker, names
 from algos.patch_dropout import PatchDropout
 from data import Normalizer, build_loader
@@ -73,10 +74,13 @@ COMPOSER_EXAMPLES: dict[str, dict[str, Any]] = {
     "composer.channels_last": {},
     "composer.cutmix": {"alpha": 1.0},
     "composer.ema": {"half_life": "4ba"},
+    "composer.ghost_batchnorm": {"ghost_batch_size": 2},
     "composer.label_smoothing": {"smoothing": 0.1},
+    "composer.layer_freezing": {"freeze_start": 0.0},
     "composer.mixup": {"alpha": 0.5},
     "composer.progressive_resizing": {"initial_scale": 0.75, "delay_fraction": 0.3, "finetune_fraction": 0.4},
     "composer.sam": {"rho": 0.05, "interval": 2},
+    "composer.squeeze_excite": {"min_channels": 16, "latent_channels": 4},
 }
 # A compilation for each image size. With sizes as variables, torch 2.7.0 has inductor fail on these networks, and
 # aot_eager return wrong gradients behind reflection padding.
@@ -136,6 +140,20 @@ def act_as_two_ranks(algorithm: Any) -> None:
     algorithm.apply = apply
 
 
+def keep_precision(algorithm: Any, *, buffers: bool) -> None:
+    """Have one of Composer's algorithms, which make new layers in float32, make them in float64."""
+    apply_in_float32 = algorithm.apply
+
+    def apply(event: Event, state: State, logger: Any = None) -> None:
+        apply_in_float32(event, state, logger)
+        if event == Event.INIT:
+            made = [*state.model.parameters(), *(state.model.buffers() if buffers else ())]
+            for tensor in made:
+                tensor.data = tensor.data.double() if tensor.is_floating_point() else tensor.data
+
+    algorithm.apply = apply
+
+
 class _Stop(Exception):
     pass
 
@@ -167,16 +185,16 @@ class _ResNetAndViT(nn.Module):
         return self.vit(images) + self.resnet(images)
 
 
-def network(num_classes: int, *, vit: bool, seed: int = 0) -> nn.Module:
+def network(num_classes: int, *, vit: bool, batch_norm: bool = False, seed: int = 0) -> nn.Module:
     """In float64, with norms that know no batch, so that splitting a batch changes nothing by itself.
 
-    vit: with a Vision Transformer beside the small ResNet.
+    vit: with a Vision Transformer beside the small ResNet. batch_norm: with its own norms instead.
     """
     torch.manual_seed(seed)
     resnet = SmallResNet(num_classes=num_classes, width=16, blocks_per_stage=1, activation=nn.SiLU)
     for module in list(resnet.modules()):
         for name, child in module.named_children():
-            if isinstance(child, nn.BatchNorm2d):
+            if isinstance(child, nn.BatchNorm2d) and not batch_norm:
                 setattr(module, name, nn.GroupNorm(4, child.num_features))
     if not vit:
         return resnet.double()
@@ -209,8 +227,14 @@ def make_trainer(
     )  # fmt: skip
     normalize = Normalizer(loader.mean, loader.std, dtype=torch.float64)
     vit = vit or any(isinstance(algorithm, PatchDropout) for algorithm in algorithms)
-    classifier = ImageClassifier(network(4, vit=vit), num_classes=4)
+    ghosts = any(type(algorithm).__name__ == "GhostBatchNorm" for algorithm in algorithms)
+    classifier = ImageClassifier(network(4, vit=vit, batch_norm=ghosts), num_classes=4)
+    for algorithm in algorithms:
+        if not isinstance(algorithm, SpeedUp):
+            keep_precision(algorithm, buffers=not fsdp)
     if fsdp:
+        for buffer in classifier.buffers():  # Composer's FSDP2 computes in float32
+            buffer.data = buffer.data.float() if buffer.is_floating_point() else buffer.data
         from composer.utils.parallelism import FSDP2Config
 
         settings["parallelism_config"] = {"fsdp": FSDP2Config()}

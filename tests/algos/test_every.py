@@ -150,6 +150,31 @@ def test_two_ranks_train_what_one_process_does(name: str, two_ranks: tuple[str, 
     assert_as_one_process(SETS[name], name, *two_ranks)
 
 
+# Those of Composer's that this package has no equivalent of and that a recipe's classifier may want.
+COMPOSERS = ["composer.ghost_batchnorm", "composer.layer_freezing", "composer.squeeze_excite"]
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=needs_fsdp)])
+def test_composers_own_train_on_two_ranks_as_in_one_process(strategy: str, tmp_path: Path) -> None:
+    launch(strategy, "composer", tmp_path)
+    for name in COMPOSERS:
+        assert_as_one_process([name], name, strategy, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", COMPOSERS)
+def test_composers_own_survive_microbatches_compiling_and_resuming(name: str, tmp_path: Path) -> None:
+    assert furthest(train([name], device_train_microbatch_size=2), reference([name])) < ROUNDING
+    for moment in STOPPED_AT.values():
+        assert furthest(train_interrupted([name], tmp_path / moment, moment=moment), reference([name])) == 0.0
+    torch._dynamo.reset()
+    assert furthest(train([name], compile_config=COMPILED), reference([name])) < ROUNDING
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.xdist_group("pairs_on_two_ranks")

@@ -71,10 +71,8 @@ def _read(checkpoint: Path, trust: bool) -> dict[str, Tensor]:
 
 
 def _read_averages(checkpoint: Path) -> dict[str, Tensor]:
-    """EMA's, by the Trainer's names; it keeps them whole on every rank. DeepSpeed does not run it."""
-    if is_zero(checkpoint):
-        return {}
-    file = checkpoint / "state.pt" if is_sharded(checkpoint) else checkpoint
+    """EMA's, by the Trainer's names; it keeps them whole on every rank."""
+    file = checkpoint / "state.pt" if is_zero(checkpoint) or is_sharded(checkpoint) else checkpoint
     if file.suffix == ".safetensors":
         return {}
     return averages_in(torch.load(file, map_location="cpu", weights_only=False, mmap=True))

@@ -23,12 +23,15 @@ from composer.utils import create_interval_scheduler, dist, get_device, reproduc
 from torch import Tensor
 from torchmetrics import Metric
 
-from algos import apply_channels_last
+from algos import FixRes, apply_channels_last
+from algos.fixres import Trained
 from algos.framework.base import SpeedUp
 from training.build import build_algorithms, build_data_specs, build_model, build_optimizer_of
 from training.callbacks import build_callbacks, is_complete
 from training.checkpoints.reading import reading
 from training.checkpoints.zero import load_zero, save_zero
+from training.engines.deepspeed_frozen import put_frozen_apart
+from training.engines.deepspeed_passes import Passes
 from training.engines.deepspeed_settings import deepspeed_config, zero_stage
 from training.engines.parallel import LikeDDP
 from training.plan import Plan
@@ -86,13 +89,15 @@ class DeepSpeedRun:
         self._evaluates_at = create_interval_scheduler(
             f"{recipe.data.eval.every_epochs}ep", checkpoint_events=False, final_events={Event.FIT_END}
         )
-        self._settings = {"world_size": plan.place.world_size, "zero_stage": zero_stage(recipe)}
+        self._settings: dict[str, Any] = {"world_size": plan.place.world_size, "zero_stage": zero_stage(recipe)}
         self._events.run_event(Event.INIT)
+        self._settings["fixres_trains"] = _freeze_apart(self.state) if zero_stage(recipe) else None
         if "channels_last" in recipe.algorithms:
             apply_channels_last(self.state.model, weights=False)  # ZeRO's flat partitions keep no strides
         self.engine = _initialize(
             self.state, deepspeed_config(recipe, per_device_batch_size=plan.per_device_batch_size), recipe
         )
+        self._passes = Passes(self.state, self.engine)
 
     def fit(self, say: Callable[[str], None]) -> float:
         """Train to the end; returns seconds."""
@@ -119,8 +124,10 @@ class DeepSpeedRun:
 
     def load(self, folder: Path) -> None:
         """Resume from the checkpoint in `folder`. Raises RecipeError if another engine wrote it."""
+        self._events.run_event(Event.BEFORE_LOAD)
         with reading(folder, trust=self._plan.recipe.trust_checkpoint):
             load_zero(self.engine, self.state, self._logger, folder, settings=self._settings)
+        self._events.run_event(Event.AFTER_LOAD)
 
     def close(self) -> None:
         """Release the engine; no training is possible afterwards."""
@@ -177,12 +184,21 @@ class DeepSpeedRun:
         samples = _sum_over_ranks(len(state.batch[1]), state.device)
         per_rank = samples / dist.get_world_size()  # gradients are averaged over ranks, so weight by the mean batch
         total = torch.zeros((), device=next(model.parameters()).device)
-        for microbatch in self._train.split_batch(state.batch, state.device_train_microbatch_size):
-            outputs = self.engine(microbatch)
+        microbatches = list(self._train.split_batch(state.batch, state.device_train_microbatch_size))
+        self._events.run_event(Event.BEFORE_TRAIN_BATCH)
+        one_pass = self._passes.for_this_step()
+        for index, microbatch in enumerate(microbatches):
+            state.batch = microbatch
+            self._events.run_event(Event.BEFORE_FORWARD)
+            outputs = one_pass.forward(microbatch)
+            self._events.run_event(Event.BEFORE_LOSS)
             with get_precision_context(state.precision, state.precision_config):
-                loss = model.loss(outputs, microbatch) * (len(microbatch[1]) / per_rank)
+                loss = model.loss(outputs, state.batch) * (len(microbatch[1]) / per_rank)
             self._events.run_event(Event.BEFORE_BACKWARD)
-            self.engine.backward(loss, scale_wrt_gas=False)
+            one_pass.backward(loss)
+            if index + 1 == len(microbatches):
+                one_pass.finish()
+            self._events.run_event(Event.AFTER_BACKWARD)
             total += loss.detach()
             _update(metrics, model, microbatch, outputs.detach())
         return _sum_over_ranks(total.item(), state.device) / dist.get_world_size(), int(samples)
@@ -241,6 +257,15 @@ def _algorithms(plan: Plan) -> dict[str, SpeedUp]:
     """All but two, which DeepSpeed's own clipping and `apply_channels_last` replace."""
     arranged = build_algorithms(plan)
     return {name: one for name, one in arranged.items() if name not in ("channels_last", "composer.gradient_clipping")}
+
+
+def _freeze_apart(state: State) -> Trained | None:
+    """Prepare the optimizer for FixRes, if it freezes parameters; returns what it trains in its phase."""
+    fixres: Any = next((one for one in state.algorithms if isinstance(one, FixRes)), None)
+    if fixres is None or fixres.train == "all":
+        return None
+    put_frozen_apart(state.optimizers[0], state.model, train=fixres.train)
+    return fixres.train
 
 
 def _initialize(state: State, config: dict[str, Any], recipe: Recipe) -> Any:

@@ -15,7 +15,10 @@ from typing import Any, Literal
 from training.recipe import Recipe
 from training.recipe.schema import RecipeError, parse
 
-ALGORITHMS = ("blurpool", "channels_last", "cutmix", "label_smoothing", "mixup", "progressive_resizing")
+ALGORITHMS = (
+    "blurpool", "channels_last", "cutmix", "ema", "fixres", "label_smoothing", "mixup", "patch_dropout",
+    "progressive_resizing", "randaugment", "sam", "stochastic_depth",
+)  # fmt: skip
 
 _PATH = "parallelism.deepspeed"
 
@@ -53,6 +56,10 @@ _ELSEWHERE = {
 _TORCHS = ("adadelta", "adagrad", "adam", "adamax", "adamw", "nadam", "radam", "rmsprop", "sgd")
 # ZeRO gives an optimizer flat partitions that may start and end inside a weight. These treat each element separately.
 _ELEMENTWISE = {"adamw", "decoupled_adamw", "decoupled_sgdw", "sgd", *(f"torch.{name}" for name in _TORCHS)}
+_NEEDS_WHOLE_WEIGHTS = {  # which ZeRO stage 3 has only while their layer computes
+    "ema": "averages and swaps all weights between steps",
+    "sam": "moves all weights between its two passes",
+}
 _AUTOCAST = {"amp_bf16": "bfloat16", "amp_fp16": "float16"}
 _OFFLOADS = ("offload_optimizer", "offload_param")
 
@@ -88,11 +95,28 @@ def check_deepspeed(recipe: Recipe, *, device: str) -> None:
     _check_keys(recipe)
     _check_zero(recipe)
     stage = zero_stage(recipe)
+    _check_algorithms_of(recipe, stage)
     if stage and recipe.optimizer["name"] not in _ELEMENTWISE:
         raise RecipeError(
             "optimizer.name",
             f"is {recipe.optimizer['name']}, which is not known to treat each element of a weight alone, and ZeRO "
             f"stage {stage} cuts weights into flat pieces; use one of {', '.join(sorted(_ELEMENTWISE))}, or stage 0",
+        )
+
+
+def _check_algorithms_of(recipe: Recipe, stage: int) -> None:
+    for name, what in _NEEDS_WHOLE_WEIGHTS.items():
+        if stage == 3 and name in recipe.algorithms:
+            raise RecipeError(
+                f"algorithms.{name}",
+                f"{what}, and ZeRO stage 3 has a weight whole only while its layer computes; set algorithms.{name}="
+                "null, or zero_optimization.stage to 0, 1 or 2",
+            )
+    if "sam" in recipe.algorithms and recipe.precision == "amp_fp16":
+        raise RecipeError(
+            "algorithms.sam",
+            "runs its first pass without DeepSpeed's loss scale, which amp_fp16 needs; use precision=amp_bf16 or fp32, "
+            "or parallelism.strategy=ddp",
         )
 
 

@@ -123,6 +123,36 @@ def test_new_parameters_go_to_the_group_of_most_that_are_like_them() -> None:
     assert exempt == {id(one) for one in model.parameters() if one.ndim == 1}
 
 
+def test_all_ranks_draw_the_same_new_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+    from unittest.mock import Mock
+
+    from torch import nn
+
+    from algos.framework import composer_algorithms
+    from algos.framework.base import Event
+
+    def new_weights(seed: int) -> list[torch.Tensor]:
+        model = nn.Sequential(nn.Conv2d(3, 3, 1))
+        state: Any = SimpleNamespace(model=model, optimizers=())
+        torch.manual_seed(seed)
+        make = composer_algorithms.find("composer.squeeze_excite")
+        make(min_channels=3, latent_channels=4).apply(Event.INIT, state, Mock())
+        return [parameter for name, parameter in model.named_parameters() if ".se." in name]
+
+    expected = new_weights(0)
+    after = torch.get_rng_state()
+    sent = torch.manual_seed(0).get_state()
+    monkeypatch.setattr(composer_algorithms, "world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda into, src: into.__setitem__(src, sent))
+    for rank, then in ((0, after), (1, torch.manual_seed(1).get_state())):
+        monkeypatch.setattr(composer_algorithms, "global_rank", lambda rank=rank: rank)
+        found = new_weights(seed=rank)
+        assert len(found) == 2
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+        assert torch.equal(torch.get_rng_state(), then)  # rank 1 goes on with its own draws
+
+
 @pytest.mark.parametrize("name", sorted(REFUSED))
 def test_it_is_refused_in_one_line_before_training(name: str, recipe_of: Any) -> None:
     with pytest.raises(RecipeError, match=f"algorithms.composer.{name}: .*; (use|leave)") as refusal:

@@ -42,6 +42,7 @@ ENGINES = {
     "zero2_offload": zero(2, offload_optimizer="cpu"),
     "zero3_offload": zero(3, offload_optimizer="cpu", offload_param="cpu"),
 }
+OTHER_ENGINES = [name for name in ENGINES if name not in ("ddp", "zero3")]
 ALGORITHMS = {
     "blurpool": ("algorithms.blurpool={}",),
     "channels_last": ("algorithms.channels_last={}",),
@@ -53,26 +54,69 @@ ALGORITHMS = {
         "{epochs: 1, image_size: 12, per_device_batch_size: 32}]",
         "duration.epochs=2",
     ),
+    "ema": ("algorithms.ema={half_life_steps: 5}",),
+    "fixres": (
+        "algorithms.fixres={epochs: 1, image_size: 16, learning_rate: 0.02}",
+        "data.train.image_size=12",
+        "duration.epochs=2",
+    ),
+    "sam": ("algorithms.sam={rho: 0.1, interval: 2}",),
+    "randaugment": ("algorithms.randaugment={num_ops: 1}", "optimizer.learning_rate=0.05"),
+    "stochastic_depth": (
+        "algorithms.stochastic_depth={drop_rate: 0.3}",
+        "optimizer.learning_rate=0.05",
+        "data.train.per_device_microbatch_size=12",
+    ),
+    "patch_dropout": (*VIT, "algorithms.patch_dropout={keep_rate: 0.5}", "data.train.per_device_microbatch_size=12"),
 }
-TOGETHER = tuple(one for name, overrides in ALGORITHMS.items() if name != "cutmix" for one in overrides)
+NOT_TOGETHER = ("cutmix", "ema", "fixres", "patch_dropout", "sam")  # the three others are in THREE
+TOGETHER = tuple(one for name, overrides in ALGORITHMS.items() if name not in NOT_TOGETHER for one in overrides)
 
 
 MICROBATCHED = (0, 2, 3)
 # Rounding depends on the size of the batch that a kernel sees. AdamW divides by a gradient's own size, so it widens
 # that where gradients are small (1e-4 after 22 steps); SGD does not.
 WITHOUT_WIDENING = ("model.dropout=0.0", "optimizer.name=sgd", "optimizer.learning_rate=0.05")
+# SAM, EMA and FixRes, whose phase is the second epoch, with a rank's 32 images in parts of 12, 12 and 8. At the rate of
+# the recipe, rounding grows to 3e-5 where the phase begins to normalize with running statistics.
+THREE = (*RESNET, *ALGORITHMS["sam"], *ALGORITHMS["ema"], *ALGORITHMS["fixres"], "optimizer.learning_rate=0.05",
+         "data.train.per_device_microbatch_size=12")  # fmt: skip
+OTHER_THREES = {
+    "zero0": ENGINES["zero0"],
+    "zero1": ENGINES["zero1"],
+    "zero2_offload": ENGINES["zero2_offload"],
+    "zero1_per_rank": (*ENGINES["zero1"], "algorithms.sam={rho: 0.5, adaptive: true, perturbation: per_rank}"),
+    "zero1_adamw": (*ENGINES["zero1"], "optimizer=null", "optimizer.name=adamw", "optimizer.learning_rate=2e-3",
+                    "optimizer.clip_norm=0.5"),
+    "zero3_without_two": (*ENGINES["zero3"], "algorithms.sam=null", "algorithms.ema=null"),
+}  # fmt: skip
 RESUMED = ("zero0", "zero1", "zero3_offload")
-KILLED = {"killed_in_mid_epoch": "zero2", "killed_at_epoch_end": "zero3"}
 TWO_EPOCHS = ("duration.epochs=2", "checkpoints.every_steps=10", "checkpoints.keep_every_epochs=1")
+KILLED_IN_MID_EPOCH = ("killed_in_mid_epoch", *THREE, *ENGINES["zero2"])
+KILLED_AT_EPOCH_END = ("killed_at_epoch_end", *VIT, *ENGINES["zero3"])
 STEPS_AN_EPOCH = 22
 STOP_AT_STEP = 30  # in the second epoch
 KILLED_AT_STEP = 40
 
 
+def compare_some(folder: Path) -> None:
+    """What the default suite looks at."""
+    for name in ("ddp", "zero3"):
+        train(recipe_of(folder, name, *VIT, *ENGINES[name]))
+    train(recipe_of(folder, "none_ddp", *RESNET, *DDP))
+    _compare_algorithm(folder, "together", TOGETHER, stage=3)
+    train(_two_epochs(folder, "three_ddp", *THREE, *DDP))
+    _resume(folder, "three_zero2", *THREE, *ENGINES["zero2"])
+
+
 def compare_engines(folder: Path) -> None:
-    """The same 22 steps of a ViT under every engine, and with the batch in parts."""
-    for name, engine in ENGINES.items():
-        train(recipe_of(folder, name, *VIT, *engine))
+    """The same 22 steps of a ViT under the other engines."""
+    for name in OTHER_ENGINES:
+        train(recipe_of(folder, name, *VIT, *ENGINES[name]))
+
+
+def compare_parts(folder: Path) -> None:
+    """The same with whole batches, and with batches in parts."""
     for stage in MICROBATCHED:
         for name, size in (("at_once", "null"), ("in_parts", "12")):  # 12, 12 and 8 of a rank's 32 images
             microbatch = f"data.train.per_device_microbatch_size={size}"
@@ -80,21 +124,38 @@ def compare_engines(folder: Path) -> None:
 
 
 def compare_algorithms(folder: Path) -> None:
-    """The same ResNet under each algorithm, DDP and ZeRO-2; then all of them at once with ZeRO-3."""
-    for name, overrides in {**ALGORITHMS, "none": (), "together": TOGETHER}.items():
-        for engine, settings in (("ddp", DDP), ("zero", zero(3 if name == "together" else 2))):
-            train(recipe_of(folder, f"{name}_{engine}", *RESNET, *overrides, *settings))
+    """The same ResNet under each algorithm, DDP and ZeRO-2."""
+    train(recipe_of(folder, "none_zero", *RESNET, *zero(2)))
+    for name, overrides in ALGORITHMS.items():
+        _compare_algorithm(folder, name, overrides, stage=2)
+
+
+def compare_threes(folder: Path) -> None:
+    """SAM, EMA and FixRes under the other engines, and under DDP."""
+    for name, overrides in OTHER_THREES.items():
+        train(_two_epochs(folder, f"three_{name}_zero", *THREE, *overrides))
+        train(_two_epochs(folder, f"three_{name}_ddp", *THREE, *overrides, *DDP, "parallelism.deepspeed=null"))
 
 
 def resume(folder: Path) -> None:
-    """A run that never stops, under every stage; some that stop in mid-epoch, and go on."""
-    for name in (*RESUMED, *KILLED.values()):
-        train(_two_epochs(folder, f"{name}_whole", name))
+    """Under other stages: a run that never stops, and one that stops in mid-epoch and goes on."""
     for name in RESUMED:
-        with contextlib.suppress(_Stop):
-            _train_until("batch_checkpoint", STOP_AT_STEP, _two_epochs(folder, f"{name}_resumed", name), end=_stop)
-        torch.manual_seed(99)  # nothing may depend on what the process drew before
-        train(_two_epochs(folder, f"{name}_resumed", name, "load=latest"))
+        _resume(folder, name, *VIT, *ENGINES[name])
+    train(_two_epochs(folder, "zero3_whole", *VIT, *ENGINES["zero3"]))
+
+
+def _compare_algorithm(folder: Path, name: str, overrides: tuple[str, ...], *, stage: int) -> None:
+    for engine, settings in (("ddp", DDP), ("zero", zero(stage))):
+        train(recipe_of(folder, f"{name}_{engine}", *RESNET, *overrides, *settings))
+
+
+def _resume(folder: Path, name: str, *overrides: str) -> None:
+    train(_two_epochs(folder, f"{name}_whole", *overrides))
+    recipe = _two_epochs(folder, f"{name}_resumed", *overrides)
+    with contextlib.suppress(_Stop):
+        _train_until("batch_checkpoint", STOP_AT_STEP, recipe, end=_stop)
+    torch.manual_seed(99)  # nothing may depend on what the process drew before
+    train(_two_epochs(folder, f"{name}_resumed", *overrides, "load=latest"))
 
 
 def die_while_saving(folder: Path) -> None:
@@ -107,18 +168,20 @@ def die_while_saving(folder: Path) -> None:
         save(engine, state, folder, **settings)
 
     deepspeed.save_zero = die
-    train(_two_epochs(folder, "killed_in_mid_epoch", KILLED["killed_in_mid_epoch"]))
+    train(_two_epochs(folder, *KILLED_IN_MID_EPOCH))
 
 
 def die_at_an_epochs_end(folder: Path) -> None:
     """Every rank is killed right after the first epoch's checkpoint."""
-    recipe = _two_epochs(folder, "killed_at_epoch_end", KILLED["killed_at_epoch_end"])
-    _train_until("epoch_checkpoint", STEPS_AN_EPOCH, recipe, end=_kill)
+    _train_until("epoch_checkpoint", STEPS_AN_EPOCH, _two_epochs(folder, *KILLED_AT_EPOCH_END), end=_kill)
 
 
-def resume_the_killed(folder: Path) -> None:
-    for name, engine in KILLED.items():
-        train(_two_epochs(folder, name, engine, "autoresume=true"))
+def resume_killed_in_mid_epoch(folder: Path) -> None:
+    train(_two_epochs(folder, *KILLED_IN_MID_EPOCH, "autoresume=true"))
+
+
+def resume_killed_at_epoch_end(folder: Path) -> None:
+    train(_two_epochs(folder, *KILLED_AT_EPOCH_END, "autoresume=true"))
 
 
 def train(recipe: Recipe) -> None:
@@ -153,8 +216,8 @@ def _kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _two_epochs(folder: Path, run_name: str, engine: str, *overrides: str) -> Recipe:
-    return recipe_of(folder, run_name, *VIT, *ENGINES[engine], *TWO_EPOCHS, *overrides)
+def _two_epochs(folder: Path, run_name: str, *overrides: str) -> Recipe:
+    return recipe_of(folder, run_name, *TWO_EPOCHS, *overrides)
 
 
 def _quiet(text: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fsdp_ranks import NETWORKS, RESUMED, STOP_AT_STEP, recipe_of
+from fsdp_ranks import RESUMED, STOP_AT_STEP, recipe_of
 from ranks import needs_fsdp, run_ranks
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
@@ -58,9 +58,22 @@ def model_of(checkpoint: Path, tmp_path: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("network", ["resnet", "vit"])
 def test_losses_are_those_of_ddp(two_ranks: Path, network: str) -> None:
-    ddp, fsdp = (record(two_ranks / f"{network}_{strategy}") for strategy in ("ddp", "fsdp"))
+    assert_same_losses(two_ranks, network)
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+@pytest.mark.timeout(300)
+@needs_fsdp
+def test_losses_of_a_plain_stack_of_layers_are_those_of_ddp(tmp_path: Path) -> None:
+    run_ranks(2, SCRIPT, str(tmp_path), "compare_alexnetish_with_ddp", timeout=280)
+    assert_same_losses(tmp_path, "alexnetish")
+
+
+def assert_same_losses(folder: Path, network: str) -> None:
+    ddp, fsdp = (record(folder / f"{network}_{strategy}") for strategy in ("ddp", "fsdp"))
     assert len(ddp["step_loss"]) >= 20
     assert ddp["step_loss"][0] != ddp["step_loss"][-1]
     np.testing.assert_allclose(fsdp["step_loss"], ddp["step_loss"], atol=1e-4, rtol=0)
@@ -127,6 +140,7 @@ def test_shards_of_two_ranks_are_evaluated_and_resumed_by_one_process(two_ranks:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive  # one process resumes them in test_shards_of_two_ranks_are_evaluated_and_resumed_by_one_process
 @pytest.mark.timeout(300)
 def test_shards_of_two_ranks_are_resumed_by_four(four_ranks: Path) -> None:
     expected, resumed = record(four_ranks / "sharded"), record(four_ranks / "on_4_ranks")
@@ -134,6 +148,7 @@ def test_shards_of_two_ranks_are_resumed_by_four(four_ranks: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive  # test_replicas_of_shards_train_as_ddp_does makes and trains them
 @pytest.mark.timeout(300)
 def test_replicas_of_shards_are_made_and_read_back(four_ranks: Path) -> None:
     for rank in range(4):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,11 +25,18 @@ ENGINES = {
 }
 
 
+# One recipe an engine; the others train in one process in the default suite.
+IN_DEFAULT_SUITE = {"resnet50_medium", "vit_cifar100_fsdp", "vit_cifar100_deepspeed"}
+
+
+def _case(name: str) -> Any:
+    marks = [needs_fsdp] if ENGINES[name] == "fsdp" else []
+    return pytest.param(name, marks=marks if name in IN_DEFAULT_SUITE else [*marks, pytest.mark.exhaustive])
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(290)
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=needs_fsdp if engine == "fsdp" else ()) for name, engine in ENGINES.items()]
-)
+@pytest.mark.parametrize("name", [_case(name) for name in ENGINES])
 def test_runs_under_the_engine_that_it_names(name: str, tmp_path: Path) -> None:
     path = ROOT / "yamls" / f"{name}.yaml"
     given = ["smoke=true", f"results_dir={tmp_path}", f"data.cache_dir={tmp_path / 'cache'}"]
