@@ -22,9 +22,9 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -43,12 +43,14 @@ class Variant:
     """One way to train: the medium recipe without its algorithms, and these overrides.
 
     algorithm: that is switched on, with the medium recipe's settings unless `overrides` have others.
-    against: the variant that it is compared with; empty for one that others are compared with.
+    against: the variant that it is compared with; empty for one that others are compared with. of_data: further
+        overrides for some data sets.
     """
 
     overrides: tuple[str, ...] = ()
     algorithm: str = ""
     against: str = ""
+    of_data: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 NONE, VIT = "none", "vit"
@@ -81,6 +83,15 @@ VARIANTS: dict[str, Variant] = {
     NONE: Variant(),
     VIT: Variant(ON_VIT),
     **{name: _with_algorithm(name) for name in names()},
+    "progressive_resizing, sampled": Variant(
+        ("algorithms.progressive_resizing.stages=null", "algorithms.progressive_resizing.final_epochs=4"),
+        "progressive_resizing",
+        NONE,
+        {
+            "digits": ("algorithms.progressive_resizing.sizes=[12, 16, 20]",),
+            "scenes": ("algorithms.progressive_resizing.sizes=[24, 32, 40]",),
+        },
+    ),
 }
 DATA = ("digits", "scenes")
 # Two-sided 95 % of Student's t distribution, by degrees of freedom from 1.
@@ -219,14 +230,20 @@ def _measured(
     todo: Sequence[tuple[str, str, int]], options: argparse.Namespace, results: str
 ) -> Iterator[tuple[tuple[str, str, int], dict[str, float]]]:
     """Each run with what it measured, in the order in which they end."""
-    given = {data: overrides_of(data, options, results) for data in {data for data, *_ in todo}}
+    shared = {data: overrides_of(data, options, results) for data in {data for data, *_ in todo}}
+
+    def given(data: str, name: str) -> list[str]:
+        return [*shared[data], *VARIANTS[name].of_data.get(data, ())]
+
     if options.jobs == 1:
         for data, name, seed in todo:
-            yield (data, name, seed), _train(name, given[data], seed)
+            yield (data, name, seed), _train(name, given(data, name), seed)
         return
     workers = ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn"))
     try:
-        futures = {workers.submit(_train, name, given[data], seed): (data, name, seed) for data, name, seed in todo}
+        futures = {
+            workers.submit(_train, name, given(data, name), seed): (data, name, seed) for data, name, seed in todo
+        }
         for future in as_completed(futures):
             yield futures[future], future.result()
     finally:

@@ -55,14 +55,16 @@ def test_a_quick_run_trains_what_was_asked_for_and_goes_on(tmp_path: Path) -> No
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_recipe_has_one_algorithm_or_none(name: str) -> None:
     variant = VARIANTS[name]
-    assert list(recipe_of(name, ["seed=1"]).algorithms) == ([variant.algorithm] if variant.algorithm else [])
+    made = recipe_of(name, ["seed=1", "results_dir=there", *variant.of_data.get("digits", ())])
+    assert list(made.algorithms) == ([variant.algorithm] if variant.algorithm else [])
 
 
 def test_every_algorithm_is_compared_with_the_same_network_without_it() -> None:
     assert {one.algorithm for one in VARIANTS.values()} == {"", *names()}
     for name, variant in VARIANTS.items():
         if variant.algorithm:
-            with_it, without = (recipe_of(one, ["seed=1"]) for one in (name, variant.against))
+            with_it = recipe_of(name, ["seed=1", "results_dir=there", *variant.of_data.get("digits", ())])
+            without = recipe_of(variant.against, ["seed=1"])
             assert (with_it.model, with_it.epochs) == (without.model, without.epochs)
 
 
