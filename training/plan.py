@@ -21,6 +21,7 @@ from algos.patch_dropout import PatchDropout, keeping_patches
 from algos.progressive_resizing import ProgressiveResizing
 from algos.sam import SAM
 from models.registry import names
+from models.roles import hidden_matrices
 from models.summary import count_forward_macs, count_parameters
 from training.facts import DataFacts, data_facts
 from training.network import change_network, make_network, shapes_suffice
@@ -102,6 +103,7 @@ class Plan:
     peak_learning_rate: at schedule factor 1, before any algorithm changes it.
     algorithms: in the order in which they act, including the learning-rate schedule and gradient clipping.
     parameters: number of scalars in the network after the algorithms have changed it.
+    matrices: names of the weights that the optimizer orthogonalizes, in the network as built; for muon alone.
     """
 
     recipe: Recipe
@@ -112,6 +114,7 @@ class Plan:
     algorithms: tuple[PlannedAlgorithm, ...]
     parameters: int
     epochs: tuple[Epoch, ...]
+    matrices: tuple[str, ...] = ()
 
     @property
     def global_batch_size(self) -> int:
@@ -215,6 +218,7 @@ def make_plan(recipe: Recipe, facts: DataFacts, place: Place) -> Plan:
         )
     algorithms, settings = _arrange_algorithms(recipe)
     network = make_network(recipe, num_classes=facts.num_classes, shapes_only=shapes_suffice(algorithms))
+    matrices = _matrices(network, recipe)
     network = change_network(network, recipe, algorithms)
     if isinstance(fixres := algorithms.get("fixres"), FixRes):
         with users_mistake("algorithms"):
@@ -247,6 +251,7 @@ def make_plan(recipe: Recipe, facts: DataFacts, place: Place) -> Plan:
             )
             for index, (shape, keep_rate) in enumerate(zip(shapes, keep_rates, strict=True))
         ),
+        matrices=matrices,
     )
     check_profiled_steps(recipe.logging.profile, total_steps=plan.steps)
     return plan
@@ -307,6 +312,20 @@ def _arrange_algorithms(recipe: Recipe) -> tuple[dict[str, Any], dict[str, dict[
     with users_mistake("algorithms"):
         order = arrange({name: algorithm.contract for name, algorithm in made.items()})
     return {name: made[name] for name in order}, settings
+
+
+def _matrices(network: nn.Module, recipe: Recipe) -> tuple[str, ...]:
+    if recipe.optimizer["name"] != "muon":
+        return ()
+    with users_mistake("data.eval.image_size"):
+        found = hidden_matrices(network, image_size=recipe.data.eval.image_size)
+    if not found:
+        raise RecipeError(
+            "optimizer.name",
+            f"is muon, and {recipe.model['name']} has no matrices between its first layer and its classifier; use "
+            f"{recipe.optimizer['others']['name']}",
+        )
+    return tuple(found)
 
 
 def _epoch_shapes(

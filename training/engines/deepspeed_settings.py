@@ -53,6 +53,12 @@ _ELSEWHERE = {
 _TORCHS = ("adadelta", "adagrad", "adam", "adamax", "adamw", "nadam", "radam", "rmsprop", "sgd")
 # ZeRO gives an optimizer flat partitions that may start and end inside a weight. These treat each element separately.
 _ELEMENTWISE = {"adamw", "decoupled_adamw", "decoupled_sgdw", "sgd", *(f"torch.{name}" for name in _TORCHS)}
+_OTHER_WEIGHTS = "keeps other weights for evaluation than for training, which DeepSpeed holds in copies of its own"
+_NOT_HERE = {
+    "muon": "updates whole matrices, and DeepSpeed gives an optimizer flat pieces of them",
+    "schedule_free_adamw": _OTHER_WEIGHTS,
+    "schedule_free_sgd": _OTHER_WEIGHTS,
+}
 _AUTOCAST = {"amp_bf16": "bfloat16", "amp_fp16": "float16"}
 _OFFLOADS = ("offload_optimizer", "offload_param")
 
@@ -87,6 +93,12 @@ def check_deepspeed(recipe: Recipe, *, device: str) -> None:
         os.environ["DS_ACCELERATOR"] = "cpu"  # read when DeepSpeed is imported; otherwise it picks any device
     _check_keys(recipe)
     _check_zero(recipe)
+    if recipe.optimizer["name"] in _NOT_HERE:
+        raise RecipeError(
+            "optimizer.name",
+            f"is {recipe.optimizer['name']}, which {_NOT_HERE[recipe.optimizer['name']]}; use parallelism.strategy ddp "
+            f"or fsdp, or an optimizer such as {', '.join(sorted(_ELEMENTWISE)[:4])}",
+        )
     stage = zero_stage(recipe)
     if stage and recipe.optimizer["name"] not in _ELEMENTWISE:
         raise RecipeError(
