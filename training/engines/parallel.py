@@ -137,7 +137,7 @@ def _check_fsdp(recipe: Recipe, *, device: str, world_size: int) -> None:
     if fsdp.version == 1 and recipe.optimizer["name"] in ("muon", *SCHEDULE_FREE):
         raise RecipeError(
             "parallelism.fsdp.version",
-            f"is 1, which flattens weights, and optimizer {recipe.optimizer['name']} needs their shapes and names; use 2",
+            f"is 1, which flattens weights, and optimizer {recipe.optimizer['name']} needs their shapes; use 2",
         )
     if fsdp.version == 1 and recipe.checkpoints.sharded:
         raise RecipeError("checkpoints.sharded", "is true, which needs FSDP2; set parallelism.fsdp.version=2")

@@ -152,7 +152,10 @@ _OWN: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 OTHERS = ("adamw", "sgd")  # what may update the weights that are no hidden matrices
 SCHEDULE_FREE = ("schedule_free_adamw", "schedule_free_sgd")
-_MUON_CHOICES = {"adjust_lr_fn": ("original", "match_rms_adamw"), "newton_schulz_dtype": ("auto", "bfloat16", "float32")}
+_MUON_CHOICES = {
+    "adjust_lr_fn": ("original", "match_rms_adamw"),
+    "newton_schulz_dtype": ("auto", "bfloat16", "float32"),
+}
 
 
 def find(name: str) -> Callable[..., torch.optim.Optimizer]:

@@ -1,8 +1,7 @@
 """Muon (Jordan 2024, kellerjordan.github.io/posts/muon): momentum whose update is made nearly orthogonal.
 
-For hidden matrices; all other weights are updated by AdamW or SGD of this project, in the same optimizer object. torch's
-own (from 2.9 on) takes 2-D weights alone, one after the other, and orthogonalizes in bfloat16, which takes a CPU
-without instructions for it several times as long.
+For hidden matrices; all other weights are updated by this project's AdamW or SGD, in the same optimizer object. torch's
+own, where it has one, takes 2-D weights alone, one after the other, and orthogonalizes in bfloat16 everywhere.
 """
 
 from __future__ import annotations
@@ -181,6 +180,8 @@ def _own_part(whole: Tensor, *, like: Any) -> Tensor:
     from torch.distributed.tensor import DTensor, Replicate
 
     everywhere = [Replicate()] * like.device_mesh.ndim
-    return DTensor.from_local(whole, like.device_mesh, everywhere, run_check=False).redistribute(
-        placements=like.placements
-    ).to_local()
+    return (
+        DTensor.from_local(whole, like.device_mesh, everywhere, run_check=False)
+        .redistribute(placements=like.placements)
+        .to_local()
+    )

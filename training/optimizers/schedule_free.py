@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from algos.framework.shards import local_part
+from training.optimizers.fused import kernels
 
 Group = dict[str, Any]
 CALLBACK = "EvaluateAverages"  # under which a checkpoint has the state of optimizers/switching.py's
@@ -78,19 +79,21 @@ class ScheduleFree(torch.optim.Optimizer):
             for weight in weights:
                 if "z" not in self.state[weight]:
                     self.state[weight]["z"] = torch.clone(weight.detach(), memory_format=torch.preserve_format)
-            gradients = [local_part(weight.grad) for weight in weights]
+            gradients = [local_part(weight.grad) for weight in weights if weight.grad is not None]
             parts = [local_part(weight) for weight in weights]
             directions = self._direction(group, gradients, weights)
             if group["weight_decay"]:
-                torch._foreach_add_(directions, parts, alpha=group["weight_decay"])
+                kernels._foreach_add_(directions, parts, alpha=group["weight_decay"])
             yield parts, directions, [local_part(self.state[weight]["z"]) for weight in weights]
 
-    def _move(self, group: Group, weights: list[Tensor], directions: list[Tensor], z: list[Tensor], share: float) -> None:
+    def _move(
+        self, group: Group, weights: list[Tensor], directions: list[Tensor], z: list[Tensor], share: float
+    ) -> None:
         """y and z after the step, without x: y <- (1 - c) y + c z + lr (beta (1 - c) - 1) g, then z."""
         lr, beta = float(group["lr"]), _beta(group)
-        torch._foreach_lerp_(weights, z, share)
-        torch._foreach_add_(weights, directions, alpha=lr * (beta * (1 - share) - 1))
-        torch._foreach_add_(z, directions, alpha=-lr)
+        kernels._foreach_lerp_(weights, z, share)
+        kernels._foreach_add_(weights, directions, alpha=lr * (beta * (1 - share) - 1))
+        kernels._foreach_add_(z, directions, alpha=-lr)
 
 
 class ScheduleFreeSGD(ScheduleFree):
@@ -120,12 +123,12 @@ class ScheduleFreeAdamW(ScheduleFree):
             if "exp_avg_sq" not in self.state[weight]:
                 self.state[weight]["exp_avg_sq"] = torch.zeros_like(weight, memory_format=torch.preserve_format)
         second = [local_part(self.state[weight]["exp_avg_sq"]) for weight in weights]
-        torch._foreach_mul_(second, beta)
-        torch._foreach_addcmul_(second, gradients, gradients, 1 - beta)
-        roots = torch._foreach_div(second, 1 - beta ** group["steps"])
-        torch._foreach_sqrt_(roots)
-        torch._foreach_add_(roots, group["eps"])
-        return list(torch._foreach_div(gradients, roots))
+        kernels._foreach_mul_(second, beta)
+        kernels._foreach_addcmul_(second, gradients, gradients, 1 - beta)
+        roots = kernels._foreach_div(second, 1 - beta ** group["steps"])
+        kernels._foreach_sqrt_(roots)
+        kernels._foreach_add_(roots, group["eps"])
+        return list(kernels._foreach_div(gradients, roots))
 
 
 def averaged(weight: Tensor, z: Tensor, beta: float) -> Tensor:
@@ -133,9 +136,7 @@ def averaged(weight: Tensor, z: Tensor, beta: float) -> Tensor:
     return torch.lerp(weight, z, 1 - 1 / beta)
 
 
-def averages_of(
-    weights: Mapping[str, Tensor], z: Mapping[str, Tensor], groups: Iterable[Group]
-) -> dict[str, Tensor]:
+def averages_of(weights: Mapping[str, Tensor], z: Mapping[str, Tensor], groups: Iterable[Group]) -> dict[str, Tensor]:
     """x by name, of a checkpoint's weights y, its z, and its parameter groups, whose params are names."""
     betas = {name: _beta(group) for group in groups for name in group["params"]}
     return {name: averaged(weights[name], z[name].to(weights[name]), betas[name]) for name in z}
@@ -167,7 +168,7 @@ def _next_share(group: Group) -> float:
 
 
 def _kinds(weights: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Lists to update at once: of one device and type on a GPU, of one weight elsewhere, where it then stays in cache."""
+    """Lists to update at once: of one device and type on a GPU; elsewhere of one weight, which then stays in cache."""
     kinds: dict[Any, list[Tensor]] = {}
     for index, weight in enumerate(weights):
         kinds.setdefault((weight.device, weight.dtype) if weight.device.type == "cuda" else index, []).append(weight)

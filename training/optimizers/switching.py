@@ -164,7 +164,9 @@ def _only_norms_train(network: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def _uncompiled(network: nn.Module) -> Iterator[None]:
     """Forward passes without the compiled graphs, none of which is for norms that train in a network that does not."""
-    compiled = {part: forward for part in network.modules() if hasattr(forward := vars(part).get("forward"), "original")}
+    compiled = {
+        part: forward for part in network.modules() if hasattr(forward := vars(part).get("forward"), "original")
+    }
     try:
         for part, forward in compiled.items():
             part.forward = forward.original  # pyright: ignore[reportOptionalMemberAccess]

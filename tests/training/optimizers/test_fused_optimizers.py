@@ -21,10 +21,7 @@ PAIRS = [
     *((fused.SGD, torch.optim.SGD, {"weight_decay": 0.01, **more}) for more in SGDS),
     *((decoupled.DecoupledSGDW, composers.DecoupledSGDW, {"weight_decay": 5e-4, **more}) for more in SGDS),
     *((fused.AdamW, torch.optim.AdamW, {"weight_decay": 0.01, **more}) for more in ADAMS),
-    *(
-        (decoupled.DecoupledAdamW, composers.DecoupledAdamW, {"weight_decay": 5e-4, **more})
-        for more in ADAMS
-    ),
+    *((decoupled.DecoupledAdamW, composers.DecoupledAdamW, {"weight_decay": 5e-4, **more}) for more in ADAMS),
 ]
 NAMES = [f"{theirs.__name__}-{'-'.join(more)}" for _, theirs, more in PAIRS]
 ONE_EACH = [PAIRS[1], PAIRS[4], PAIRS[6], PAIRS[8]]
