@@ -76,6 +76,15 @@ def count_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
+def copy_on_meta(module: nn.Module) -> nn.Module:
+    """A copy of `module` without values, in evaluation mode, whose forward pass computes shapes alone."""
+    shadow = deepcopy(module).to("meta").eval()
+    for part in shadow.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            part.forward = partial(_leave_shape, part)
+    return shadow
+
+
 def count_forward_macs(module: nn.Module, *, image_size: int, num_images: int = 1) -> int:
     """Multiply-adds of one image's forward pass at `image_size` px: those of convolutions and matrix products.
 
@@ -91,11 +100,9 @@ def _count_on_meta(
     module: nn.Module, *, image_size: int, num_images: int, shapes: dict[str, tuple[int, ...]]
 ) -> Mapping[str, Mapping[Any, int]]:
     """Dotted path with the root's class first -> operation -> flops; fills `shapes`, path without the root -> shape."""
-    shadow = deepcopy(module).to("meta").eval()
+    shadow = copy_on_meta(module)
     for name, part in shadow.named_modules():
         part.register_forward_hook(partial(_note_shape, shapes, name))
-        if isinstance(part, nn.BatchNorm2d):
-            part.forward = partial(_leave_shape, part)
     with FlopCounterMode(display=False) as counter:
         shadow(torch.empty(num_images, 3, image_size, image_size, device="meta"))
     return counter.get_flop_counts()

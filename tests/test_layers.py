@@ -25,9 +25,7 @@ WINGS = {
     "algos": ["framework"],  # then the algorithms, of which learning_rate and blur serve others
     "data": ["draws prefetch whole_files", "sources decoding", "beton", "loading", "build", "convert inspect"],
     "training": [
-        "composer_shim fused_optimizers late loopback without_compiler",
-        "decoupled_optimizers",
-        "optimizers",
+        "composer_shim late loopback optimizers without_compiler",
         "command_line",
         "recipe",
         "guards",

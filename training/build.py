@@ -105,7 +105,9 @@ def build_model(plan: Plan) -> ImageClassifier:
 def build_optimizer_of(model: ImageClassifier, plan: Plan) -> torch.optim.Optimizer:
     """The recipe's optimizer over the weights of `model`, at the schedule's peak learning rate."""
     with users_mistake("optimizer"):
-        return build_optimizer(model.module, plan.recipe.optimizer, learning_rate=plan.peak_learning_rate)
+        return build_optimizer(
+            model.module, plan.recipe.optimizer, learning_rate=plan.peak_learning_rate, matrices=plan.matrices
+        )
 
 
 def build_data_specs(plan: Plan, loaders: tuple[Any, Any]) -> tuple[DataSpec, DataSpec]:

@@ -22,6 +22,7 @@ from algos.progressive_resizing import ProgressiveResizing
 from algos.sam import SAM
 from algos.selective_backprop import SelectiveBackprop
 from models.registry import names
+from models.roles import hidden_matrices
 from models.summary import count_forward_macs, count_parameters
 from training.arrangement import CLIPPING, SCHEDULE, arrange_algorithms
 from training.facts import DataFacts, class_weights, data_facts
@@ -141,6 +142,7 @@ class Plan:
     parameters: number of scalars in the network after the algorithms have changed it.
     class_weights: of the training loss; None where all classes weigh the same.
     teacher_parameters: of a teacher, which every rank holds beside the network; 0 without one.
+    matrices: names of the weights that the optimizer orthogonalizes, in the network as built; for muon alone.
     """
 
     recipe: Recipe
@@ -153,6 +155,7 @@ class Plan:
     epochs: tuple[Epoch, ...]
     class_weights: tuple[float, ...] | None = None
     teacher_parameters: int = 0
+    matrices: tuple[str, ...] = ()
 
     @property
     def global_batch_size(self) -> int:
@@ -256,6 +259,7 @@ def make_plan(recipe: Recipe, facts: DataFacts, place: Place) -> Plan:
         )
     algorithms, settings = arrange_algorithms(recipe)
     network = make_network(recipe, num_classes=facts.num_classes, shapes_only=shapes_suffice(algorithms))
+    matrices = _matrices(network, recipe)
     network = change_network(network, recipe, algorithms)
     if isinstance(fixres := algorithms.get("fixres"), FixRes):
         with users_mistake("algorithms"):
@@ -306,6 +310,7 @@ def make_plan(recipe: Recipe, facts: DataFacts, place: Place) -> Plan:
             for index, (shape, keep_rate) in enumerate(zip(shapes, keep_rates, strict=True))
         ),
         class_weights=class_weights(recipe, facts),
+        matrices=matrices,
     )
     plan = _add_selecting(plan, algorithms, network)
     plan = _add_teacher(plan, algorithms)
@@ -344,6 +349,20 @@ def without_algorithms(recipe: Recipe, run_name: str) -> Recipe:
     off = dict.fromkeys(recipe.algorithms)
     settings = {**recipe.settings, "algorithms": off, "run_name": run_name}
     return replace(recipe, algorithms={}, run_name=run_name, settings=settings)
+
+
+def _matrices(network: nn.Module, recipe: Recipe) -> tuple[str, ...]:
+    if recipe.optimizer["name"] != "muon":
+        return ()
+    with users_mistake("data.eval.image_size"):
+        found = hidden_matrices(network, image_size=recipe.data.eval.image_size)
+    if not found:
+        raise RecipeError(
+            "optimizer.name",
+            f"is muon, and {recipe.model['name']} has no matrices between its first layer and its classifier; use "
+            f"{recipe.optimizer['others']['name']}",
+        )
+    return tuple(found)
 
 
 def _epoch_shapes(

@@ -12,6 +12,7 @@ from models.summary import summarize
 from training.arrangement import network_as_trained, without_weights
 from training.facts import planned_facts
 from training.graphs import graphs_of
+from training.optimizers import other_peak_learning_rate
 from training.plan import Epoch, Place, Plan, Steps, choose_place, make_plan, without_algorithms
 from training.recipe import Recipe, RecipeError
 
@@ -91,6 +92,7 @@ def _place_line(plan: Plan) -> str:
         f"{plan.per_device_batch_size} images a rank and step",
         *([f"in microbatches of {microbatch}"] if microbatch else []),
         f"{recipe.optimizer['name']} at a peak learning rate of {plan.peak_learning_rate:g}",
+        *_others(plan),
     ]
     return ", ".join(parts)
 
@@ -115,6 +117,15 @@ def _classes_line(plan: Plan) -> list[str]:
     elif plan.recipe.class_weights is not None:
         parts += ["loss weights from the numbers of images in each class, which are not here"]
     return [", ".join(parts)]
+
+
+def _others(plan: Plan) -> list[str]:
+    """Under muon: how many matrices it has, and what updates the other weights."""
+    optimizer = plan.recipe.optimizer
+    if not plan.matrices:
+        return []
+    rate = other_peak_learning_rate(optimizer, plan.peak_learning_rate)
+    return [f"of {len(plan.matrices)} matrices", f"{optimizer['others']['name']} at {rate:g} of the rest"]
 
 
 def _graphs_line(plan: Plan) -> list[str]:

@@ -17,6 +17,7 @@ from torch import nn
 from data import normalize, prepare_image
 from training.arrangement import network_as_trained, without_weights
 from training.checkpoints.weights import find_checkpoint, read_network_weights
+from training.optimizers import SCHEDULE_FREE
 from training.recipe import Recipe, RecipeError, load_recipe
 from training.results.summary import write_json
 
@@ -54,7 +55,7 @@ class Trained:
     """The network of a run, ready for images.
 
     network: in evaluation mode on the CPU, with the weights that the run's evaluations used.
-    averaged: whether these are the averages that EMA kept.
+    averaged: whether these are the averages that EMA or a schedule-free optimizer kept.
     """
 
     network: nn.Module
@@ -63,6 +64,11 @@ class Trained:
     preprocessing: Preprocessing
     checkpoint: Path
     averaged: bool
+
+    @property
+    def averaged_by(self) -> str:
+        """What kept the averages, in a sentence's words."""
+        return "the optimizer" if self.recipe.optimizer["name"] in SCHEDULE_FREE else "EMA"
 
     @property
     def run_dir(self) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from models.weights import plain_tensors, read_weights
 from training.checkpoints.reading import check_checkpoint, reading
 from training.checkpoints.sharded import is_sharded, reader_of
 from training.checkpoints.zero import is_zero, read_zero_weights
+from training.optimizers.schedule_free import averages_of, is_schedule_free, statistics_at_averages
 from training.recipe import RecipeError
 
 _PREFIX = "module."  # of the network within ImageClassifier
@@ -38,7 +40,8 @@ def find_checkpoint(source: str | os.PathLike[str], *, names: Sequence[str] = ("
 def read_network_weights(
     checkpoint: Path, *, trust: bool = False, averaged: bool = True
 ) -> tuple[dict[str, Tensor], bool]:
-    """The network's weights and buffers under its own names, contiguous; and whether they are EMA's averages.
+    """The network's weights and buffers under its own names, contiguous; and whether they are averages: EMA's,
+    or a schedule-free optimizer's.
 
     trust: read with Python's unrestricted unpickler, which runs what the file says.
     averaged: return the averages where the checkpoint has them, as the run's evaluations do.
@@ -50,7 +53,7 @@ def read_network_weights(
     try:
         with reading(checkpoint, trust=trust):
             tensors = {name.removeprefix(_PREFIX): value for name, value in _read(checkpoint, trust).items()}
-            averages = plain_tensors(_read_averages(checkpoint), str(checkpoint)) if averaged else {}
+            averages = plain_tensors(_read_averages(checkpoint, trust), str(checkpoint)) if averaged else {}
     except (ValueError, OSError, ModuleNotFoundError):
         raise
     except (Exception, CheckpointException) as error:  # whole and data only, but not what a run writes
@@ -70,15 +73,39 @@ def _read(checkpoint: Path, trust: bool) -> dict[str, Tensor]:
     return read_weights(str(checkpoint), trust=trust)
 
 
-def _read_averages(checkpoint: Path) -> dict[str, Tensor]:
-    """EMA's, by the Trainer's names; it keeps them whole on every rank."""
-    file = checkpoint / "state.pt" if is_zero(checkpoint) or is_sharded(checkpoint) else checkpoint
-    if file.suffix == ".safetensors":
+def _read_averages(checkpoint: Path, trust: bool) -> dict[str, Tensor]:
+    """EMA's or a schedule-free optimizer's, by the Trainer's names. DeepSpeed does not run the latter."""
+    if checkpoint.suffix == ".safetensors":
         return {}
-    return averages_in(torch.load(file, map_location="cpu", weights_only=False, mmap=True))
+    in_folder = is_zero(checkpoint) or is_sharded(checkpoint)
+    file = checkpoint / "state.pt" if in_folder else checkpoint
+    saved = torch.load(file, map_location="cpu", weights_only=False, mmap=True)
+    averages = averages_in(saved)  # whole on every rank
+    if averages or is_zero(checkpoint):
+        return averages
+    return _read_sharded_averages(checkpoint, saved, reader_of(trust)) if in_folder else _schedule_free_averages(saved)
 
 
-def _read_shards(folder: Path, reader: type[FileSystemReader]) -> dict[str, Tensor]:
+def _schedule_free_averages(saved: dict[str, Any]) -> dict[str, Tensor]:
+    for optimizer in (saved["state"].get("optimizers") or {}).values():
+        if is_schedule_free(optimizer["param_groups"]):
+            z = {name: state["z"] for name, state in optimizer["state"].items() if "z" in state}
+            weights = averages_of(saved["state"]["model"], z, optimizer["param_groups"])
+            return {**weights, **statistics_at_averages(saved["state"])}
+    return {}
+
+
+def _read_sharded_averages(folder: Path, saved: dict[str, Any], reader: type[FileSystemReader]) -> dict[str, Tensor]:
+    if not is_schedule_free(saved["param_groups"]):
+        return {}
+    prefix, suffix = "optimizer.", ".z"
+    tensors = _read_shards(folder, reader, prefix=prefix)
+    z = {name.removesuffix(suffix): value for name, value in tensors.items() if name.endswith(suffix)}
+    weights = averages_of(_read_shards(folder, reader), z, saved["param_groups"])
+    return {**weights, **statistics_at_averages(saved["state"])}
+
+
+def _read_shards(folder: Path, reader: type[FileSystemReader], *, prefix: str = "model.") -> dict[str, Tensor]:
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
     from torch.distributed.checkpoint.state_dict_loader import load
 
@@ -96,7 +123,7 @@ def _read_shards(folder: Path, reader: type[FileSystemReader]) -> dict[str, Tens
     tensors = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in entries.items()
-        if name.startswith("model.") and isinstance(entry, TensorStorageMetadata)
+        if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
     }
     load(tensors, storage_reader=reader(folder), no_dist=True)
-    return {name.removeprefix("model."): value for name, value in tensors.items()}
+    return {name.removeprefix(prefix): value for name, value in tensors.items()}

@@ -50,6 +50,7 @@ def compile_network(network: nn.Module, plan: Plan) -> None:
     network.forward = _CompiledForward(  # pyright: ignore[reportAttributeAccessIssue]
         network,
         torch.compile(_with_key(network.forward), **torch_settings(plan)),
+        original=network.forward,
         evaluation_images=images_of_evaluation(plan),
         as_they_are=shapes_of_selection(plan, rank=dist.get_global_rank()),
         keeps_outputs=on_gpu and plan.recipe.compile.mode in CUDA_GRAPH_MODES,
@@ -143,11 +144,13 @@ class _CompiledForward:
         network: nn.Module,
         compiled: Callable[[Tensor, str], Tensor],
         *,
+        original: Callable[[Tensor], Tensor],
         evaluation_images: int,
         as_they_are: frozenset[tuple[int, int]],
         keeps_outputs: bool,
     ) -> None:
         self._network, self._compiled = network, compiled
+        self.original = original  # for passes of which there is no graph
         self._parameters = list(network.parameters())
         self._evaluation_images, self._as_they_are = evaluation_images, as_they_are
         self._keeps_outputs = keeps_outputs  # CUDA graphs write the next outputs over them

@@ -21,6 +21,8 @@ from training.engines.compiling import compile_ahead, compile_network, keep_kern
 from training.engines.ddp import composer_wraps_so
 from training.engines.parallel import LikeDDP, fsdp_config
 from training.engines.trainer import StepTrainer
+from training.optimizers.schedule_free import ScheduleFree
+from training.optimizers.switching import EvaluateAverages
 from training.plan import Plan
 from training.results.history import History
 from training.results.recorder import Recorder
@@ -62,6 +64,9 @@ def build_trainer(
     train, evaluation = build_data_specs(plan, loaders)
     sharding = recipe.parallelism.strategy == "fsdp"
     callbacks = [*([LikeDDP()] if sharding else []), *callbacks]
+    optimizer = build_optimizer_of(model, plan)
+    if isinstance(optimizer, ScheduleFree):
+        callbacks = [EvaluateAverages(train), *callbacks]
     trust = recipe.trust_checkpoint
     shards = LoadShards(load_path, trust=trust) if load_path is not None and is_sharded(load_path) else None
     if shards is not None:
@@ -78,7 +83,7 @@ def build_trainer(
             eval_interval=f"{recipe.data.eval.every_epochs}ep",
             max_duration=f"{recipe.epochs}ep",
             algorithms=list(build_algorithms(plan, loader=loaders[0]).values()),
-            optimizers=build_optimizer_of(model, plan),
+            optimizers=optimizer,
             callbacks=callbacks,
             parallelism_config=fsdp_config(recipe.parallelism.fsdp, network) if sharding else None,
             run_name=recipe.run_name,

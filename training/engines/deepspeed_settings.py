@@ -60,6 +60,12 @@ _NEEDS_WHOLE_WEIGHTS = {  # which ZeRO stage 3 has only while their layer comput
     "ema": "averages and swaps all weights between steps",
     "sam": "moves all weights between its two passes",
 }
+_OTHER_WEIGHTS = "keeps other weights for evaluation than for training, which DeepSpeed holds in copies of its own"
+_NOT_HERE = {
+    "muon": "updates whole matrices, and DeepSpeed gives an optimizer flat pieces of them",
+    "schedule_free_adamw": _OTHER_WEIGHTS,
+    "schedule_free_sgd": _OTHER_WEIGHTS,
+}
 _AUTOCAST = {"amp_bf16": "bfloat16", "amp_fp16": "float16"}
 _OFFLOADS = ("offload_optimizer", "offload_param")
 
@@ -94,6 +100,12 @@ def check_deepspeed(recipe: Recipe, *, device: str) -> None:
         os.environ["DS_ACCELERATOR"] = "cpu"  # read when DeepSpeed is imported; otherwise it picks any device
     _check_keys(recipe)
     _check_zero(recipe)
+    if recipe.optimizer["name"] in _NOT_HERE:
+        raise RecipeError(
+            "optimizer.name",
+            f"is {recipe.optimizer['name']}, which {_NOT_HERE[recipe.optimizer['name']]}; use parallelism.strategy ddp "
+            f"or fsdp, or an optimizer such as {', '.join(sorted(_ELEMENTWISE)[:4])}",
+        )
     stage = zero_stage(recipe)
     _check_algorithms_of(recipe, stage)
     if stage and recipe.optimizer["name"] not in _ELEMENTWISE:

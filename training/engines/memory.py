@@ -54,10 +54,10 @@ def expected_bytes(engine: str, *, num_parameters: int, state_bytes: float, rank
 
 
 def state_bytes_per_parameter(optimizer: Mapping[str, Any]) -> float:
-    """s of a recipe's optimizer, measured by a step on a few weights."""
+    """s of a recipe's optimizer, measured by a step on a few weights; of muon, on one of its matrices."""
     weights = nn.Linear(64, 64, bias=False)
     weights.weight.grad = torch.ones_like(weights.weight)
-    made = build_optimizer(weights, dict(optimizer), learning_rate=1e-3)
+    made = build_optimizer(weights, dict(optimizer), learning_rate=1e-3, matrices=("weight",))
     made.step()
     tensors = [value for state in made.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
     return sum(tensor.nbytes for tensor in tensors if tensor.numel() > 1) / weights.weight.numel()

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from models.sharding import sharding_units
 from training.engines.deepspeed_settings import check_deepspeed
 from training.engines.torch_trials import fsdp2_runs_on_cpu, gloo_averages, reduce_scatter_sums
+from training.optimizers import SCHEDULE_FREE
 from training.plan import Place
 from training.recipe import FSDP, Recipe, RecipeError
 
@@ -133,6 +134,11 @@ def _check_fsdp(recipe: Recipe, *, device: str, world_size: int) -> None:
         raise RecipeError("parallelism.strategy", "is fsdp, which does not run on mps; use none")
     if fsdp.version == 1 and device != "gpu":
         raise RecipeError("parallelism.fsdp.version", f"is 1, which needs GPUs, and the device is {device}; use 2")
+    if fsdp.version == 1 and recipe.optimizer["name"] in ("muon", *SCHEDULE_FREE):
+        raise RecipeError(
+            "parallelism.fsdp.version",
+            f"is 1, which flattens weights, and optimizer {recipe.optimizer['name']} needs their shapes; use 2",
+        )
     if fsdp.version == 1 and recipe.checkpoints.sharded:
         raise RecipeError("checkpoints.sharded", "is true, which needs FSDP2; set parallelism.fsdp.version=2")
     if world_size % fsdp.replicas:

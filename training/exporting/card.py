@@ -137,7 +137,7 @@ def _figures_table(figures: Figures) -> str:
 
 
 def _weights_text(trained: Trained, written: Written, checked: str) -> str:
-    kind = "EMA's averages, which the run's evaluations used" if trained.averaged else "as trained"
+    kind = f"averaged by {trained.averaged_by}, as in the run's evaluations" if trained.averaged else "as trained"
     needs = ""
     if written.needs_project:
         needs = (

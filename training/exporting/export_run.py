@@ -54,7 +54,9 @@ def export_run(
     target.parent.mkdir(parents=True, exist_ok=True)
     with whole_folder(target) as folder:
         samples = sample_images(trained)
-        say(f"{trained.checkpoint}{', averaged by EMA' if trained.averaged else ''} -> {format_name}")
+        say(
+            f"{trained.checkpoint}{f', averaged by {trained.averaged_by}' if trained.averaged else ''} -> {format_name}"
+        )
         written = write(format_name, trained, folder, samples)
         write_about(trained, folder)
         difference = check_export(folder, written, trained, samples)

@@ -11,6 +11,7 @@ from training.recipe.keys import RecipeKeys, TrainData
 from training.recipe.remote import check_remote
 from training.recipe.schema import RecipeError, parse, schema_of
 from training.recipe.sections import (
+    check_schedule_free,
     parse_algorithms,
     parse_loss,
     parse_model,
@@ -51,6 +52,7 @@ def check(raw: dict[str, Any]) -> dict[str, Any]:
     try_settings(Ahead, {"setting": top["data"]["train"]["batches_ahead"]}, path="data.train.batches_ahead")
     _check_together(top)
     top["optimizer"] = parse_optimizer(top["optimizer"])
+    check_schedule_free(top)
     top["model"] = parse_model(top["model"])
     try_composers(top["algorithms"])
     return top

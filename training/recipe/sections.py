@@ -12,6 +12,8 @@ from typing import Any, Literal
 from training.recipe.composers_own import refusal
 from training.recipe.schema import RecipeError, parse, refuse_unknown, schema_of
 
+_AVERAGING = frozenset({"ema", "composer.ema", "composer.swa"})
+
 
 def parse_model(given: Any) -> dict[str, Any]:
     """The section model: a network's name, and its settings with their defaults."""
@@ -65,8 +67,60 @@ def parse_optimizer(given: Any) -> dict[str, Any]:
     except ValueError as error:
         raise RecipeError("optimizer.name", str(error)) from None
     parsed = {"name": name, **parse(schema, settings, path="optimizer")}
+    if name == "muon":
+        parsed["others"] = _parse_others(parsed["others"])
     try_settings(check_settings, {"settings": parsed}, path="optimizer")
     return parsed
+
+
+def _parse_others(given: Any) -> dict[str, Any]:
+    """Muon's optimizer of the weights that are no hidden matrices."""
+    from training.optimizers import OTHERS, check_settings, settings_of
+
+    path = "optimizer.others"
+    name, settings = _split_name(given, path=path)
+    refuse_unknown(name, OTHERS, path=f"{path}.name", what="optimizer of muon's other weights")
+    parsed = {"name": name, **parse(settings_of(name), settings, path=path)}
+    try_settings(check_settings, {"settings": parsed}, path=path)
+    if parsed["clip_norm"] is not None:
+        raise RecipeError(f"{path}.clip_norm", f"is {parsed['clip_norm']:g}; give optimizer.clip_norm, which clips all")
+    return parsed
+
+
+def check_schedule_free(top: dict[str, Any]) -> None:
+    """Raise RecipeError for what goes wrong with an optimizer that averages the weights itself."""
+    from training.optimizers import SCHEDULE_FREE
+
+    name = top["optimizer"]["name"]
+    if name not in SCHEDULE_FREE:
+        return
+    if top["schedule"]["decay"] != "constant":
+        raise RecipeError(
+            "schedule.decay",
+            f"is {top['schedule']['decay']}, and optimizer {name} averages the weights in place of a decay; set "
+            "schedule.decay=constant (a warm-up may stay)",
+        )
+    on = {one for one, settings in top["algorithms"].items() if settings is not None}
+    for other in sorted(on & _AVERAGING):
+        raise RecipeError(
+            f"algorithms.{other}", f"averages the weights too, as optimizer {name} does; drop one of the two"
+        )
+    if "fixres" in on:
+        raise RecipeError(
+            "algorithms.fixres",
+            f"trains last layers at a rate of their own, and optimizer {name} needs the same rate up to the end; set "
+            "algorithms.fixres=null, or use another optimizer",
+        )
+    resizing = top["algorithms"].get("progressive_resizing") or {}
+    sizes = ("per_device_batch_size", "global_batch_size")
+    if any(getattr(stage, size, None) for stage in resizing.get("stages") or () for size in sizes) and (
+        resizing["learning_rate_scaling"] != "none"
+    ):
+        raise RecipeError(
+            "algorithms.progressive_resizing.learning_rate_scaling",
+            f"is {resizing['learning_rate_scaling']}, and optimizer {name} needs the same rate up to the end; set it "
+            "to none",
+        )
 
 
 def parse_algorithms(given: Any) -> dict[str, dict[str, Any] | None]:

@@ -149,7 +149,8 @@ def _shrink_data(
 
 def _shrink_optimizer(optimizer: dict[str, Any], ratio: float) -> dict[str, Any]:
     rate = optimizer["learning_rate"]  # a rate given per 256 images shrinks by itself
-    return {**optimizer, "learning_rate": None if rate is None else rate * ratio}
+    others = {"others": _shrink_optimizer(optimizer["others"], ratio)} if optimizer.get("others") else {}
+    return {**optimizer, "learning_rate": None if rate is None else rate * ratio, **others}
 
 
 def _shrink_schedule(schedule: dict[str, Any], share: float) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from composer import optim
 from torch import Tensor
 
-from training.fused_optimizers import (
+from training.optimizers.fused import (
     FusedAdamW,
     FusedSGD,
     Group,

@@ -12,19 +12,16 @@ from ranks import needs_fsdp, run_ranks
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-from training import decoupled_optimizers, fused_optimizers
+from training.optimizers import decoupled, fused
 
 STEPS = 4
 SGDS = [{"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}, {}]
 ADAMS = [{}, {"amsgrad": True}]
 PAIRS = [
-    *((fused_optimizers.SGD, torch.optim.SGD, {"weight_decay": 0.01, **more}) for more in SGDS),
-    *((decoupled_optimizers.DecoupledSGDW, composers.DecoupledSGDW, {"weight_decay": 5e-4, **more}) for more in SGDS),
-    *((fused_optimizers.AdamW, torch.optim.AdamW, {"weight_decay": 0.01, **more}) for more in ADAMS),
-    *(
-        (decoupled_optimizers.DecoupledAdamW, composers.DecoupledAdamW, {"weight_decay": 5e-4, **more})
-        for more in ADAMS
-    ),
+    *((fused.SGD, torch.optim.SGD, {"weight_decay": 0.01, **more}) for more in SGDS),
+    *((decoupled.DecoupledSGDW, composers.DecoupledSGDW, {"weight_decay": 5e-4, **more}) for more in SGDS),
+    *((fused.AdamW, torch.optim.AdamW, {"weight_decay": 0.01, **more}) for more in ADAMS),
+    *((decoupled.DecoupledAdamW, composers.DecoupledAdamW, {"weight_decay": 5e-4, **more}) for more in ADAMS),
 ]
 NAMES = [f"{theirs.__name__}-{'-'.join(more)}" for _, theirs, more in PAIRS]
 ONE_EACH = [PAIRS[1], PAIRS[4], PAIRS[6], PAIRS[8]]
@@ -204,4 +201,4 @@ def test_a_step_compiles_to_one_graph_for_all_rates(ours: Any, theirs: Any, more
 
 @needs_fsdp
 def test_two_ranks_update_their_shards() -> None:
-    run_ranks(2, "tests/training/fused_optimizer_ranks.py", timeout=60)
+    run_ranks(2, "tests/training/optimizers/fused_optimizer_ranks.py", timeout=60)

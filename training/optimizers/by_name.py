@@ -7,7 +7,7 @@ import difflib
 import enum
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, get_type_hints
 
 import torch
@@ -45,7 +45,7 @@ def sgd(
     parameters: Any, *, lr: float, momentum: float = 0.9, nesterov: bool = False, weight_decay: float = 0.0
 ) -> torch.optim.Optimizer:
     """SGD with momentum; weight decay is added to the gradient (coupled to the learning rate)."""
-    from training.fused_optimizers import SGD
+    from training.optimizers.fused import SGD
 
     return SGD(parameters, lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay)
 
@@ -59,7 +59,7 @@ def adamw(
     weight_decay: float = 0.01,
 ) -> torch.optim.Optimizer:
     """AdamW (Loshchilov 2019, arXiv 1711.05101); weight decay shrinks the weights by lr x weight_decay per step."""
-    from training.fused_optimizers import AdamW
+    from training.optimizers.fused import AdamW
 
     return AdamW(parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
@@ -68,7 +68,7 @@ def decoupled_sgdw(
     parameters: Any, *, lr: float, momentum: float = 0.9, nesterov: bool = False, weight_decay: float = 1e-5
 ) -> torch.optim.Optimizer:
     """Composer's DecoupledSGDW: weight decay shrinks the weights by weight_decay x lr / peak lr per step."""
-    from training.decoupled_optimizers import DecoupledSGDW
+    from training.optimizers.decoupled import DecoupledSGDW
 
     return DecoupledSGDW(parameters, lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay)
 
@@ -82,16 +82,79 @@ def decoupled_adamw(
     weight_decay: float = 1e-5,
 ) -> torch.optim.Optimizer:
     """Composer's DecoupledAdamW: weight decay shrinks the weights by weight_decay x lr / peak lr per step."""
-    from training.decoupled_optimizers import DecoupledAdamW
+    from training.optimizers.decoupled import DecoupledAdamW
 
     return DecoupledAdamW(parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+
+
+def muon(
+    parameters: Any,
+    *,
+    lr: float,
+    momentum: float = 0.95,
+    nesterov: bool = True,
+    weight_decay: float = 0.1,
+    adjust_lr_fn: str = "original",
+    newton_schulz_steps: int = 5,
+    newton_schulz_dtype: str = "auto",
+    others: dict[str, Any] | None = None,
+) -> torch.optim.Optimizer:
+    """Muon for `parameters`; `build_optimizer` makes what `others` describes. Decay as in adamw, of the matrices."""
+    from training.optimizers.muon import Muon
+
+    scale: Any = adjust_lr_fn
+    dtype: Any = newton_schulz_dtype
+    made: Any = others
+    return Muon(
+        parameters,
+        lr=lr,
+        momentum=momentum,
+        nesterov=nesterov,
+        weight_decay=weight_decay,
+        adjust_lr_fn=scale,
+        newton_schulz_steps=newton_schulz_steps,
+        newton_schulz_dtype=dtype,
+        others=made,
+    )
+
+
+def schedule_free_sgd(
+    parameters: Any, *, lr: float, momentum: float = 0.9, weight_decay: float = 0.0
+) -> torch.optim.Optimizer:
+    """Schedule-free SGD; weight decay is added to the gradient."""
+    from training.optimizers.schedule_free import ScheduleFreeSGD
+
+    return ScheduleFreeSGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay)
+
+
+def schedule_free_adamw(
+    parameters: Any,
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+) -> torch.optim.Optimizer:
+    """Schedule-free AdamW; weight decay shrinks the weights by lr x weight_decay per step."""
+    from training.optimizers.schedule_free import ScheduleFreeAdamW
+
+    return ScheduleFreeAdamW(parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
 
 _OWN: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": adamw,
     "decoupled_adamw": decoupled_adamw,
     "decoupled_sgdw": decoupled_sgdw,
+    "muon": muon,
+    "schedule_free_adamw": schedule_free_adamw,
+    "schedule_free_sgd": schedule_free_sgd,
     "sgd": sgd,
+}
+OTHERS = ("adamw", "sgd")  # what may update the weights that are no hidden matrices
+SCHEDULE_FREE = ("schedule_free_adamw", "schedule_free_sgd")
+_MUON_CHOICES = {
+    "adjust_lr_fn": ("original", "match_rms_adamw"),
+    "newton_schulz_dtype": ("auto", "bfloat16", "float32"),
 }
 
 
@@ -131,7 +194,8 @@ def settings_of(name: str) -> type:
         if hint is Any and default == MISSING:
             raise ValueError(f"{name} needs {key!r}, which no recipe can give; use another")
         fields.append((key, hint, dataclasses.field(default=default)))
-    base = _WithDecay if any(key == "weight_decay" for key, *_ in fields) else _Common
+    decays = name != "muon" and any(key == "weight_decay" for key, *_ in fields)  # of Muon's, all or none
+    base = _WithDecay if decays else _Common
     return dataclasses.make_dataclass(base.__name__, fields, bases=(base,), kw_only=True)
 
 
@@ -151,6 +215,8 @@ def check_settings(settings: dict[str, Any]) -> None:
             raise ValueError(f"{key} is {value}; it must be above 0")
     if settings["name"] in _OWN:
         _check_own(settings)
+        if settings["name"] == "muon":
+            _check_muon(settings)
     else:
         _try_a_step(settings)
 
@@ -164,8 +230,27 @@ def _check_own(settings: dict[str, Any]) -> None:
     for key in ("weight_decay", "eps"):
         if not 0 <= settings.get(key, 0) < float("inf"):
             raise ValueError(f"{key} is {settings[key]}; it must be at least 0")
+    if settings["name"] in SCHEDULE_FREE and not (settings.get("momentum", 1) and settings.get("betas", (1,))[0]):
+        key = "momentum" if "momentum" in settings else "betas[0]"
+        raise ValueError(f"{key} is 0, and gradients are taken between the last weights and their average; raise it")
     if settings.get("nesterov") and not settings["momentum"]:
         raise ValueError("nesterov is true and momentum is 0; give a momentum, or set nesterov=false")
+
+
+def _check_muon(settings: dict[str, Any]) -> None:
+    for key, choices in _MUON_CHOICES.items():
+        if settings[key] not in choices:
+            raise ValueError(f"{key} is {settings[key]!r}; it must be one of {', '.join(choices)}")
+    if not 1 <= settings["newton_schulz_steps"] <= 20:
+        raise ValueError(f"newton_schulz_steps is {settings['newton_schulz_steps']}; it must lie in [1, 20]")
+    key = _rate_key(settings)
+    if settings["others"].get(key) is None:
+        raise ValueError(f"{key} is given for the matrices; give others.{key} too, or the other kind for both")
+
+
+def _rate_key(settings: dict[str, Any]) -> str:
+    given = settings["learning_rate"] is not None
+    return "learning_rate" if given else "learning_rate_per_256_images"
 
 
 def _try_a_step(settings: dict[str, Any]) -> None:
@@ -182,7 +267,7 @@ def _try_a_step(settings: dict[str, Any]) -> None:
     if hasattr(optimizer, "train") and hasattr(optimizer, "eval"):
         raise ValueError(
             f"{settings['name']} keeps other weights for evaluation than for training, and nothing here switches them; "
-            "use another, with algorithms.ema for averaged weights"
+            "use schedule_free_adamw or schedule_free_sgd, or another with algorithms.ema for averaged weights"
         )
 
 
@@ -193,10 +278,25 @@ def peak_learning_rate(settings: dict[str, Any], *, global_batch_size: int) -> f
     return settings["learning_rate_per_256_images"] * global_batch_size / 256
 
 
-def build_optimizer(model: nn.Module, settings: dict[str, Any], *, learning_rate: float) -> torch.optim.Optimizer:
-    """The optimizer that `settings` (a name and its arguments) describes, over `model`'s parameters."""
-    common = {field.name for field in dataclasses.fields(_WithDecay)}
-    arguments = {key: value for key, value in settings.items() if key not in common and key != "name"}
+def other_peak_learning_rate(settings: dict[str, Any], learning_rate: float) -> float:
+    """Of muon's `others`, where the matrices' is `learning_rate`.
+
+    Both go with the batch, and with a search for the best one, in the recipe's proportion.
+    """
+    key = _rate_key(settings)
+    return settings["others"][key] * learning_rate / settings[key]
+
+
+def build_optimizer(
+    model: nn.Module, settings: dict[str, Any], *, learning_rate: float, matrices: Collection[str] = ()
+) -> torch.optim.Optimizer:
+    """The optimizer that `settings` (a name and its arguments) describes, over `model`'s parameters.
+
+    matrices: names of the parameters that muon orthogonalizes; no other optimizer reads them.
+    """
+    if settings["name"] == "muon":
+        return _build_muon(model, settings, learning_rate=learning_rate, matrices=matrices)
+    arguments = _arguments(settings)
     parameters: Any = list(model.parameters())
     if "weight_decay" in arguments:
         parameters = parameter_groups(
@@ -208,11 +308,12 @@ def build_optimizer(model: nn.Module, settings: dict[str, Any], *, learning_rate
 
 
 def parameter_groups(
-    model: nn.Module, *, weight_decay: float, decay_norms_and_biases: bool = False
+    model: nn.Module, *, weight_decay: float, decay_norms_and_biases: bool = False, without: Collection[str] = ()
 ) -> list[dict[str, Any]]:
     """Parameters with weight decay; and without it, those of norm layers and every bias.
 
     Norm layers are recognized by type, not by name, so a norm in a shortcut called "downsample.1" is one of them.
+    without: names of parameters to leave out.
     """
     exempt: set[int] = set()
     if not decay_norms_and_biases:
@@ -220,12 +321,35 @@ def parameter_groups(
             for name, parameter in module.named_parameters(recurse=False):
                 if isinstance(module, _NORMS) or name == "bias" or name.endswith("_bias"):  # attention's in_proj_bias
                     exempt.add(id(parameter))
-    parameters = list(model.parameters())
+    parameters = [parameter for name, parameter in model.named_parameters() if name not in without]
     groups = [
         {"params": [p for p in parameters if id(p) not in exempt], "weight_decay": weight_decay},
         {"params": [p for p in parameters if id(p) in exempt], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def _build_muon(
+    model: nn.Module, settings: dict[str, Any], *, learning_rate: float, matrices: Collection[str]
+) -> torch.optim.Optimizer:
+    others = settings["others"]
+    groups = parameter_groups(
+        model,
+        weight_decay=others["weight_decay"],
+        decay_norms_and_biases=others["decay_norms_and_biases"],
+        without=matrices,
+    )
+    made = None
+    if groups:
+        rate = other_peak_learning_rate(settings, learning_rate)
+        made = find(others["name"])(groups, lr=rate, **_arguments(others))
+    named = dict(model.named_parameters())
+    return muon([named[name] for name in matrices], lr=learning_rate, **{**_arguments(settings), "others": made})
+
+
+def _arguments(settings: dict[str, Any]) -> dict[str, Any]:
+    common = {field.name for field in dataclasses.fields(_WithDecay)}
+    return {key: value for key, value in settings.items() if key not in common and key != "name"}
 
 
 def _pick(name: str, known: dict[str, Any], *, prefix: str, also: str = "") -> Any:
