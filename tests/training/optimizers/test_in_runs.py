@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+import whole_runs
 from composer.core import Callback
+from ranks import needs_fsdp, run_ranks
 
 from training import session
+from training.checkpoints.weights import read_network_weights
 from training.engines import composer
 from training.engines.parallel import check_parallelism
 from training.judging.evaluation import Question, evaluate
@@ -203,3 +206,21 @@ def test_engines_that_cut_weights_into_pieces_are_refused(
         check_parallelism(recipe, Place("gpu", 2))
     assert error.value.path == path
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+@pytest.mark.timeout(400)
+@needs_fsdp
+def test_two_ranks_train_as_one_process_does(tmp_path: Path) -> None:
+    """Under DDP, FSDP2, and with a checkpoint of shards; what each evaluated is what its checkpoint exports."""
+    whole_runs.train(tmp_path, "none")
+    run_ranks(2, str(Path(whole_runs.__file__)), str(tmp_path), "ddp", "fsdp", "shards", timeout=300)
+    for kind in whole_runs.OPTIMIZERS:
+        expected, _ = read_network_weights(tmp_path / f"{kind}_none" / "checkpoints" / "latest.pt")
+        for strategy in ("ddp", "fsdp", "shards"):
+            found, averaged = read_network_weights(tmp_path / f"{kind}_{strategy}" / "checkpoints" / "latest.pt")
+            assert averaged == (kind == "free")
+            for name, tensor in expected.items():
+                if "num_batches" not in name and not (kind == "free" and "running" in name):  # of other images
+                    torch.testing.assert_close(found[name], tensor, rtol=0, atol=2e-3, msg=f"{strategy} {name}")
