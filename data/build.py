@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from .beton.format import check_sizes, convert_command, report_path, tier_path
+from .beton.journal import writer_of
 from .beton.write import default_write_settings, with_sizes, write_beton
 from .decoding.decode import make_decoder, present_decoders
 from .loading.ahead import BatchesAhead
 from .loading.ffcv_loader import FFCVLoader
 from .loading.loader import Loader
 from .sources import SPLITS, build_source, source_stamp
-from .whole_files import partial_files
+from .whole_files import BeingWrittenError, is_being_written, kept_path, partial_files
 
 LOADERS = ("auto", "ffcv", "torch")
 _CACHE_VERSION = 2  # increase when the same settings give other bytes
@@ -164,12 +165,18 @@ def _converted(
     paths = [path, *(tier_path(path, size) for size in write_settings.get("sizes", ())[:-1])]
     if all(one.is_file() for one in paths):
         return path
-    if rank == 0:
+    while rank == 0:
         images = build_source(source, **source_settings)
         log(f"converting {len(images)} images of {images.name} to {path}")
-        # Two processes that get here together write the same bytes under separate names; the later one wins.
         about = {"built_from": source, "settings": source_settings}
-        write_beton(images, path, strict=False, about=about, **write_settings)
+        try:
+            write_beton(images, path, strict=False, about=about, resumable=True, say=log, **write_settings)
+        except BeingWrittenError:  # by another run; should that end without the file, this one goes on
+            log(f"{path} is being written by {writer_of(path) or 'another process'}: waiting for it")
+            _wait_for(path, stall_timeout_seconds=stall_timeout_seconds, while_written=True)
+        if all(one.is_file() for one in paths):
+            break
+    if rank == 0:
         if report_path(path).is_file():
             log(f"some images cannot be used and are left out; they are listed in {report_path(path)}")
         return path
@@ -178,10 +185,11 @@ def _converted(
     return path
 
 
-def _wait_for(path: Path, *, stall_timeout_seconds: float) -> None:
+def _wait_for(path: Path, *, stall_timeout_seconds: float, while_written: bool = False) -> None:
+    """while_written: also until nobody is writing it any more."""
     last_change, last_size = time.monotonic(), -1
-    while not path.is_file():
-        size = sum(_size_or_zero(p) for p in partial_files(path))
+    while not path.is_file() and (is_being_written(path) or not while_written):
+        size = sum(_size_or_zero(p) for p in [kept_path(path), *partial_files(path)])
         if size != last_size:
             last_change, last_size = time.monotonic(), size
         if time.monotonic() - last_change > stall_timeout_seconds:

@@ -10,14 +10,18 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from .beton.format import Beton, report_path, tier_path
+from .beton.journal import writer_of
 from .beton.write import WRITE_MODES, default_write_settings, with_sizes, write_beton
-from .sources import SOURCES, SPLITS, FolderSource, build_source
+from .sources import SOURCES, SPLITS, FolderSource, build_source, odd_of
+from .whole_files import BeingWrittenError, kept_path
 
+_BY_SUFFIX = {".tar": "webdataset", ".parquet": "hf", ".arrow": "hf", ".csv": "csv", ".tsv": "csv"}
 INTERRUPTED, TERMINATED = 130, 143  # exit statuses: 128 + SIGINT, SIGTERM
 
 
@@ -34,8 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _terminated_as_interrupted():
             _convert(args)
     except KeyboardInterrupt as stop:
-        print(f"\ninterrupted: {args.out} was not written", file=sys.stderr)
+        print(f"\ninterrupted: {_what_is_left(args.out)}", file=sys.stderr)
         return TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
+    except BeingWrittenError as error:
+        print(f"error: {error}{_by_whom(args.out)}", file=sys.stderr)
+        return 2
     except OSError as error:
         print(f"error: {_os_error(error, args.out)}", file=sys.stderr)
         return 2
@@ -68,6 +75,8 @@ def _convert(args: argparse.Namespace) -> None:
     print(f"{source.name}: {len(source)} images of {len(source.class_names)} classes", flush=True)
     if isinstance(source, FolderSource) and source.passed_over:
         print(f"{source.passed_over} files are no images by their names and are passed over", flush=True)
+    if odd := odd_of(source):
+        print(f"{len(odd)} images cannot be used, as {odd[0].where}: {odd[0].reason}", flush=True)
     start = time.perf_counter()
     path = write_beton(
         source,
@@ -75,6 +84,9 @@ def _convert(args: argparse.Namespace) -> None:
         num_workers=args.workers,
         strict=args.strict,
         about={"built_from": name, "settings": settings},
+        resumable=True,
+        restart=args.restart,
+        say=partial(print, flush=True),
         **written_as,
     )
     print(_summary(path, time.perf_counter() - start))
@@ -107,12 +119,15 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"python -m {__package__}.convert",
         description="Write images to a .beton file for the FFCV loader. JPEGs that need no change are stored as they "
-        "are. Images that cannot be used are left out and listed in OUT.report.txt.",
+        "are. Images that cannot be used are left out and listed in OUT.report.txt. After Ctrl-C or a kill, the same "
+        "command goes on where it was.",
         epilog=f"example: python -m {__package__}.convert /data/imagenet imagenet-train.beton --split train "
         "--max-side 500. Exit status: 0 done, 2 a mistake in what was asked or in the images, 130 or 143 stopped.",
     )
     parser.add_argument(
-        "source", help=f"a folder with a folder for each class, or one of: {', '.join(sorted(SOURCES))}"
+        "source",
+        help="a folder with a folder for each class; a .tar (or shards-{000..012}.tar, or a URL), .parquet, "
+        f".arrow or .csv file; or one of: {', '.join(sorted(SOURCES))}, with --set path=...",
     )
     parser.add_argument("out", type=Path, help="the file to write, usually ending in .beton")
     parser.add_argument(
@@ -147,6 +162,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--workers", type=int, metavar="N", help="threads (default: one per core)")
     parser.add_argument("--strict", action="store_true", help="end at the first image that cannot be used")
+    parser.add_argument(
+        "--restart", action="store_true", help="begin anew where an interrupted conversion to OUT would go on"
+    )
     return parser
 
 
@@ -167,6 +185,9 @@ def _source(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
             settings[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             settings[key] = value
+    for suffix, name in _BY_SUFFIX.items():
+        if args.source.endswith(suffix) and not Path(args.source).is_dir():
+            return name, {"path": args.source} | settings
     # A name without such a folder is a source, or a misspelled one: build_source suggests the nearest.
     if args.source in SOURCES or not (Path(args.source).exists() or "/" in args.source):
         return args.source, settings
@@ -183,6 +204,17 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
             raise ValueError(f"--jpeg-share and --write-mode {args.write_mode}: give one of them")
         given["write_mode"] = "proportion"
     return given if args.max_side is None else given | {"max_side_px": args.max_side or None}
+
+
+def _by_whom(out: Path) -> str:
+    writer = writer_of(out)
+    return f" ({writer})" if writer else ""
+
+
+def _what_is_left(out: Path) -> str:
+    if kept_path(out).exists():
+        return f"{out} is not complete; the same command goes on where this one was, --restart begins anew"
+    return f"{out} was not written"
 
 
 def _os_error(error: OSError, out: Path) -> str:

@@ -41,6 +41,60 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         beside.unlink(missing_ok=True)
 
 
+class BeingWrittenError(ValueError):
+    """Another process, or another thread, is writing the file."""
+
+
+@contextmanager
+def kept_file(path: Path) -> Iterator[BinaryIO]:
+    """As `whole_file`, but what is written outlives Ctrl-C and a kill: the next caller gets the file with its content.
+
+    It is `kept_path(path)` until the block ends, and is removed if the block raises an Exception. Where locks are
+    unsupported this is `whole_file`, and nothing is kept.
+
+    Raises:
+        BeingWrittenError: somebody else is in such a block for `path`.
+        OSError: the folder is missing or not writable, or the disk is full.
+    """
+    beside = kept_path(path)
+    file = _owned(beside, path)
+    if file is None:
+        with whole_file(path) as file:
+            yield file
+        return
+    with _named(path), file:  # closing what could not be flushed fails once more
+        try:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(beside, path)
+        except Exception:
+            beside.unlink(missing_ok=True)  # still under the lock, so that it is not somebody else's by now
+            raise
+
+
+def is_being_written(path: Path) -> bool:
+    """Whether somebody is in a block of `kept_file` for `path`."""
+    try:
+        with kept_path(path).open("rb") as file:
+            return _lock(file) is False
+    except OSError:
+        return False
+
+
+def kept_path(path: Path) -> Path:
+    """Where the content of `path` is until it is complete; see `kept_file`."""
+    return path.with_name(f"{path.name}.partial")
+
+
+def is_at_path(file: BinaryIO, path: Path) -> bool:
+    """Whether `path` is still the open file, which somebody may have renamed, removed or replaced."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
     """A full disk raises an error that says neither which file it was nor where."""
@@ -61,7 +115,7 @@ def replace_file(path: str | os.PathLike[str], write: Callable[[BinaryIO], Any])
 
 
 def partial_files(path: Path) -> list[Path]:
-    """Files that are being written to replace `path`, or were left behind."""
+    """Files that are being written to replace `path`, or were left behind; without the one of `kept_file`."""
     return sorted(path.parent.glob(f"{_glob_literal(path.name)}.*.partial"))
 
 
@@ -88,6 +142,27 @@ def _locked(path: Path) -> BinaryIO:
             return file
         file.close()
         beside.unlink(missing_ok=True)
+
+
+def _owned(beside: Path, path: Path) -> BinaryIO | None:
+    """`beside`, made if it is not there and locked; None where locks are unsupported."""
+    while fcntl is not None:
+        beside.touch()
+        try:
+            file = beside.open("r+b")
+        except FileNotFoundError:  # its owner has just renamed it
+            continue
+        locked = _lock(file)
+        # The owner before may have renamed or removed it since it was opened.
+        if locked is True and is_at_path(file, beside):
+            return file
+        file.close()
+        if locked is False:
+            raise BeingWrittenError(f"{path} is being written by another process: wait for its end, or stop it")
+        if locked is None:
+            beside.unlink(missing_ok=True)
+            break
+    return None
 
 
 def _lock(file: BinaryIO) -> bool | None:

@@ -92,9 +92,9 @@ def encode_image(source: Source, index: int, encoding: Encoding) -> EncodedImage
     as_jpeg, sample = bool(drawn < encoding.jpeg_share), index in encoding.sampled
     if isinstance(source, FileSource):
         try:
-            return _encode_file(source.path(index), label, encoding, as_jpeg=as_jpeg, sample=sample)
+            return _encode_file(_read(source, index), label, encoding, as_jpeg=as_jpeg, sample=sample)
         except UnusableImage as error:
-            return LeftOut(str(source.path(index)), str(error), label)
+            return LeftOut(source.where(index), str(error), label)
     try:
         image = source.image(index)
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
@@ -107,11 +107,14 @@ def encode_image(source: Source, index: int, encoding: Encoding) -> EncodedImage
         raise ValueError(f"image {index} of {source.name} cannot be stored: {error}") from error
 
 
-def _encode_file(path: Path, label: int, encoding: Encoding, *, as_jpeg: bool, sample: bool) -> EncodedImage:
+def _read(source: FileSource, index: int) -> bytes:
     try:
-        data = path.read_bytes()
+        return source.read(index)
     except OSError as error:
-        raise UnusableImage(f"it cannot be read: {error.strerror}") from error
+        raise UnusableImage(f"it cannot be read: {error.strerror or error}") from error
+
+
+def _encode_file(data: bytes, label: int, encoding: Encoding, *, as_jpeg: bool, sample: bool) -> EncodedImage:
     image = open_image(data)
     width, height = image.size
     needed = conversions(image)

@@ -10,7 +10,7 @@ import json
 import os
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -20,8 +20,8 @@ import numpy as np
 
 from ..decoding.native_decode import NativeDecoder
 from ..prefetch import PrefetchIterator
-from ..sources import Source, mean_and_std, statistics_picks
-from ..whole_files import whole_file
+from ..sources import OF_FILES, Odd, Source, mean_and_std, odd_of, statistics_picks
+from ..whole_files import kept_file, whole_file
 from .encode import Encoded, EncodedImage, Encoding, LeftOut, encode_image
 from .format import (
     ALLOCATION,
@@ -43,6 +43,7 @@ from .format import (
     sidecar_path,
     tier_path,
 )
+from .journal import Journal, Noted, conversion_told
 
 WRITE_MODES = ("raw", "jpg", "proportion")
 
@@ -61,6 +62,9 @@ def write_beton(
     strict: bool = True,
     progress: bool = True,
     about: dict[str, Any] | None = None,
+    resumable: bool = False,
+    restart: bool = False,
+    say: Callable[[str], Any] = lambda text: None,
 ) -> Path:
     """Write `source` to a .beton file and its sidecar: both completely, or neither.
 
@@ -84,8 +88,14 @@ def write_beton(
             `report_path(path)`.
         progress: show a progress bar on stderr.
         about: added to the sidecar under "source", e.g. the source's settings.
+        resumable: keep what was written when a KeyboardInterrupt or a kill ends the conversion; the next one of the
+            same source with the same settings goes on from there, to the same bytes. The source needs a
+            `fingerprint()`, as those of `data.sources` have; any other begins anew.
+        restart: with `resumable`, do not go on from what is there.
+        say: is told, with `resumable`, whether the conversion goes on from an earlier one.
 
     Raises:
+        BeingWrittenError: with `resumable`, another process is converting to `path` (a ValueError).
         ValueError: bad settings; an empty source; an unusable image, if `strict`; no usable image in the source or in
             a class.
         OSError: `path` cannot be written, or the disk is full.
@@ -99,6 +109,11 @@ def write_beton(
     }
     _check(source, path, num_workers=num_workers, jpeg_quality=jpeg_quality, **settings)
     sides = _largest_first(max_side_px, sizes)
+    odd = odd_of(source)
+    if strict and odd:
+        raise ValueError(
+            f"{odd[0].where} cannot be stored: {odd[0].reason}. Repair or remove it, or convert without strict"
+        )
     if restart_rows:
         NativeDecoder()  # raises before anything is written, with what to do, if it is not there
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -111,13 +126,24 @@ def write_beton(
     )
     encode = partial(encode_image, source, encoding=encoding)
     paths = [path, *(tier_path(path, side) for side in sides[1:] if side is not None)]
+    beside = kept_file if resumable else whole_file
     with ExitStack() as stack:
+        journal = None
+        if resumable:
+            told = {"strict": strict, "sizes": list(sides), "jpeg_quality": jpeg_quality, "restart_rows": restart_rows}
+            journal = stack.enter_context(Journal(path, conversion_told(source, told | settings), restart=restart))
         # The largest file is renamed last, so that a process that waits for it finds all of them.
-        files = [_File(stack.enter_context(whole_file(one)), source) for one in paths]
-        tasks = (partial(encode, index) for index in range(len(source)))
+        opened = [stack.enter_context(beside(one)) for one in paths]
+        files = [_File(file, source) for file in opened]
+        written = _Written()
+        if journal is not None:
+            journal.open(opened)
+        begin = 0 if journal is None else _restore(journal, files, written, len(source), say)
+        tasks = (partial(encode, index) for index in range(begin, len(source)))
         encoded = PrefetchIterator(tasks, num_workers=num_workers)
         stack.callback(encoded.close)
-        written = _write(files, _with_progress(encoded, len(source), progress), source, strict=strict)
+        _write(files, _with_progress(encoded, begin, len(source), progress), written, journal, strict=strict)
+        _refuse_empty_classes(source, written.labels, written.left_out)
         tiers = {str(side): file.images_checksum for side, file in zip(sides[1:], files[1:], strict=True)}
         for one, file, side in reversed(list(zip(paths, files, sides, strict=True))):
             written_as = settings | {"max_side_px": side, "jpeg_quality": jpeg_quality}
@@ -127,15 +153,15 @@ def write_beton(
             if file is files[0] and tiers:
                 sidecar["tiers"] = tiers
             # Write these before the file itself, so that a process that waits for the file finds all three.
-            _write_report(report_path(one), written.left_out)
-            with whole_file(sidecar_path(one)) as beside:
-                beside.write(json.dumps(sidecar, indent=1).encode())
+            _write_report(report_path(one), odd, written.left_out)
+            with whole_file(sidecar_path(one)) as described:
+                described.write(json.dumps(sidecar, indent=1).encode())
     return path
 
 
 def default_write_settings(source: str) -> dict[str, Any]:
     """How `source` is stored by default: photographs as JPEGs of up to 500 px, small images as pixels."""
-    if source == "folder":
+    if source in OF_FILES:
         return {"write_mode": "jpg", "max_side_px": 500, "jpeg_quality": 90}
     return {"write_mode": "raw", "max_side_px": None}
 
@@ -155,6 +181,13 @@ class _Written:
         self.left_out: list[LeftOut] = []
         self.sums: list[np.ndarray] = []
         self.labels: list[int] = []
+
+    def take(self, label: int, converted: Iterable[str], sums: np.ndarray | None) -> None:
+        """Note an image that was stored."""
+        self.labels.append(label)
+        self.converted.update(converted)
+        if sums is not None:
+            self.sums.append(sums)
 
 
 def _check(
@@ -185,8 +218,33 @@ def _largest_first(max_side_px: int | None, sizes: Sequence[int] | None) -> tupl
     return tuple(sorted(sizes, reverse=True))
 
 
-def _write(files: Sequence[_File], encoded: Any, source: Source, *, strict: bool) -> _Written:
-    written = _Written()
+def _restore(
+    journal: Journal, files: Sequence[_File], written: _Written, num_samples: int, say: Callable[[str], Any]
+) -> int:
+    """Take what an earlier conversion wrote, as far as its bytes are there and right; returns the number of images."""
+    if journal.differs:
+        say(f"what an earlier conversion has left is of {journal.differs}: beginning anew")
+    with journal.reading() as entries:
+        for entry in entries:
+            if isinstance(entry, LeftOut):
+                written.left_out.append(entry)
+                journal.took()
+                continue
+            stored = [file.read_back(one) for file, one in zip(files, entry.sizes, strict=True)]
+            if any(content is None for content in stored):
+                break
+            for file, one, content in zip(files, entry.sizes, stored, strict=True):
+                file.note(Encoded(content or b"", one.how, one.height, one.width), entry.label)
+            written.take(entry.label, entry.converted, entry.sums)
+            journal.took()
+    for file in files:
+        file.forget_the_rest()
+    if journal.taken:
+        say(f"going on after {journal.taken} of {num_samples} images, which an earlier conversion has written")
+    return journal.taken
+
+
+def _write(files: Sequence[_File], encoded: Any, written: _Written, journal: Journal | None, *, strict: bool) -> None:
     for item in encoded:
         if isinstance(item, LeftOut):
             if strict:
@@ -194,15 +252,12 @@ def _write(files: Sequence[_File], encoded: Any, source: Source, *, strict: bool
                     f"{item.what} cannot be stored: {item.reason}. Repair or remove it, or convert without strict"
                 )
             written.left_out.append(item)
-            continue
-        for file, one in zip(files, item.sizes, strict=True):
-            file.add(one, item.label)
-        written.labels.append(item.label)
-        written.converted.update(item.converted)
-        if item.sums is not None:
-            written.sums.append(item.sums)
-    _refuse_empty_classes(source, written.labels, written.left_out)
-    return written
+        else:
+            for file, one in zip(files, item.sizes, strict=True):
+                file.add(one, item.label)
+            written.take(item.label, item.converted, item.sums)
+        if journal is not None:
+            journal.add(item)
 
 
 class _File:
@@ -227,18 +282,35 @@ class _File:
 
     def add(self, image: Encoded, label: int) -> None:
         """Write the next image."""
-        # No image spans two pages: FFCV reads page by page.
-        if self._position + len(image.stored) > _next_page(self._position):
-            self._position = _next_page(self._position)
-        self._file.seek(self._position)
+        self._file.seek(self._place(len(image.stored)))
         self._file.write(image.stored)
+        self.note(image, label)
+
+    def note(self, image: Encoded, label: int) -> None:
+        """Take the next image, whose bytes are in the file."""
         mode, count = MODES["raw" if image.how == "raw" else "jpg"], len(self._checksums)
-        self._rows[count] = ((mode, image.width, image.height, self._position), label)
-        self._table[count] = (count, self._position, len(image.stored))
-        self._position += len(image.stored)
+        start = self._place(len(image.stored))
+        self._rows[count] = ((mode, image.width, image.height, start), label)
+        self._table[count] = (count, start, len(image.stored))
+        self._position = start + len(image.stored)
         self._stored[image.how] += 1
         self.images_checksum = zlib.crc32(image.stored, self.images_checksum)
         self._checksums.append(zlib.crc32(image.stored))
+
+    def read_back(self, noted: Noted) -> bytes | None:
+        """The bytes of the next image, as an earlier conversion wrote it; None if they are not there."""
+        self._file.seek(self._place(noted.num_bytes))
+        content = self._file.read(noted.num_bytes)
+        return content if zlib.crc32(content) == noted.checksum and len(content) == noted.num_bytes else None
+
+    def forget_the_rest(self) -> None:
+        """Remove what follows the images so far, so that gaps between pages hold zeros as in a new file."""
+        self._file.truncate(self._position if self._checksums else 0)
+
+    def _place(self, num_bytes: int) -> int:
+        # No image spans two pages: FFCV reads page by page.
+        end = _next_page(self._position)
+        return end if self._position + num_bytes > end else self._position
 
     def end(self) -> _Contents:
         """Write what comes before and after the images."""
@@ -280,7 +352,7 @@ def _sidecar(
         "written_as": written_as,
         "stored": contents.stored,
         "converted": dict(sorted(written.converted.items())),
-        "left_out": len(written.left_out),
+        "left_out": len(odd_of(source)) + len(written.left_out),
         "bytes": frame.num_bytes,
         "checksum": frame.checksum,
         "images_checksum": contents.images_checksum,
@@ -301,15 +373,16 @@ def _refuse_empty_classes(source: Source, labels: list[int], left_out: list[Left
         )
 
 
-def _write_report(path: Path, left_out: list[LeftOut]) -> None:
-    if not left_out:
+def _write_report(path: Path, odd: Sequence[Odd], left_out: Sequence[LeftOut]) -> None:
+    found = [*odd, *((item.what, item.reason) for item in left_out)]
+    if not found:
         path.unlink(missing_ok=True)  # from an earlier conversion
         return
     with whole_file(path) as file:
         # File names may contain anything, even line breaks.
-        for item in left_out:
-            what = item.what.replace("\n", "\\n").replace("\t", "\\t")
-            file.write(f"{what}\t{' '.join(item.reason.split())}\n".encode(errors="backslashreplace"))
+        for what, reason in found:
+            what = what.replace("\n", "\\n").replace("\t", "\\t")
+            file.write(f"{what}\t{' '.join(reason.split())}\n".encode(errors="backslashreplace"))
 
 
 def _num_cores() -> int:
@@ -326,11 +399,13 @@ def _next_page(position: int) -> int:
     return -(-position // PAGE_BYTES) * PAGE_BYTES
 
 
-def _with_progress(encoded: PrefetchIterator[EncodedImage | LeftOut], num_samples: int, progress: bool) -> Any:
+def _with_progress(
+    encoded: PrefetchIterator[EncodedImage | LeftOut], begin: int, num_samples: int, progress: bool
+) -> Any:
     if not progress:
         return encoded
     try:
         from tqdm import tqdm
     except ModuleNotFoundError:  # tqdm comes with the extras; without it there is no bar
         return encoded
-    return tqdm(encoded, total=num_samples, unit="images", desc="converting", leave=False, disable=None)
+    return tqdm(encoded, initial=begin, total=num_samples, unit="images", desc="converting", leave=False, disable=None)

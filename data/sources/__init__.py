@@ -1,43 +1,52 @@
-"""Image sources: folders, the digits, CIFAR and synthetic images; and the decoding of image files."""
+"""Image sources: folders, archives, tables and lists of images, the digits, CIFAR, synthetic ones; and image files."""
 
+from .base import SPLITS, ArraySource, EncodedSource, FileSource, Fingerprinted, Odd, Source, odd_of
+from .folders import FolderSource
 from .sources import (
+    OF_FILES,
     SOURCES,
-    SPLITS,
-    ArraySource,
-    FileSource,
-    FolderSource,
-    Source,
     build_source,
     channel_statistics,
     channel_sums,
     cifar10,
     cifar100,
+    csv,
     digits,
     folder,
+    hf,
     labels_of,
     mean_and_std,
     source_stamp,
     statistics_picks,
     synthetic,
+    webdataset,
 )
 
 __all__ = [
+    "OF_FILES",
     "SOURCES",
     "SPLITS",
     "ArraySource",
+    "EncodedSource",
     "FileSource",
+    "Fingerprinted",
     "FolderSource",
+    "Odd",
     "Source",
     "build_source",
     "channel_statistics",
     "channel_sums",
     "cifar10",
     "cifar100",
+    "csv",
     "digits",
     "folder",
+    "hf",
     "labels_of",
     "mean_and_std",
+    "odd_of",
     "source_stamp",
     "statistics_picks",
     "synthetic",
+    "webdataset",
 ]

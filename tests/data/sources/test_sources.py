@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
+import data.sources.base
 import data.sources.sources
 from data import Beton, write_beton
 from data.sources import (
@@ -27,7 +28,7 @@ from data.sources import (
 @pytest.fixture(autouse=True)
 def nothing_said_yet():
     """A folder for a test may have the name of an earlier one, which pytest removed."""
-    data.sources.sources._say_once.cache_clear()
+    data.sources.base.say_once.cache_clear()
 
 
 def image_folder(root: Path, *, classes: tuple[str, ...] = ("bee", "ant"), images: int = 2) -> Path:
