@@ -6,6 +6,9 @@ own processes take seven seconds to start. All tests share its kernels. What a t
 packages.
 """
 
+import contextlib
+import ctypes
+import gc
 import os
 import shutil
 import tempfile
@@ -15,6 +18,7 @@ from typing import Any
 import pytest
 
 HERE = Path(__file__).parent
+MEMORY, LARGE_BYTES = Path("/proc/self/statm"), 2 << 30  # of this process, in pages; beyond which it is handed back
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/brisk_test_kernels_{os.getuid()}")
@@ -52,6 +56,15 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     text = "\n".join([f"{len(rows)} cases: {counts}", "", *head, *lines, ""])
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """Hand back what large networks have left: four workers and their processes share the machine's memory."""
+    if MEMORY.exists() and int(MEMORY.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") > LARGE_BYTES:
+        gc.collect()
+        with contextlib.suppress(OSError, AttributeError):  # another C library
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 @pytest.hookimpl(trylast=True)

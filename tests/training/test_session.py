@@ -193,6 +193,16 @@ def test_a_compiled_model_trains_alike(short_recipe: Any) -> None:
 
 
 @pytest.mark.timeout(120)
+def test_a_finished_run_leaves_no_network_in_memory(short_recipe: Any) -> None:
+    def alive() -> int:
+        gc.collect()
+        return sum(type(one) is ImageClassifier for one in gc.get_objects())
+
+    before = alive()
+    train(short_recipe("duration.epochs=1", "algorithms=null"), say=lambda text: None)
+    assert alive() == before
+
+
 def test_a_run_leaves_what_people_look_at(short_recipe: Any) -> None:
     recipe = short_recipe()
     result = session.train(recipe, say=quiet)

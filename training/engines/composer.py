@@ -49,7 +49,7 @@ def evaluate_composer(plan: Plan, loaders: tuple[Any, Any], *, checkpoint: str) 
     try:
         trainer.eval()
     finally:
-        trainer.engine.close()
+        trainer.end()
     return {name: float(metric.compute()) for name, metric in trainer.state.eval_metrics["eval"].items()}
 
 
@@ -115,7 +115,7 @@ def _fit(trainer: StepTrainer, plan: Plan, say: Callable[[str], None]) -> float:
         compile_ahead(trainer, plan, say)
         trainer.fit()
     finally:
-        trainer.engine.close()  # not trainer.close(): its barrier would keep a failed rank from reporting its error
+        trainer.end()
     return time.monotonic() - started
 
 

@@ -8,6 +8,7 @@ computed is the same to the last bit.
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import itertools
 from collections.abc import Iterator, Sequence
@@ -36,6 +37,16 @@ class StepTrainer(Trainer):
     def __init__(self, *, drop_last: bool, **settings: Any) -> None:
         self._drop_last = drop_last
         super().__init__(**settings)
+
+    def end(self) -> None:
+        """Close callbacks and loggers, and let go of what was trained. Unlike `close`, it waits for no other rank.
+
+        That wait would keep a failed rank from reporting its error. And Composer leaves what it has closed, model and
+        optimizer included, in the list of what to close at the process's exit, so that memory never comes back to a
+        process that trains several times.
+        """
+        self.engine.close()
+        atexit.unregister(self.engine._close)
 
     def _use_closures(self) -> bool:
         # For a closure, Composer reads the loss before the optimizer's step.

@@ -148,7 +148,7 @@ def _range_test(plan: Plan, *, seconds: float, say: Callable[[str], None]) -> tu
     except Enough:
         pass
     finally:
-        trainer.engine.close()
+        trainer.end()
     return rising.rates, rising.losses
 
 

@@ -175,7 +175,7 @@ def _train(plan: Plan, phase: Phase, loaders: Any, timer: _Timer, *, whole: bool
     except Enough:
         pass
     finally:
-        trainer.engine.close()
+        trainer.end()
 
 
 class _Mark(Callback):
