@@ -77,9 +77,9 @@ class Journal:
         self._files = files
         self._file = self._path.open("r+b" if self._path.exists() else "w+b")
         first = _read_line(self._file)
-        found = first.get("told") if isinstance(first, dict) and not self._restart else None
-        self.differs = _differences(found, self._told) if isinstance(found, dict) else ""
-        self._continues = isinstance(found, dict) and self._told is not None and not self.differs
+        found = isinstance(first, dict) and "told" in first and not self._restart
+        self.differs = _differences(first["told"] or {}, self._told) if found else ""
+        self._continues = found and not self.differs
         self._end = self._file.tell() if self._continues else 0
 
     def __enter__(self) -> Journal:

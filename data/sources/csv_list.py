@@ -166,15 +166,22 @@ def _delimiter(path: Path, lines: Sequence[str], given: str | None) -> str:
             raise ValueError(f"delimiter {given!r}: give one character, or none to have it found out")
         return given
     for candidate in _DELIMITERS:
-        counts = {len(next(csv_module.reader([line], delimiter=candidate), [])) for line in lines if line.strip()}
+        counts = {_num_cells(line, candidate) for line in lines if line.strip()}
         if len(counts) == 1 and counts.pop() > 1:
             return candidate
     for candidate in _DELIMITERS:  # quoted cells may hold line breaks, and lines be malformed
-        if lines and len(next(csv_module.reader(lines[:1], delimiter=candidate), [])) > 1:
+        if lines and _num_cells(lines[0], candidate) > 1:
             return candidate
     raise ValueError(
         f"{path} has no columns: separate path and label by a tab, a semicolon, a comma or |, or give the delimiter"
     )
+
+
+def _num_cells(line: str, delimiter: str) -> int:
+    try:
+        return len(next(csv_module.reader([line], delimiter=delimiter), []))
+    except csv_module.Error:  # which is told when the whole is read
+        return 0
 
 
 def _places(path: Path, cells: list[str], columns: tuple[str, str, str]) -> tuple[list[int | None], bool]:

@@ -17,6 +17,7 @@ from ..whole_files import BeingWrittenError, kept_file, replace_file
 from .base import say_once
 
 _PROTOCOLS = ("http", "https", "s3", "gs")
+_TOLD = ("size", "ETag", "Last-Modified", "LastModified", "mtime")  # what a server may say of a file
 _AT_ONCE = 4  # downloads
 _CONNECT_SECONDS, _SILENCE_SECONDS = 10, 60
 _POLL_SECONDS = 0.2
@@ -72,7 +73,7 @@ def _fetch(url: str, cache_dir: Path) -> Path:
             say_once(f"{url} cannot be reached ({_reason(error)}): its copy {path} is used, which may be older")
             return path
         raise _unreachable(url, error) from error
-    told = {"url": url} | {key: str(info[key]) for key in ("size", "ETag", "mtime", "LastModified") if info.get(key)}
+    told = {"url": url} | {key: str(info[key]) for key in _TOLD if info.get(key)}
     while not (path.is_file() and _told(path) == told):
         try:
             _download(system, url, path, told)

@@ -18,8 +18,9 @@ from PIL import Image
 
 from data import Beton
 from data.beton.format import sidecar_path
+from data.beton.journal import journal_path
 from data.convert import main
-from data.whole_files import partial_files, remove_abandoned, whole_file
+from data.whole_files import kept_path, partial_files, remove_abandoned, whole_file
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -47,7 +48,8 @@ def wait_until(ready: Callable[[], bool], process: subprocess.Popen[str]) -> Non
 
 
 def being_written(out: Path) -> bool:
-    return any(p.stat().st_size > 9 << 20 for p in partial_files(out))
+    partial = kept_path(out)
+    return partial.exists() and partial.stat().st_size > 9 << 20
 
 
 def image_folder(root: Path, images: int = 3) -> Path:
@@ -103,28 +105,29 @@ def test_jpeg_share(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert error[1] == "error: jpeg_share 1.5: give a number from 0 to 1"
 
 
-def test_killed_outright_it_leaves_nothing_usable_and_the_next_one_clears_up(tmp_path: Path):
+def test_killed_outright_it_leaves_nothing_usable_and_another_conversion_takes_its_place(tmp_path: Path):
     out = tmp_path / "x.beton"
     process = start(ENDLESS[0], out, *ENDLESS[1:])
     try:
         wait_until(lambda: being_written(out), process)
+        second = subprocess.run(command("digits", out), cwd=ROOT, capture_output=True, text=True, timeout=60)
     finally:
         process.kill()
         process.communicate()
-    (left_over,) = tmp_path.iterdir()
-    assert left_over.name.endswith(".partial")
+    assert second.returncode == 2
+    assert second.stderr.startswith(f"error: {out} is being written by another process: wait for its end, or stop it")
+    assert f"(process {process.pid} on " in second.stderr
+    assert len(second.stderr.splitlines()) == 1
+    assert sorted(tmp_path.iterdir()) == [kept_path(out), journal_path(out)]
     with pytest.raises(ValueError, match="does not begin with the header"):
-        Beton(left_over)
+        Beton(kept_path(out))
 
-    with whole_file(out) as in_use:  # which must not be taken for abandoned
-        assert not left_over.exists()
-        in_use.write(b"of another process")
-        done = subprocess.run(
-            command("synthetic", out, "--set", "num_samples=9"), cwd=ROOT, capture_output=True, text=True, timeout=60
-        )
-        assert done.returncode == 0, done.stderr
-        assert Path(in_use.name).exists()
-        assert len(Beton(out)) == 9
+    done = subprocess.run(
+        command("synthetic", out, "--set", "num_samples=9"), cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert "what an earlier conversion has left is of another source: beginning anew" in done.stdout
+    assert len(Beton(out)) == 9
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x.beton", "x.beton.json"]
 
 
@@ -139,8 +142,10 @@ def test_ctrl_c(tmp_path: Path, number: int):
     finally:
         process.kill()
     assert process.returncode == 128 + number
-    assert error.strip() == f"interrupted: {out} was not written"
-    assert list(tmp_path.iterdir()) == []
+    assert error.strip() == (
+        f"interrupted: {out} is not complete; the same command goes on where this one was, --restart begins anew"
+    )
+    assert sorted(tmp_path.iterdir()) == [kept_path(out), journal_path(out)]
 
 
 def test_no_room_left(tmp_path: Path):

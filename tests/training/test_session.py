@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import json
 import re
 import signal
@@ -20,6 +21,7 @@ from ranks import run_python
 from torch import nn
 
 from models import registry as models
+from models.classifier import ImageClassifier
 from training import cli, session
 from training.engines import composer
 from training.recipe import RecipeError
@@ -199,7 +201,7 @@ def test_a_finished_run_leaves_no_network_in_memory(short_recipe: Any) -> None:
         return sum(type(one) is ImageClassifier for one in gc.get_objects())
 
     before = alive()
-    train(short_recipe("duration.epochs=1", "algorithms=null"), say=lambda text: None)
+    session.train(short_recipe("duration.epochs=1", "algorithms=null"), say=quiet)
     assert alive() == before
 
 

@@ -1,4 +1,4 @@
-"""Tar shards, tables and lists hold what the folder holds that they were made of: the same files, reports and splits."""
+"""Tar shards, tables and lists hold what the folder has of which they were made: the same files, reports and splits."""
 
 from __future__ import annotations
 
