@@ -201,7 +201,7 @@ def test_a_finished_run_leaves_no_network_in_memory(short_recipe: Any) -> None:
         return sum(type(one) is ImageClassifier for one in gc.get_objects())
 
     before = alive()
-    session.train(short_recipe("duration.epochs=1", "algorithms=null"), say=quiet)
+    session.train(short_recipe("duration.epochs=2", "algorithms=null"), say=quiet)
     assert alive() == before
 
 
