@@ -41,11 +41,7 @@ GROUPS = {
 
 # Calls that show their words to somebody: exceptions, and functions that print or make one.
 _EXCEPTION = re.compile(
-<<<<<<< ours
-    r"(?:\w+\.)?(?:\w*Error|UnusableImage|DamagedCheckpoint|FolderTaken|BadLabel|DamagedTar|NotFinite|NotTheSame)$"
-=======
     r"(?:\w+\.)?(?:\w*Error|UnusableImage|BadLabel|DamagedCheckpoint|DamagedTar|FolderTaken|NotFinite|NotTheSame)$"
->>>>>>> theirs
 )
 _INTERNAL = {"AttributeError", "AssertionError", "pickle.UnpicklingError", "_LeftOutError", "NotImplementedError"}
 _SHOWING = {
