@@ -40,7 +40,9 @@ GROUPS = {
 }
 
 # Calls that show their words to somebody: exceptions, and functions that print or make one.
-_EXCEPTION = re.compile(r"(?:\w+\.)?(?:\w*Error|UnusableImage|DamagedCheckpoint|FolderTaken|BadLabel|DamagedTar|NotFinite|NotTheSame)$")
+_EXCEPTION = re.compile(
+    r"(?:\w+\.)?(?:\w*Error|UnusableImage|BadLabel|DamagedCheckpoint|DamagedTar|FolderTaken|NotFinite|NotTheSame)$"
+)
 _INTERNAL = {"AttributeError", "AssertionError", "pickle.UnpicklingError", "_LeftOutError", "NotImplementedError"}
 _SHOWING = {
     "_broken", "damaged_image", "complain", "_complain", "parser.error", "warnings.warn", "log.warning", "log.error",
