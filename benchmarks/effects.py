@@ -83,6 +83,17 @@ VARIANTS: dict[str, Variant] = {
     NONE: Variant(),
     VIT: Variant(ON_VIT),
     **{name: _with_algorithm(name) for name in names()},
+    "vit, muon": Variant(
+        (
+            *(one for one in ON_VIT if not one.startswith("optimizer")),
+            "optimizer=null",
+            "optimizer.name=muon",
+            "optimizer.learning_rate=0.01",
+            "optimizer.weight_decay=0.01",
+            "optimizer.others={name: adamw, learning_rate: 0.002, weight_decay: 0.01}",
+        ),
+        against=VIT,
+    ),
     "progressive_resizing, sampled": Variant(
         ("algorithms.progressive_resizing.stages=null", "algorithms.progressive_resizing.final_epochs=4"),
         "progressive_resizing",
