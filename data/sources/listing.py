@@ -132,7 +132,7 @@ class Parts:
         if by_name:
             return self._path, split, None
         raise ValueError(
-            f"{self._path} says nothing of the split {split}: give {split}_path, or a {split}_fraction, as 0.1"
+            f"{self._path} says nothing of the split {split}: give {split}_path, or {split}_fraction, as 0.1"
         )
 
 

@@ -211,7 +211,7 @@ def test_patterns(tmp_path: Path):
 def test_settings_that_exclude_each_other(tmp_path: Path):
     path = str(shard(tmp_path / "x.tar", *pair("a"), *pair("b")))
     for settings, message in [
-        ({"split": "eval"}, "says nothing of the split eval: give eval_path, or a eval_fraction"),
+        ({"split": "eval"}, "says nothing of the split eval: give eval_path, or eval_fraction"),
         ({"eval_path": path, "eval_fraction": 0.1}, "eval_path .* beside eval_fraction 0.1: give one"),
         ({"test_fraction": 0.1}, "test_fraction 0.1 without an eval_fraction"),
         ({"split": "eval", "eval_fraction": 1.0}, "eval_fraction 1.0: give a number between 0 and 1"),
