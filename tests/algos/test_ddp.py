@@ -68,6 +68,7 @@ def test_the_trainer_is_made_with_the_recipes_compression(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(engine, "build_model", lambda plan: SimpleNamespace(module=None))
     monkeypatch.setattr(engine, "build_data_specs", lambda plan, loaders: (None, None))
+    monkeypatch.setattr(engine, "build_optimizer_of", lambda model, plan: None)
     monkeypatch.setattr(engine, "composer_wraps_so", wraps)
     plan: Any = SimpleNamespace(recipe=_recipe())
     with pytest.raises(Asked, match="bf16"):

@@ -28,7 +28,7 @@ def teacher(seed: int = 1) -> nn.Module:
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(composition, "network", lambda num_classes, vit: batch_norm_and_dropout())
+    monkeypatch.setattr(composition, "network", lambda *_, **__: batch_norm_and_dropout())
 
 
 def logits() -> tuple[Tensor, Tensor, Tensor]:

@@ -123,7 +123,7 @@ def batch_norm_and_dropout() -> nn.Module:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("composition.network", lambda num_classes, vit: batch_norm_and_dropout())
+    monkeypatch.setattr("composition.network", lambda *_, **__: batch_norm_and_dropout())
 
 
 @pytest.mark.usefixtures("small")

@@ -174,9 +174,9 @@ def test_an_engine_that_is_not_installed_is_named_and_left_out(tmp_path: Path) -
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_when_every_engine_refuses_nothing_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(arguments(tmp_path / "costs", "zero2", "algorithms.sam={}")) == 2
+    assert main(arguments(tmp_path / "costs", "zero3", "algorithms.sam={}")) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert said.startswith("compare_engines: every engine was left out: zero2: algorithms.sam: does not run under")
+    assert said.startswith("compare_engines: every engine was left out: zero3: algorithms.sam: ")
     assert not (tmp_path / "costs").exists()
 
 

@@ -259,7 +259,7 @@ def small(*overrides: str) -> Recipe:
 
 @pytest.mark.parametrize("name", sorted({*registry.names(), "composer.ema", "composer.cutout"} - ALGORITHMS.keys()))
 def test_other_algorithms_are_refused_by_name(name: str) -> None:
-    settings = {"composer.ema": "{half_life: 1ba}"}.get(name, "{}")
+    settings = {"composer.ema": "{half_life: 1ba}", "distillation": "{teacher: there}"}.get(name, "{}")
     with pytest.raises(RecipeError, match=rf"^algorithms\.{name}: does not run under deepspeed, which takes "):
         check_parallelism(small(f"algorithms.{name}={settings}"), Place("cpu", 2))
 
