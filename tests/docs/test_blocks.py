@@ -202,8 +202,17 @@ def test_every_block_is_one_of_these() -> None:
 
 def _read_block(block: Block, path: Path) -> Recipe:
     path.write_text(block.text)
-    whole = "run_name:" in block.text
-    return load_recipe([path] if whole else [_BASE, path])
+    if "run_name:" in block.text:
+        return load_recipe([path])
+    base = path.with_name("base.yaml")  # whose optimizer has keys that another one may lack
+    given = yaml.safe_load(block.text)
+    kept = {
+        key: value
+        for key, value in yaml.safe_load(_BASE.read_text()).items()
+        if key not in given.keys() & {"optimizer"}
+    }
+    base.write_text(yaml.safe_dump(kept))
+    return load_recipe([base, path])
 
 
 def _save_files(page: Path) -> None:
