@@ -218,7 +218,7 @@ def test_a_checkpoint_of_two_ranks_becomes_one_file_for_one_process(
     found, expected = load_file(weights), load_file(tmp_path / "ddp.safetensors")
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, atol=1e-4, rtol=0)
+        torch.testing.assert_close(_that_matters(name, found[name]), _that_matters(name, value), atol=1e-4, rtol=0)
 
     recipe = recipe_of(
         tmp_path, "evaluated", *network, "algorithms=null", "parallelism.strategy=none", f"model.weights={weights}"
@@ -231,6 +231,17 @@ def test_a_checkpoint_of_two_ranks_becomes_one_file_for_one_process(
     trainer.close()
     assert metrics["top1"].compute().item() == pytest.approx(record(runs / run)["eval_top1"][-1], abs=1e-6)
     assert metrics["loss"].compute().item() == pytest.approx(record(runs / run)["eval_loss"][-1], abs=1e-5)
+
+
+def _that_matters(name: str, weight: torch.Tensor) -> torch.Tensor:
+    """Without the bias of attention's keys, which adds the same to all scores of a query, so that softmax removes it.
+
+    Its gradient is rounding alone, which AdamW makes as large as any other.
+    """
+    if not name.endswith("in_proj_bias"):
+        return weight
+    query, _, value = weight.chunk(3)
+    return torch.cat([query, value])
 
 
 @pytest.mark.slow
