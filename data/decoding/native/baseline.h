@@ -21,6 +21,17 @@
 
 namespace {
 
+// For functions that are compiled twice, without and with BMI2: on Intel's processors its shifts by a variable number of
+// bits are one operation each, and others three. They are inlined, since they take on the instructions of the caller.
+#define BRISK_INLINE inline __attribute__((always_inline))
+#if defined(__x86_64__)
+#define BRISK_BMI2 __attribute__((target("bmi,bmi2")))
+inline bool has_bmi2() { return __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2"); }
+#else
+#define BRISK_BMI2
+inline bool has_bmi2() { return false; }
+#endif
+
 constexpr int kBlockSide = 8;
 constexpr int kMostBlocks = 10;  // in an MCU, by the standard
 
@@ -102,6 +113,13 @@ struct Symbol {
     uint8_t total, code, size, run;
 };
 
+// All symbols whose codes lie within the next kLookBits: the bits that they and their values take, how many coefficients
+// they stand for, and whether the last one ends the block. total = 0 if there is no whole code.
+struct Symbols {
+    uint8_t total, coefficients;
+    bool ends_block;
+};
+
 class HuffmanTable {
    public:
     // Does nothing if it is the table that is there. libjpeg has checked that it is one.
@@ -126,9 +144,12 @@ class HuffmanTable {
             end_[length] = code;  // of the codes of this length
             code <<= 1;
         }
+        for (size_t bits = 0; bits < look_.size(); ++bits) several_[bits] = join(bits);
     }
 
-    Symbol look(uint64_t bits) const { return look_[bits >> (64 - kLookBits)]; }
+    BRISK_INLINE Symbol look(uint64_t bits) const { return look_[bits >> (64 - kLookBits)]; }
+
+    BRISK_INLINE Symbols look_at_several(uint64_t bits) const { return several_[bits >> (64 - kLookBits)]; }
 
     // For a code that `look` does not have; total = 0 if there is none.
     Symbol search(uint64_t bits) const {
@@ -146,7 +167,21 @@ class HuffmanTable {
         return {static_cast<uint8_t>(length + size), static_cast<uint8_t>(length), size, ends_block ? kBeyond : run};
     }
 
+    // What the kLookBits `bits` begin with. The bits of the last one's value need not be among them.
+    Symbols join(size_t bits) const {
+        Symbols joined{};
+        while (joined.total < kLookBits && !joined.ends_block) {
+            const Symbol next = look_[bits << joined.total & (look_.size() - 1)];
+            if (next.total == 0 || joined.total + next.code > kLookBits) break;
+            joined.total = static_cast<uint8_t>(joined.total + next.total);
+            joined.ends_block = next.run == kBeyond;
+            if (!joined.ends_block) joined.coefficients = static_cast<uint8_t>(joined.coefficients + next.run + 1);
+        }
+        return joined;
+    }
+
     std::array<Symbol, 1 << kLookBits> look_{};
+    std::array<Symbols, 1 << kLookBits> several_{};
     uint32_t end_[17] = {};
     int first_index_[17] = {};
     uint8_t bits_[17] = {};
@@ -175,7 +210,7 @@ class BitReader {
     }
 
     // At least 56 bits are there afterwards.
-    void refill() {
+    BRISK_INLINE void refill() {
         uint64_t next;
         std::memcpy(&next, at_, sizeof next);
 #if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
@@ -186,8 +221,8 @@ class BitReader {
         count_ |= 56;
     }
 
-    uint64_t bits() const { return bits_; }
-    void drop(int number) {
+    BRISK_INLINE uint64_t bits() const { return bits_; }
+    BRISK_INLINE void drop(int number) {
         bits_ <<= number;
         count_ -= number;
     }
@@ -201,7 +236,7 @@ class BitReader {
 };
 
 // The value of `size` bits that begin after `code` bits: F.2.2.1 of the standard, EXTEND.
-inline int extended(uint64_t bits, Symbol symbol) {
+BRISK_INLINE int extended(uint64_t bits, Symbol symbol) {
     const uint64_t value_bits = bits << symbol.code;
     const int value = static_cast<int>(value_bits >> 1 >> (63 - symbol.size));
     const int negative = static_cast<int>(~value_bits >> 63);
@@ -324,6 +359,16 @@ class Scan {
 
     template <bool kKeep>
     bool decode(JBLOCKROW* blocks) {
+        return has_bmi2_ ? decode_with_bmi2<kKeep>(blocks) : decode_here<kKeep>(blocks);
+    }
+
+    template <bool kKeep>
+    BRISK_BMI2 bool decode_with_bmi2(JBLOCKROW* blocks) {
+        return decode_here<kKeep>(blocks);
+    }
+
+    template <bool kKeep>
+    BRISK_INLINE bool decode_here(JBLOCKROW* blocks) {
         if (left_in_segment_ == 0) {
             if (++segment_ == segments_.size()) return false;
             begin_segment();
@@ -342,7 +387,8 @@ class Scan {
     }
 
     template <bool kKeep>
-    static bool decode_block(BitReader& reader, const HuffmanTable& dc, const HuffmanTable& ac, uint32_t& prediction, JCOEF* block) {
+    static BRISK_INLINE bool decode_block(BitReader& reader, const HuffmanTable& dc, const HuffmanTable& ac,
+                                          uint32_t& prediction, JCOEF* block) {
         reader.refill();
         Symbol symbol = dc.look(reader.bits());
         if (__builtin_expect(symbol.total == 0, 0)) {
@@ -351,14 +397,15 @@ class Scan {
         }
         prediction += static_cast<uint32_t>(extended(reader.bits(), symbol));
         reader.drop(symbol.total);
-        if (kKeep) block[0] = static_cast<JCOEF>(prediction);
+        if (!kKeep) return skip_coefficients(reader, ac);
+        block[0] = static_cast<JCOEF>(prediction);
         for (int k = 1; k < 64; ++k) {
             reader.refill();
             // A symbol of the table takes at most 25 bits, so that another one, of up to 31, needs no refill.
             symbol = ac.look(reader.bits());
             if (__builtin_expect(symbol.total != 0, 1)) {
                 k += symbol.run;
-                if (kKeep) block[kPlaces[k]] = static_cast<JCOEF>(extended(reader.bits(), symbol));
+                block[kPlaces[k]] = static_cast<JCOEF>(extended(reader.bits(), symbol));
                 reader.drop(symbol.total);
                 if (++k >= 64) break;
                 symbol = ac.look(reader.bits());
@@ -368,12 +415,46 @@ class Scan {
                 if (symbol.total == 0) return false;
             }
             k += symbol.run;
-            if (kKeep) block[kPlaces[k]] = static_cast<JCOEF>(extended(reader.bits(), symbol));
+            block[kPlaces[k]] = static_cast<JCOEF>(extended(reader.bits(), symbol));
             reader.drop(symbol.total);
         }
         return true;
     }
 
+    static BRISK_INLINE bool skip_coefficients(BitReader& reader, const HuffmanTable& ac) {
+        for (int k = 1; k < 64;) {
+            reader.refill();
+            // Twice at most 25 bits. One symbol alone follows where no code is whole or the block may be full.
+            Symbols several = ac.look_at_several(reader.bits());
+            if (skip_several(reader, several, k)) {
+                if (several.ends_block) return true;
+                several = ac.look_at_several(reader.bits());
+                if (skip_several(reader, several, k)) {
+                    if (several.ends_block) return true;
+                    continue;
+                }
+                reader.refill();
+            }
+            Symbol symbol = ac.look(reader.bits());
+            if (__builtin_expect(symbol.total == 0, 0)) {
+                symbol = ac.search(reader.bits());
+                if (symbol.total == 0) return false;
+            }
+            k += symbol.run + 1;
+            reader.drop(symbol.total);
+        }
+        return true;
+    }
+
+    // False, and nothing, if the block's last coefficient, after which no code ends it, may be among them.
+    static BRISK_INLINE bool skip_several(BitReader& reader, Symbols several, int& k) {
+        if (several.total == 0 || k + several.coefficients >= 64) return false;
+        k += several.coefficients;
+        reader.drop(several.total);
+        return true;
+    }
+
+    const bool has_bmi2_ = has_bmi2();
     std::vector<uint8_t> data_;
     std::vector<Segment> segments_;
     HuffmanTable dc_[NUM_HUFF_TBLS], ac_[NUM_HUFF_TBLS];
