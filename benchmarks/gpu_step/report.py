@@ -222,7 +222,7 @@ def _heading(report: dict[str, Any]) -> str:
     compiler = "" if backend == "inductor" else f", compiled means torch.compile(backend={backend!r})"
     tuned = ", with cudnn.benchmark" if report["settings"]["cudnn_benchmark"] else ""
     first = f"{report['date']}, {device}, {report['seconds']:.0f} s{tuned}{compiler}{stopped}"
-    return "\n".join([short(first, WIDTH), *textwrap.wrap(said, WIDTH)])
+    return "\n".join([*textwrap.wrap(first, WIDTH), *textwrap.wrap(said, WIDTH)])
 
 
 def _machine(machine: dict[str, Any] | None) -> str:

@@ -213,7 +213,7 @@ def test_engines_that_cut_weights_into_pieces_are_refused(
 @pytest.mark.timeout(400)
 @needs_fsdp
 def test_two_ranks_train_as_one_process_does(tmp_path: Path) -> None:
-    """Under DDP, FSDP2, and with a checkpoint of shards; what each evaluated is what its checkpoint exports."""
+    """Under DDP, FSDP2, and with checkpoints of shards, from either kind of which a run goes on bit for bit."""
     whole_runs.train(tmp_path, "none")
     run_ranks(2, str(Path(whole_runs.__file__)), str(tmp_path), "ddp", "fsdp", "shards", timeout=300)
     for kind in whole_runs.OPTIMIZERS:
@@ -223,3 +223,6 @@ def test_two_ranks_train_as_one_process_does(tmp_path: Path) -> None:
             assert averaged == (kind == "free")
             for name, tensor in expected.items():
                 torch.testing.assert_close(found[name], tensor, rtol=0, atol=2e-5, msg=f"{kind} {strategy} {name}")
+            if strategy != "ddp":
+                resumed, _ = read_network_weights(tmp_path / f"{kind}_{strategy}_resumed" / "checkpoints" / "latest.pt")
+                assert_equal(resumed, found)
