@@ -212,12 +212,13 @@ def make_trainer(
     callbacks: Iterable[Callback] = (),
     fsdp: bool = False,
     vit: bool = False,
+    dtype: torch.dtype = torch.float64,
     kind: Callable[..., Trainer] = Trainer,
     **settings: Any,
 ) -> Trainer:
     """A Trainer of twelve steps in three epochs (more where a stage has smaller batches) on made-up images.
 
-    vit: of the network, which has one in any case if an algorithm needs it.
+    vit: of the network, which has one in any case if an algorithm needs it. dtype: of network and images.
     """
     rank, ranks = dist.get_global_rank(), dist.get_world_size()
     loader = build_loader(
@@ -225,10 +226,10 @@ def make_trainer(
         split="train", loader="torch", per_device_batch_size=GLOBAL_BATCH_SIZE // ranks, image_size=IMAGE_SIZE,
         num_workers=0, rank=rank, world_size=ranks, log=lambda text: None,
     )  # fmt: skip
-    normalize = Normalizer(loader.mean, loader.std, dtype=torch.float64)
+    normalize = Normalizer(loader.mean, loader.std, dtype=dtype)
     vit = vit or any(isinstance(algorithm, PatchDropout) for algorithm in algorithms)
     ghosts = any(type(algorithm).__name__ == "GhostBatchNorm" for algorithm in algorithms)
-    classifier = ImageClassifier(network(4, vit=vit, batch_norm=ghosts), num_classes=4)
+    classifier = ImageClassifier(network(4, vit=vit, batch_norm=ghosts).to(dtype), num_classes=4)
     for algorithm in algorithms:
         if not isinstance(algorithm, SpeedUp):
             keep_precision(algorithm, buffers=not fsdp)

@@ -139,8 +139,10 @@ def assert_as_one_process(chosen: list[str], name: str, strategy: str, folder: P
     assert name not in refused, refused.get(name)
     ranks = [torch.load(folder / f"{name}.{rank}.pt") for rank in (0, 1)]
     assert furthest(*ranks) == 0.0, "the ranks drifted apart"
-    # Composer's FSDP2 computes in float32.
-    assert furthest(ranks[0], reference_as_two_ranks(chosen)) < (1e-10 if strategy == "ddp" else 1e-5)
+    difference = furthest(ranks[0], reference_as_two_ranks(chosen))
+    if strategy == "fsdp" and difference >= 1e-5:  # Composer's FSDP2 computes in float32: is it that?
+        difference = furthest(ranks[0], train(chosen, as_two_ranks=True, dtype=torch.float32))
+    assert difference < (1e-10 if strategy == "ddp" else 1e-5)
 
 
 @pytest.mark.timeout(600)
