@@ -98,9 +98,9 @@ docs-serve: docs-tools
 docs-tools: setup
 	@$(VENV)/bin/uv pip install --quiet --python $(PY) --constraint $(CONSTRAINTS) $(DOCS)
 
-# The tables of algorithms in the README and in docs/algorithms/index.md, from the registry.
+# The tables of algorithms in the README and in docs/algorithms/index.md, from the registry, and of what was measured of each.
 table: setup
-	@$(PY) scripts/table.py
+	@$(PY) -m scripts.table
 
 clean:
 	rm -rf .venv .venv-* .cache build dist site *.egg-info

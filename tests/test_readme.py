@@ -19,11 +19,14 @@ def test_the_example_runs() -> None:
     assert getattr(names["loss"], "requires_grad", False)
 
 
-def test_the_tables_are_the_registrys() -> None:
+def test_the_tables_are_those_of_the_registry_and_of_the_newest_figures() -> None:
     script = runpy.run_path(str(ROOT / "scripts" / "table.py"))
     for page, folder in script["PAGES"].items():
         text = page.read_text()
         assert script["with_table"](text, folder=folder) == text, "run: make table"
+    for page in script["EFFECT_PAGES"]:
+        text = page.read_text()
+        assert script["with_effect"](text, page) == text, "run: make table"
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))], ids=str)
