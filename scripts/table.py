@@ -85,6 +85,8 @@ def _newest_figures() -> Path:
 
 def _between(marks: tuple[str, str], text: str, made: str) -> str:
     begin, end = marks
+    if begin not in text or end not in text:
+        raise ValueError(f"a page lacks {begin} or {end}; put both, one below the other, where its table belongs")
     before, _, rest = text.partition(begin)
     _, _, after = rest.partition(end)
     return f"{before}{begin}\n{made}\n{end}{after}"
