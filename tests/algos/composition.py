@@ -94,8 +94,8 @@ def composer_sets() -> dict[str, list[str]]:
     return {**{name: [name] for name in COMPOSER_EXAMPLES}, "five together": [f"composer.{name}" for name in together]}
 
 
-def make(name: str) -> Algorithm:
-    """The algorithm with its example settings."""
+def make(name: str, dtype: torch.dtype = torch.float64) -> Algorithm:
+    """The algorithm with its example settings. dtype: of a teacher."""
     if name in COMPOSER_EXAMPLES:
         return maker(name)(**COMPOSER_EXAMPLES[name])
     name, settings = WAYS.get(name, (name, dict(EXAMPLES.get(name, {}))))
@@ -104,13 +104,13 @@ def make(name: str) -> Algorithm:
 
         settings["stages"] = [Stage(**stage) for stage in settings["stages"]]
     if name == "distillation":
-        settings["teacher"] = network(4, vit=False, seed=1)
+        settings["teacher"] = network(4, vit=False, seed=1).to(dtype)
     return find(name)(**settings)
 
 
-def arranged(chosen: Iterable[str]) -> list[Algorithm]:
+def arranged(chosen: Iterable[str], dtype: torch.dtype = torch.float64) -> list[Algorithm]:
     """The algorithms in the order of their Contracts, with the learning rate's schedule."""
-    made = {"learning_rate": LearningRate(warmup_epochs=1), **{name: make(name) for name in chosen}}
+    made = {"learning_rate": LearningRate(warmup_epochs=1), **{name: make(name, dtype) for name in chosen}}
     return [made[name] for name in arrange({name: one.contract for name, one in made.items()})]
 
 
@@ -272,7 +272,7 @@ def weights(trainer: Trainer) -> dict[str, Tensor]:
 
 def train(chosen: list[str], *, as_two_ranks: bool = False, **settings: Any) -> dict[str, Tensor]:
     """Weights after a whole run of these algorithms."""
-    algorithms = arranged(chosen)
+    algorithms = arranged(chosen, settings.get("dtype", torch.float64))
     if as_two_ranks:
         drawing = tuple(find(name) for name in DRAW_PER_RANK)
         for algorithm in filter(lambda one: isinstance(one, drawing), algorithms):

@@ -1,7 +1,7 @@
 """Tests that need a CUDA device; each is skipped where there is none.
 
-BRISK_GPU_TESTS_ON=cpu runs on the CPU all but those that need CUDA itself, which finds mistakes in the tests: what they
-find out about a GPU they cannot show there.
+There, `pytest --exhaustive` or BRISK_GPU_TESTS_ON=cpu runs on the CPU all but those that need CUDA itself, which finds
+mistakes in the tests: what they find out about a GPU they cannot show there.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-ON = os.environ.get("BRISK_GPU_TESTS_ON", "cuda")
 # cuBLAS reads it when it starts, and is deterministic with it; another one costs it nothing.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
@@ -28,12 +27,21 @@ DIGITS = (
 )
 
 
+@pytest.fixture(scope="session")
+def device_type(pytestconfig: pytest.Config) -> str:
+    """Either "cuda", or "cpu" to try the tests themselves."""
+    import torch
+
+    rehearsed = pytestconfig.getoption("--exhaustive") and not torch.cuda.is_available()
+    return os.environ.get("BRISK_GPU_TESTS_ON", "cpu" if rehearsed else "cuda")
+
+
 @pytest.fixture(scope="package", autouse=True)
-def _on_a_gpu() -> Iterator[None]:
+def _on_a_gpu(device_type: str) -> Iterator[None]:
     """Skips without a GPU; leaves no process group, since those of other tests work on the CPU."""
     import torch
 
-    if ON == "cuda" and not torch.cuda.is_available():
+    if device_type == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     _end_process_group()
     yield
@@ -41,17 +49,17 @@ def _on_a_gpu() -> Iterator[None]:
 
 
 @pytest.fixture
-def device() -> Any:
+def device(device_type: str) -> Any:
     """The torch.device to test on."""
     import torch
 
-    return torch.device(ON)
+    return torch.device(device_type)
 
 
 @pytest.fixture
-def only_on_gpu() -> None:
+def only_on_gpu(device_type: str) -> None:
     """For what does not exist on a CPU."""
-    if ON == "cpu":
+    if device_type == "cpu":
         pytest.skip("needs CUDA itself")
 
 
@@ -86,11 +94,11 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def digits(tmp_path: Path, cache_dir: Path) -> Callable[..., Any]:
+def digits(tmp_path: Path, cache_dir: Path, device_type: str) -> Callable[..., Any]:
     """Makes the digits recipe in short: digits("precision=amp_bf16", ...)."""
     from training.recipe import load_recipe
 
-    device = "gpu" if ON == "cuda" else "cpu"
+    device = "gpu" if device_type == "cuda" else "cpu"
     fixed = (*DIGITS, f"results_dir={tmp_path}", f"data.cache_dir={cache_dir}", f"device={device}")
 
     def make(*more: str) -> Any:

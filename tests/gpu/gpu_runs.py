@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "algos"))
 from composition import arranged
+from resumed_runs import quiet
 
 from data import Normalizer, build_loader
 from models.classifier import ImageClassifier
@@ -21,10 +22,6 @@ from models.resnet import SmallResNet
 from training.callbacks import _LoaderPosition
 
 NUM_CLASSES, BATCH_SIZE = 4, 8
-
-
-def quiet(text: str) -> None:
-    """In place of print."""
 
 
 def small_network() -> nn.Module:
@@ -61,7 +58,7 @@ def make_trainer(
             get_num_samples_in_batch=lambda batch: len(batch[1]),
         ),
         max_duration=f"{epochs}ep",
-        algorithms=[*arranged(names), *(one for one in chosen if not isinstance(one, str))],
+        algorithms=[*arranged(names, torch.float32), *(one for one in chosen if not isinstance(one, str))],
         optimizers=torch.optim.SGD(classifier.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3),
         callbacks=[_LoaderPosition(loader), *callbacks],
         progress_bar=False,

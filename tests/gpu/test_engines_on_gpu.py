@@ -18,7 +18,7 @@ TOLERANCE = 2e-3
 @pytest.mark.usefixtures("no_tf32")
 @pytest.mark.parametrize("engine", ["ddp", "fsdp 1", "fsdp 2"])
 def test_an_engine_on_one_gpu_trains_as_none_does(engine: str, device: torch.device, digits: Any) -> None:
-    from gpu_runs import quiet
+    from resumed_runs import quiet
 
     from training.session import train
 

@@ -51,7 +51,7 @@ def little_memory(device: torch.device, how: str = "taken") -> Iterator[None]:
 
 
 def train(recipe: Any) -> Any:
-    from gpu_runs import quiet
+    from resumed_runs import quiet
 
     from training import session
 

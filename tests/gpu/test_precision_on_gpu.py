@@ -146,7 +146,7 @@ def test_the_trainer_skips_the_step_of_an_overflow_and_goes_on(device: torch.dev
 
 @pytest.mark.parametrize("precision", ["amp_bf16", "amp_fp16"])
 def test_the_digits_are_learned_with_all_speed_ups(precision: str, device: torch.device, digits: Any) -> None:
-    from gpu_runs import quiet
+    from resumed_runs import quiet
 
     from training.session import train
 

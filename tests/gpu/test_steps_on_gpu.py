@@ -16,7 +16,7 @@ MORE = ("algorithms.ema={half_life_steps: 4}", "algorithms.cutmix={alpha: 1.0}",
 @pytest.mark.parametrize("more", [(), MORE, ("precision=amp_bf16",), ("optimizer.clip_norm=1.0",)])
 def test_steps_do_not_wait(more: tuple[str, ...], digits: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     from composer.core import Callback
-    from gpu_runs import quiet
+    from resumed_runs import quiet
 
     from training import session
     from training.engines import composer as engine

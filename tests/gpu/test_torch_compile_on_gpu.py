@@ -12,18 +12,18 @@ pytestmark = [pytest.mark.gpu, pytest.mark.timeout(240)]
 
 
 class Graphs:
-    """A backend that runs what was captured without compiling it, and keeps the image size of every graph."""
+    """A backend that runs what was captured without compiling it, and keeps what every graph is given."""
 
     def __init__(self) -> None:
-        self.sizes: list[int] = []
+        self.found: list[tuple[int, int, bool]] = []  # images, their size, whether gradients are taken
 
     def __call__(self, graph: Any, inputs: Any) -> Any:
         images = [one for one in inputs if isinstance(one, torch.Tensor) and one.ndim == 4 and one.shape[1] == 3]
-        self.sizes.append(int(images[-1].shape[-1]))
+        self.found.append((int(images[-1].shape[0]), int(images[-1].shape[-1]), torch.is_grad_enabled()))
         return graph.forward
 
 
-def test_resnet50_with_all_algorithms_is_one_graph_per_size(device: torch.device) -> None:
+def test_resnet50_with_all_algorithms_is_one_graph_per_size_and_phase(device: torch.device) -> None:
     from gpu_runs import fit, make_trainer
     from torch._dynamo.utils import counters
 
@@ -38,13 +38,15 @@ def test_resnet50_with_all_algorithms_is_one_graph_per_size(device: torch.device
     config = {"backend": graphs, "dynamic": False, "fullgraph": True}  # which raises at the first graph break
     fit(make_trainer(device, network, names(), image_size=64, steps=2, compile_config=config))
     assert not counters["graph_break"], dict(counters["graph_break"])
-    # The stages of the example settings, and FixRes's last epoch, which freezes most of the network.
-    assert graphs.sizes == [12, 16, 16]
+    # The stages of the example settings, the second one with steps that select half of a batch by its losses; and
+    # FixRes's last epoch, which freezes most of the network and begins with such a step. The teacher is not compiled.
+    selecting = [(4, 16, False), (2, 16, True), (4, 16, True)]
+    assert graphs.found == [(8, 12, True), *selecting, *selecting]
 
 
 @pytest.mark.usefixtures("no_tf32")
 def test_compiled_kernels_train_as_others_do(device: torch.device, digits: Any) -> None:
-    from gpu_runs import quiet
+    from resumed_runs import quiet
 
     from training.session import train
 
@@ -63,7 +65,7 @@ def test_every_mode_trains_alike_over_sizes_with_two_passes_and_averages(
     device: torch.device, digits: Any, mode: str
 ) -> None:
     """CUDA graphs with what moves memory: SAM's second pass, EMA's evaluation, FixRes's phase, and all graphs ahead."""
-    from gpu_runs import quiet
+    from resumed_runs import quiet
 
     from training.session import train
 

@@ -10,71 +10,22 @@ import signal
 import subprocess
 import sys
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from composer.core import Callback
 from ranks import run_python
+from resumed_runs import assert_same_training, flat, last_state, quiet, train_until
 from torch import nn
 
 from models import registry as models
 from models.classifier import ImageClassifier
 from training import cli, session
-from training.engines import composer
 from training.recipe import RecipeError
 
 ROOT = Path(__file__).parents[2]
-
-
-def quiet(text: str) -> None:
-    """In place of print."""
-
-
-def final_state(run_dir: Path) -> dict[str, Any]:
-    """Weights and optimizer state of a run's last checkpoint, as a flat mapping."""
-    state = torch.load(run_dir / "checkpoints" / "latest.pt", weights_only=False)["state"]
-    return dict(flatten({"model": state["model"], "optimizers": state["optimizers"]}))
-
-
-def flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from flatten(item, f"{path}/{key}")
-    elif isinstance(value, (list, tuple)):
-        for index, item in enumerate(value):
-            yield from flatten(item, f"{path}/{index}")
-    else:
-        yield path, value
-
-
-def assert_same_state(one: dict[str, Any], other: dict[str, Any]) -> None:
-    assert one.keys() == other.keys()
-    for path, value in one.items():
-        same = torch.equal(value, other[path]) if isinstance(value, torch.Tensor) else value == other[path]
-        assert same, f"{path} differs"
-
-
-class _Stop(Exception):
-    pass
-
-
-class _StopAt(Callback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def batch_end(self, state: Any, logger: Any) -> None:
-        if state.timestamp.batch.value == self.step:
-            raise _Stop
-
-
-def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make the next runs fail right after `step` steps."""
-    build = composer.build_callbacks
-    monkeypatch.setattr(composer, "build_callbacks", lambda *given: [*build(*given), _StopAt(step)])
 
 
 @pytest.fixture
@@ -108,19 +59,14 @@ def timeless(epochs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         73,  # in the FixRes epoch, with most layers frozen
     ],
 )
-def test_a_resumed_run_ends_with_the_same_weights(
-    short_recipe: Any, step: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_resumed_run_ends_with_the_same_weights(short_recipe: Any, step: int) -> None:
     whole = short_recipe("run_name=whole", "checkpoints.every_steps=4")
     expected = session.train(whole, say=quiet)
     cut = short_recipe("run_name=cut", "checkpoints.every_steps=4")
-    with monkeypatch.context() as patch:
-        stop_at(step, patch)
-        with pytest.raises(_Stop):
-            session.train(cut, say=quiet)
+    train_until(step, cut)
     torch.manual_seed(1234)  # nothing may depend on what the process drew before
     resumed = session.train(short_recipe("run_name=cut", "checkpoints.every_steps=4", "load=latest"), say=quiet)
-    assert_same_state(final_state(whole.run_dir), final_state(cut.run_dir))
+    assert_same_training(whole.run_dir, cut.run_dir)
     assert resumed.history.steps == expected.history.steps
     assert timeless(resumed.history.epochs) == timeless(expected.history.epochs)
 
@@ -156,7 +102,7 @@ def test_sigkill_in_mid_epoch_then_the_same_command_again(
     again = run_python("run.py", *arguments, timeout=100)
     assert again.returncode == 0, again.stderr
     assert "continuing after epoch" in again.stdout
-    assert_same_state(final_state(whole.run_dir), final_state(whole.run_dir.with_name("killed")))
+    assert_same_training(whole.run_dir, whole.run_dir.with_name("killed"))
 
 
 @pytest.mark.timeout(300)
@@ -191,7 +137,8 @@ def test_a_compiled_model_trains_alike(short_recipe: Any) -> None:
     compiled = session.train(short_recipe("run_name=compiled", "compile=true", *one_size), say=quiet).history
     np.testing.assert_allclose(compiled.steps["loss"], plain.steps["loss"], atol=1e-4, rtol=0)
     # The same names in the checkpoint: what a compiled run leaves loads anywhere.
-    names = [final_state(short_recipe(f"run_name={name}").run_dir).keys() for name in ("plain", "compiled")]
+    states = [last_state(short_recipe(f"run_name={name}").run_dir) for name in ("plain", "compiled")]
+    names = [flat([state["model"], state["optimizers"]]).keys() for state in states]
     assert names[0] == names[1]
 
 

@@ -6,31 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from composer.core import Callback
+from resumed_runs import assert_same_training, train_until
 
 from data.beton.tiers import Tiers
 from training import session
-from training.engines import composer
 
 SYNTHETIC = (
     "data.source={name: synthetic, num_samples: 240, image_size: 32}",
     "data.train.sizes=[12,32]",
     "data.train.batches_ahead=3",
 )
-
-
-class _Stop(Exception):
-    pass
-
-
-class _StopAt(Callback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def batch_end(self, state: Any, logger: Any) -> None:
-        if state.timestamp.batch.value == self.step:
-            raise _Stop
 
 
 @pytest.mark.timeout(180)
@@ -56,16 +41,7 @@ def test_stages_read_the_smallest_file_that_serves_them_and_resume_exactly(
     assert any(line.endswith(".12.beton serves training at up to 8 px") for line in said)
     assert "3 batches ahead take" in "".join(said)
 
-    build = composer.build_callbacks
-    with monkeypatch.context() as stopping:
-        stopping.setattr(composer, "build_callbacks", lambda *given: [*build(*given), _StopAt(3)])
-        with pytest.raises(_Stop):
-            session.train(short_recipe("run_name=broken", "checkpoints.every_steps=2", *more), say=said.append)
+    train_until(3, short_recipe("run_name=broken", "checkpoints.every_steps=2", *more))
     again = ["checkpoints.every_steps=2", "autoresume=true", "data.train.batches_ahead=1"]
     session.train(short_recipe("run_name=broken", *more, *again), say=said.append)
-    whole, broken = (
-        torch.load(tmp_path / "results" / name / "checkpoints" / "latest.pt", weights_only=False)["state"]["model"]
-        for name in ("whole", "broken")
-    )
-    assert whole.keys() == broken.keys()
-    assert all(torch.equal(whole[name], broken[name]) for name in whole)
+    assert_same_training(tmp_path / "results" / "whole", tmp_path / "results" / "broken")

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from resumed_runs import quiet
 
 from data.sources import digits
 from models.weights import load_weights
@@ -19,10 +20,6 @@ from training.results.text import format_summary
 from training.session import train
 
 TEST = ("data.source.test_fraction=0.2", "data.test={}")
-
-
-def quiet(text: str) -> None:
-    """In place of print."""
 
 
 def logits(recipe: Recipe, images: np.ndarray) -> torch.Tensor:

@@ -10,14 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from composer.core import Callback
 from PIL import Image
+from resumed_runs import assert_same_training, quiet, train_until
 
 from data import digits, write_beton
 from data.sources import ArraySource, labels_of
 from training import session
-from training.engines import composer
 from training.facts import class_weights, data_facts
 from training.plan import Place, make_plan, plan_run
 from training.plan_text import format_plan
@@ -68,10 +66,6 @@ def losses(recipe: Any) -> list[float]:
     return session.train(recipe, say=quiet).history.steps["loss"]
 
 
-def quiet(text: str) -> None:
-    """In place of print."""
-
-
 def test_counts_and_weights_come_from_the_labels(recipe: Any, tmp_path: Path) -> None:
     counts = list(COUNTS.values())
     expected = [sum(counts) / (len(counts) * count) for count in counts]
@@ -117,30 +111,15 @@ def test_microbatches_train_what_whole_batches_do(recipe: Any) -> None:
     assert np.abs(np.subtract(plain, whole)).min() > 1e-2
 
 
-class _StopAt(Callback):
-    def batch_end(self, state: Any, logger: Any) -> None:
-        if state.timestamp.batch.value == 7:  # in the second epoch
-            raise InterruptedError
-
-
-def test_a_resumed_run_ends_with_the_same_weights(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_ends_with_the_same_weights(recipe: Any) -> None:
     settings = ("loss.class_weights=[1, 2, 3]", "data.train.sampler=balanced", "data.train.flip=alternating",
                 "data.train.flip_probability=0.5")  # fmt: skip
     whole = recipe("run_name=whole", *settings)
     expected = losses(whole)
-    build = composer.build_callbacks
-    with monkeypatch.context() as patch:
-        patch.setattr(composer, "build_callbacks", lambda *args: [*build(*args), _StopAt()])
-        with pytest.raises(InterruptedError):
-            losses(recipe("run_name=stopped", *settings))
+    train_until(7, recipe("run_name=stopped", *settings))  # in the second epoch
     resumed = recipe("run_name=stopped", "load=latest", *settings)
     assert losses(resumed) == expected
-    states = [
-        torch.load(one.run_dir / "checkpoints" / "latest.pt", weights_only=False)["state"]["model"]
-        for one in (whole, resumed)
-    ]
-    assert states[0].keys() == states[1].keys()
-    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    assert_same_training(whole.run_dir, resumed.run_dir)
 
 
 @pytest.mark.exhaustive

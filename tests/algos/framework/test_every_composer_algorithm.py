@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from resumed_runs import last_state, quiet
 
 from algos.framework.composer_algorithms import _KNOWN
 from training import session
@@ -53,13 +54,8 @@ def recipe_of(tmp_path: Path, cache_dir: Path) -> Any:
     return make
 
 
-def quiet(text: str) -> None:
-    """In place of print."""
-
-
 def weights(recipe: Recipe) -> dict[str, torch.Tensor]:
-    saved = torch.load(recipe.run_dir / "checkpoints" / "latest.pt", weights_only=False)
-    return saved["state"]["model"]
+    return last_state(recipe.run_dir)["model"]
 
 
 def test_every_one_is_tried() -> None:

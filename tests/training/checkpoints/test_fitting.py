@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from resumed_runs import quiet
 
 from training import session
 from training.guards.finite import NotFinite
@@ -17,10 +18,6 @@ PLAIN = (
     "algorithms=null", "duration.epochs=1", "data.train.image_size=8", "data.eval.image_size=8", "model.width=4",
     "schedule.warmup_epochs=0",
 )  # fmt: skip
-
-
-def quiet(text: str) -> None:
-    """In place of print."""
 
 
 @pytest.fixture(scope="module")

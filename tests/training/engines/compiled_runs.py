@@ -23,8 +23,8 @@ from training.engines import compiling, composer
 from training.recipe import load_recipe
 
 DIGITS = Path(__file__).parents[3] / "yamls" / "digits_medium.yaml"
-# Every speed-up. Two sizes, in two microbatches a step, then the last layers alone; evaluation in batches that are not
-# all of one size.
+# Every speed-up but a teacher. Two sizes, in two microbatches a step, of which some steps select from the second epoch
+# on; then the last layers alone. Evaluation is in batches that are not all of one size.
 EVERYTHING = (
     "duration.epochs=4", "schedule.warmup_epochs=0", "logging.progress_bar=false",
     "data.train.loader=torch", "data.train.num_workers=0", "data.eval.loader=torch", "data.eval.num_workers=0",
@@ -32,6 +32,7 @@ EVERYTHING = (
     "data.train.global_batch_size=480",
     "algorithms.progressive_resizing.stages=[{epochs: 1, image_size: 8}, {epochs: 3, image_size: 12}]",
     "algorithms.fixres={epochs: 2, image_size: 12, learning_rate: 0.02}", "algorithms.ema={half_life_steps: 4}",
+    "algorithms.selective_backprop={start: 0.3, end: 1.0, interval: 3}",
     "algorithms.stochastic_depth={drop_rate: 0.2}", "algorithms.randaugment={}", "algorithms.sam.interval=2",
     "algorithms.blurpool.min_channels=3", "model.width=4",
 )  # fmt: skip

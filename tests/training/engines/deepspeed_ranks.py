@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from composer.core import Callback, State
+from composer.core import State
 from composer.utils import dist
 from fsdp_ranks import recipe_of
+from resumed_runs import train, train_until
 
 from training import session
 from training.engines import deepspeed
@@ -152,8 +151,7 @@ def _compare_algorithm(folder: Path, name: str, overrides: tuple[str, ...], *, s
 def _resume(folder: Path, name: str, *overrides: str) -> None:
     train(_two_epochs(folder, f"{name}_whole", *overrides))
     recipe = _two_epochs(folder, f"{name}_resumed", *overrides)
-    with contextlib.suppress(_Stop):
-        _train_until("batch_checkpoint", STOP_AT_STEP, recipe, end=_stop)
+    train_until(STOP_AT_STEP, recipe, event="batch_checkpoint")
     torch.manual_seed(99)  # nothing may depend on what the process drew before
     train(_two_epochs(folder, f"{name}_resumed", *overrides, "load=latest"))
 
@@ -173,7 +171,7 @@ def die_while_saving(folder: Path) -> None:
 
 def die_at_an_epochs_end(folder: Path) -> None:
     """Every rank is killed right after the first epoch's checkpoint."""
-    _train_until("epoch_checkpoint", STEPS_AN_EPOCH, _two_epochs(folder, *KILLED_AT_EPOCH_END), end=_kill)
+    train_until(STEPS_AN_EPOCH, _two_epochs(folder, *KILLED_AT_EPOCH_END), event="epoch_checkpoint", end=_kill)
 
 
 def resume_killed_in_mid_epoch(folder: Path) -> None:
@@ -184,44 +182,12 @@ def resume_killed_at_epoch_end(folder: Path) -> None:
     train(_two_epochs(folder, *KILLED_AT_EPOCH_END, "autoresume=true"))
 
 
-def train(recipe: Recipe) -> None:
-    session.train(recipe, say=_quiet)
-
-
-class _Stop(Exception):
-    pass
-
-
-class _EndAt(Callback):
-    def __init__(self, event: str, step: int, end: Callable[[], None]) -> None:
-        setattr(self, event, lambda state, logger: end() if state.timestamp.batch.value == step else None)
-
-
-def _train_until(event: str, step: int, recipe: Recipe, *, end: Callable[[], None]) -> None:
-    """Call `end` after the callbacks that hear `event` at `step`, the one that saves among them."""
-    build = deepspeed.build_callbacks
-    deepspeed.build_callbacks = lambda *given, **named: [*build(*given, **named), _EndAt(event, step, end)]
-    try:
-        train(recipe)
-        raise AssertionError("was not stopped")
-    finally:
-        deepspeed.build_callbacks = build
-
-
-def _stop() -> None:
-    raise _Stop
-
-
 def _kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _two_epochs(folder: Path, run_name: str, *overrides: str) -> Recipe:
     return recipe_of(folder, run_name, *TWO_EPOCHS, *overrides)
-
-
-def _quiet(text: str) -> None:
-    pass
 
 
 if __name__ == "__main__":

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from composer import Trainer
-from composer.core import Callback, State
+from composer.core import Callback
 from composer.utils import dist
+from resumed_runs import train, train_until
 
 from training import session
 from training.checkpoints.sharded import LoadShards, gather_shards, write_shards
-from training.engines import composer
 from training.engines.parallel import HybridFSDP2Config, LikeDDP
 from training.recipe import Recipe, load_recipe
 
@@ -58,7 +58,7 @@ def compare_alexnetish_with_ddp(folder: Path) -> None:
 def _compare_with_ddp(folder: Path, name: str) -> None:
     for strategy in ("ddp", "fsdp"):
         overrides = ["algorithms=null", f"parallelism.strategy={strategy}", *NETWORKS[name]]
-        session.train(recipe_of(folder, f"{name}_{strategy}", *overrides), say=_quiet)
+        train(recipe_of(folder, f"{name}_{strategy}", *overrides))
 
 
 def compare_compiled(folder: Path) -> None:
@@ -66,24 +66,24 @@ def compare_compiled(folder: Path) -> None:
     for run_name, strategy, compiled in (("plain", "ddp", "false"), ("compiled_ddp", "ddp", "true"),
                                          ("compiled_fsdp", "fsdp", "true")):  # fmt: skip
         overrides = [*FIXED, f"parallelism.strategy={strategy}", f"compile={compiled}"]
-        session.train(recipe_of(folder, run_name, *overrides), say=_quiet)
+        train(recipe_of(folder, run_name, *overrides))
 
 
 def resume(folder: Path) -> None:
     """A run under FSDP2 that never stops, and two that stop in mid-epoch and go on: from a file, and from shards."""
-    session.train(recipe_of(folder, "whole", *RESUMED), say=_quiet)
+    train(recipe_of(folder, "whole", *RESUMED))
     for kind in ("full", "sharded"):
         settings = [*RESUMED, f"checkpoints.sharded={str(kind == 'sharded').lower()}"]
-        _train_until(STOP_AT_STEP, recipe_of(folder, kind, *settings))
+        train_until(STOP_AT_STEP, recipe_of(folder, kind, *settings), event="batch_checkpoint")
         torch.manual_seed(99)
-        session.train(recipe_of(folder, kind, *settings, "load=latest"), say=_quiet)
+        train(recipe_of(folder, kind, *settings, "load=latest"))
 
 
 def resume_here(folder: Path) -> None:
     """The second epoch of `sharded` again, on as many ranks as there are here."""
     load = folder / "sharded" / "checkpoints" / "ep1.pt"
     run_name = f"on_{dist.get_world_size()}_ranks"
-    session.train(recipe_of(folder, run_name, *RESUMED, "checkpoints.sharded=true", f"load={load}"), say=_quiet)
+    train(recipe_of(folder, run_name, *RESUMED, "checkpoints.sharded=true", f"load={load}"))
 
 
 def shard_replicas(folder: Path) -> None:
@@ -117,37 +117,7 @@ def train_replicas(folder: Path) -> None:
                "replicas": ["parallelism.strategy=fsdp", "parallelism.fsdp.replicas=2"]}  # fmt: skip
     for run_name, engine in engines.items():
         ema = "algorithms.ema={half_life_steps: 5}"
-        session.train(recipe_of(folder, run_name, *FIXED, ema, *engine), say=_quiet)
-
-
-class _Stop(Exception):
-    pass
-
-
-class _StopAfter(Callback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def batch_checkpoint(self, state: State, logger: Any) -> None:
-        if state.timestamp.batch.value == self.step:
-            raise _Stop
-
-
-def _train_until(step: int, recipe: Recipe) -> None:
-    """Stands in for a kill: the run ends right after the checkpoint of this step."""
-    build = composer.build_callbacks
-    composer.build_callbacks = lambda *given, **named: [*build(*given, **named), _StopAfter(step)]
-    try:
-        session.train(recipe, say=_quiet)
-        raise AssertionError("was not stopped")
-    except _Stop:
-        pass
-    finally:
-        composer.build_callbacks = build
-
-
-def _quiet(text: str) -> None:
-    pass
+        train(recipe_of(folder, run_name, *FIXED, ema, *engine))
 
 
 if __name__ == "__main__":

@@ -9,10 +9,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from ranks import run_python, run_ranks
+from resumed_runs import assert_same_training, last_state
 
 from training.engines.compiling import keep_kernels
 from training.graphs import graphs_of
@@ -22,31 +22,6 @@ from training.plan_text import plan_text
 HERE = Path(__file__).parent
 RUNS = HERE / "compiled_runs.py"
 MICROBATCHES = "data.train.per_device_microbatch_size=240"
-
-
-def flat(value: Any, path: str = "") -> dict[str, Any]:
-    """The leaves of nested mappings and lists by their paths."""
-    if isinstance(value, (dict, list, tuple)):
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        return {name: leaf for key, item in items for name, leaf in flat(item, f"{path}/{key}").items()}
-    return {path: value}
-
-
-def assert_same_training(one: Path, other: Path) -> None:
-    """Two runs' steps and last checkpoints are equal bit for bit, random states and algorithms' states too."""
-    steps = [np.load(run / "metrics.npz")["step_loss"] for run in (one, other)]
-    assert len(steps[0])
-    assert np.array_equal(*steps)
-    saved = [torch.load(run / "checkpoints" / "latest.pt", weights_only=False) for run in (one, other)]
-    kept = ("model", "optimizers", "algorithms", "schedulers")
-    states = [
-        flat({"rng": one["rng"], **{key: value for key, value in one["state"].items() if key in kept}}) for one in saved
-    ]
-    assert states[0].keys() == states[1].keys()
-    for name, value in states[0].items():
-        if "repr" not in name:
-            same = torch.equal if isinstance(value, torch.Tensor) else np.array_equal
-            assert same(value, states[1][name]), name
 
 
 @pytest.mark.timeout(180)
@@ -68,6 +43,7 @@ def test_every_graph_is_compiled_once_and_ahead_and_the_training_is_the_same(tmp
         ["epoch 0", [240, 3, 8, 8]],
         ["evaluation", [180, 3, 12, 12]],
         ["epoch 1", [240, 3, 12, 12]],
+        ["epoch 1", [480, 3, 12, 12]],  # the losses of a whole batch, of which half are trained in one microbatch
         ["epoch 2", [240, 3, 12, 12]],
     ]
     ahead, breaks = train_noting_graphs(tmp_path, "ahead", MICROBATCHES, *changed)
@@ -77,10 +53,7 @@ def test_every_graph_is_compiled_once_and_ahead_and_the_training_is_the_same(tmp
     # The phase's graph is taken in the phase's second epoch too, after an evaluation: nothing frozen has moved.
     plain, _ = train_noting_graphs(tmp_path, "plain", "compile=false", MICROBATCHES, *changed)
     assert not plain
-    models = [
-        torch.load(tmp_path / run / "checkpoints" / "latest.pt", weights_only=False)["state"]["model"]
-        for run in ("plain", "ahead")
-    ]
+    models = [last_state(tmp_path / run)["model"] for run in ("plain", "ahead")]
     torch.testing.assert_close(models[1], models[0], rtol=1e-3, atol=1e-4)
 
 
@@ -153,13 +126,13 @@ def test_a_second_start_compiles_nothing(tmp_path: Path) -> None:
     said = []
     for run_name in ("first", "second"):
         done = run_python(
-            "run.py", "-f", str(DIGITS), *EVERYTHING, "compile=true", f"run_name={run_name}", f"results_dir={tmp_path}",
-            f"data.cache_dir={tmp_path / 'cache'}", timeout=280,
+            "run.py", "-f", str(DIGITS), *EVERYTHING, MICROBATCHES, "compile=true", f"run_name={run_name}",
+            f"results_dir={tmp_path}", f"data.cache_dir={tmp_path / 'cache'}", timeout=280,
             environment={"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "kernels")},
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         said.append(next(line for line in done.stdout.splitlines() if line.startswith("compiled")))
-    assert said[0].startswith("compiled 4 graphs")
+    assert said[0].startswith("compiled 5 graphs")
     assert ", 0 from the cache" in said[0]
-    assert ", 4 from the cache" in said[1], said
+    assert ", 5 from the cache" in said[1], said
     assert_same_training(tmp_path / "first", tmp_path / "second")

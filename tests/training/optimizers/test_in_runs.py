@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 import torch
 import whole_runs
-from composer.core import Callback
 from ranks import needs_fsdp, run_ranks
+from resumed_runs import assert_same_training, last_state, quiet, train_until
 
 from training import session
 from training.checkpoints.weights import read_network_weights
-from training.engines import composer
 from training.engines.parallel import check_parallelism
 from training.judging.evaluation import Question, evaluate
 from training.optimizers import switching
@@ -58,42 +57,18 @@ def small_recipe(tmp_path: Path, cache_dir: Path) -> Any:
     return make
 
 
-def quiet(text: str) -> None:
-    """In place of print."""
-
-
-class _Stop(Exception):
-    pass
-
-
-class _StopAt(Callback):
-    def batch_end(self, state: Any, logger: Any) -> None:
-        if state.timestamp.batch.value == 30:  # in the second epoch
-            raise _Stop
-
-
-def last_state(run_dir: Path) -> dict[str, Any]:
-    return torch.load(run_dir / "checkpoints" / "latest.pt", weights_only=False)["state"]
-
-
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("kind", RUNS)
 def test_a_run_resumed_in_mid_epoch_ends_alike_and_is_exported_as_it_was_evaluated(
-    small_recipe: Any, kind: str, monkeypatch: pytest.MonkeyPatch
+    small_recipe: Any, kind: str
 ) -> None:
     whole = small_recipe(*RUNS[kind], "run_name=whole")
     expected = session.train(whole, say=quiet)
-    build = composer.build_callbacks
-    with monkeypatch.context() as patch:
-        patch.setattr(composer, "build_callbacks", lambda *given: [*build(*given), _StopAt()])
-        with pytest.raises(_Stop):
-            session.train(small_recipe(*RUNS[kind], "run_name=cut"), say=quiet)
+    train_until(30, small_recipe(*RUNS[kind], "run_name=cut"))  # in the second epoch
     torch.manual_seed(1234)
     cut = small_recipe(*RUNS[kind], "run_name=cut", "load=latest")
     resumed = session.train(cut, say=quiet)
-    one, other = last_state(whole.run_dir), last_state(cut.run_dir)
-    for part in ("model", "optimizers"):
-        assert_equal(one[part], other[part])
+    assert_same_training(whole.run_dir, cut.run_dir)
     assert resumed.history.steps == expected.history.steps
     trained = load_trained(whole.run_dir / "checkpoints" / "latest.pt")
     assert trained.averaged
@@ -104,18 +79,6 @@ def test_a_run_resumed_in_mid_epoch_ends_alike_and_is_exported_as_it_was_evaluat
     assert measured["loss"] == pytest.approx(last["eval_loss"], rel=1e-5)
 
 
-def assert_equal(one: Any, other: Any) -> None:
-    if isinstance(one, dict):
-        assert one.keys() == other.keys()
-        for key in one:
-            assert_equal(one[key], other[key])
-    elif isinstance(one, (list, tuple)):
-        for mine, theirs in zip(one, other, strict=True):
-            assert_equal(mine, theirs)
-    else:
-        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
-
-
 @pytest.mark.timeout(60)
 def test_evaluations_change_nothing_of_the_training(small_recipe: Any) -> None:
     histories, states = [], []
@@ -124,7 +87,7 @@ def test_evaluations_change_nothing_of_the_training(small_recipe: Any) -> None:
         histories.append(session.train(recipe, say=quiet).history)
         states.append(last_state(recipe.run_dir))
     assert histories[0].steps == histories[1].steps
-    assert_equal(states[0]["model"], states[1]["model"])
+    torch.testing.assert_close(states[0]["model"], states[1]["model"], rtol=0, atol=0)
     assert states[0]["callbacks"]["EvaluateAverages"]["statistics"]
 
 
@@ -225,4 +188,4 @@ def test_two_ranks_train_as_one_process_does(tmp_path: Path) -> None:
                 torch.testing.assert_close(found[name], tensor, rtol=0, atol=2e-5, msg=f"{kind} {strategy} {name}")
             if strategy != "ddp":
                 resumed, _ = read_network_weights(tmp_path / f"{kind}_{strategy}_resumed" / "checkpoints" / "latest.pt")
-                assert_equal(resumed, found)
+                torch.testing.assert_close(resumed, found, rtol=0, atol=0)

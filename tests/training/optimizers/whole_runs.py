@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
-from composer.core import Callback
+from resumed_runs import quiet, train_until
 
 from training import session
-from training.engines import composer
 from training.recipe import Recipe, load_recipe
 
 SMALL = """
@@ -37,29 +35,19 @@ STRATEGIES = {
 STOP_AT_STEP = 16
 
 
-class _Stop(Exception):
-    pass
-
-
-class _StopAfterCheckpoint(Callback):
-    def batch_checkpoint(self, state: Any, logger: Any) -> None:
-        if state.timestamp.batch.value == STOP_AT_STEP:
-            raise _Stop
-
-
 def train(folder: Path, name: str) -> None:
     """One epoch of each optimizer, named after the optimizer and `name`."""
     for kind in OPTIMIZERS:
-        session.train(recipe_of(folder, kind, name, f"{kind}_{name}"), say=_quiet)
+        session.train(recipe_of(folder, kind, name, f"{kind}_{name}"), say=quiet)
 
 
 def train_and_resume(folder: Path, name: str) -> None:
     """The same, in runs that end right after a checkpoint in mid-epoch and go on from it with other random numbers."""
     for kind in OPTIMIZERS:
         settings = (folder, kind, name, f"{kind}_{name}_resumed", f"checkpoints.every_steps={STOP_AT_STEP}")
-        _train_until_stopped(recipe_of(*settings))
+        train_until(STOP_AT_STEP, recipe_of(*settings), event="batch_checkpoint")
         torch.manual_seed(1234)
-        session.train(recipe_of(*settings, "load=latest"), say=_quiet)
+        session.train(recipe_of(*settings, "load=latest"), say=quiet)
 
 
 def recipe_of(folder: Path, kind: str, name: str, run_name: str, *overrides: str) -> Recipe:
@@ -69,22 +57,6 @@ def recipe_of(folder: Path, kind: str, name: str, run_name: str, *overrides: str
         file.write_text(f"run_name: {kind}\n{SMALL}\n{OPTIMIZERS[kind]}\n")
     places = [f"results_dir={folder}", f"data.cache_dir={folder / 'cache'}", f"run_name={run_name}"]
     return load_recipe(file, [*places, "parallelism.sync_batchnorm=true", *STRATEGIES[name], *overrides])
-
-
-def _train_until_stopped(recipe: Recipe) -> None:
-    build = composer.build_callbacks
-    composer.build_callbacks = lambda *given, **named: [*build(*given, **named), _StopAfterCheckpoint()]
-    try:
-        session.train(recipe, say=_quiet)
-        raise AssertionError("was not stopped")
-    except _Stop:
-        pass
-    finally:
-        composer.build_callbacks = build
-
-
-def _quiet(text: str) -> None:
-    pass
 
 
 if __name__ == "__main__":
