@@ -31,7 +31,7 @@ from PIL import Image
 from benchmarks.measuring import hardware, progress, versions
 from benchmarks.time_to_accuracy import HELD_OUT_SHARE, RECIPE, run
 from data.sources import digits
-from training.plan import without_algorithms
+from training.planning import without_algorithms
 from training.recipe import Recipe, load_recipe
 
 KINDS = ("random", "alternating", "none")

@@ -40,7 +40,7 @@ from benchmarks.measuring import columns, hardware, progress, versions
 from benchmarks.photos import find_photos
 from data.sources import digits
 from training.facts import data_facts
-from training.plan import without_algorithms
+from training.planning import without_algorithms
 from training.recipe import Recipe, load_recipe
 from training.session import train
 

@@ -25,7 +25,7 @@ HOLE = "…"
 
 # Group -> the modules whose messages belong there; where several fit, the longest prefix counts.
 GROUPS = {
-    "Recipe": ("training/recipe", "training/plan", "training/optimizers", "training/facts", "training/network"),
+    "Recipe": ("training/recipe", "training/planning", "training/optimizers", "training/facts", "training/network"),
     "Data": ("data",),
     "Loaders": ("data/loading", "data/decoding", "data/prefetch"),
     "Engines": ("training/engines", "training/build"),

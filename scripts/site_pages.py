@@ -156,7 +156,8 @@ _OF_MODELS = (
 )  # fmt: skip
 _OF_TRAINING = (
     "training.recipe.recipe.load_recipe", "training.recipe.recipe.Recipe", "training.recipe.schema.RecipeError",
-    "training.plan.plan_run", "training.plan.Plan", "training.plan.Epoch", "training.plan_text.plan_text",
+    "training.planning.make.plan_run", "training.planning.plan.Plan", "training.planning.plan.Epoch",
+    "training.planning.text.plan_text",
     "training.session.train", "training.session.compare", "training.session.Result",
     "training.trained.load_trained", "training.trained.Trained", "training.judging.evaluation.evaluate",
     "training.results.report.page.write_report", "training.exporting.export_run.export_run",

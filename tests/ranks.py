@@ -19,7 +19,7 @@ import pytest
 from torch import distributed
 from torch._C._distributed_c10d import HashStore
 
-from training.engines import ranks as forked
+from training.engines.ranks import forked
 from training.engines.torch_trials import fsdp2_runs_on_cpu
 
 needs_fsdp = pytest.mark.skipif(not fsdp2_runs_on_cpu(), reason="this torch runs FSDP2 on GPUs alone")

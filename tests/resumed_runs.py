@@ -12,7 +12,8 @@ import torch
 from composer.core import Callback
 
 from training import session
-from training.engines import composer, deepspeed
+from training.engines import composer
+from training.engines.deepspeed import run as deepspeed
 from training.recipe import Recipe
 
 

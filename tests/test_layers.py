@@ -34,10 +34,9 @@ WINGS = {
         "facts network",
         "arrangement",
         "trained",
-        "teachers selecting",
-        "plan",
-        "graphs",
-        "plan_text build callbacks",
+        "teachers",
+        "planning",
+        "build callbacks",
         "judging",
         "exporting",
         "export demo",
@@ -120,9 +119,9 @@ def test_no_wing_imports_a_higher_one(path: Path) -> None:
 
 def test_the_checks_see_an_import_that_is_not_allowed(tmp_path: Path) -> None:
     module = tmp_path / "module.py"
-    module.write_text("def late():\n    from training.plan import Plan\n    import data.loading.order as order\n")
+    module.write_text("def late():\n    from training.planning import Plan\n    import data.loading.order as order\n")
     assert imported_packages(module) == {"training": 2, "data": 3}
-    assert arrows_up(module, "training.recipe.late") == {"training.plan.Plan": 2}
+    assert arrows_up(module, "training.recipe.late") == {"training.planning.Plan": 2}
     assert arrows_up(module, "data.beton.late") == {"data.loading.order": 3}
     assert arrows_up(module, "training.engines.late") == arrows_up(module, "data.build") == {}
 

@@ -45,8 +45,8 @@ def _ablate(options: argparse.Namespace) -> int:
     from training.ablation.output import format_table, write_results
     from training.ablation.variants import COST, EPOCHS, variants_of
     from training.ablation.verdict import rows
-    from training.engines.start import start_distributed
-    from training.plan import choose_place
+    from training.engines.ranks.start import start_distributed
+    from training.planning import choose_place
 
     started = time.monotonic()
     recipe = _recipe(options)

@@ -17,7 +17,7 @@ from models.sync_batchnorm import synchronize_batchnorm
 from training.arrangement import SCHEDULE
 from training.network import make_network
 from training.optimizers import build_optimizer
-from training.plan import Plan, teacher_of
+from training.planning import Plan, teacher_of
 from training.recipe import users_mistake
 from training.teachers import for_images_of
 

@@ -13,7 +13,7 @@ from training.checkpoints.remote.store import Store
 from training.checkpoints.remote.uploads import Uploads
 from training.checkpoints.saving import Checkpoints
 from training.guards.finite import FiniteGuard
-from training.plan import Plan
+from training.planning import Plan
 from training.recipe import Recipe
 from training.results.meter import Work, device_peak_flops
 from training.results.progress import ProgressBar

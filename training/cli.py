@@ -87,7 +87,7 @@ def _run(options: argparse.Namespace) -> int:
             from training.without_compiler import leave_out_compiler
 
             leave_out_compiler()
-            from training.plan_text import plan_text
+            from training.planning.text import plan_text
 
             _say(plan_text(recipe))
             return 0
@@ -256,7 +256,7 @@ def _lost_worker(text: str) -> int:
 
 def _lost_rank(error: RuntimeError) -> int:
     """Say that another rank is gone, if that is what `error` means; each machine says it for itself, at once."""
-    from training.engines.peers import describe_lost_rank
+    from training.engines.ranks.peers import describe_lost_rank
 
     text = describe_lost_rank(error)
     if text is None:

@@ -19,10 +19,10 @@ from training.build import build_loaders, build_test_loader
 from training.checkpoints.choosing import choose_checkpoint
 from training.engines.composer import evaluate_composer, train_composer
 from training.engines.memory import describe_out_of_memory, forget, is_out_of_memory, largest_batch
-from training.engines.peers import PeerWatch
-from training.engines.start import start_distributed
+from training.engines.ranks.peers import PeerWatch
+from training.engines.ranks.start import start_distributed
 from training.guards.run_lock import FolderTaken, RunLock
-from training.plan import Plan, choose_place, plan_run, without_algorithms
+from training.planning import Plan, choose_place, plan_run, without_algorithms
 from training.recipe import Recipe, RecipeError, flat_keys, users_mistake
 from training.results.comparison import format_comparison, write_comparison
 from training.results.figures import plot_curves
@@ -126,8 +126,8 @@ def _carry_out(plan: Plan, say: Callable[[str], None]) -> Result:
         _write_about(plan, loaders[0])
     engine, judge = train_composer, evaluate_composer
     if plan.recipe.parallelism.strategy == "deepspeed":
-        from training.engines.deepspeed import evaluate_deepspeed as judge
-        from training.engines.deepspeed import train_deepspeed as engine
+        from training.engines.deepspeed.run import evaluate_deepspeed as judge
+        from training.engines.deepspeed.run import train_deepspeed as engine
     try:
         history, seconds = engine(plan, loaders, load_path=load_path, say=say)
     except (RuntimeError, MemoryError) as error:

@@ -13,7 +13,7 @@ from ranks import run_ranks
 
 from training.engines import composer as engine
 from training.engines.parallel import check_parallelism
-from training.plan import Place
+from training.planning import Place
 from training.recipe import RecipeError, load_recipe
 
 ROOT = Path(__file__).parents[2]

@@ -24,7 +24,7 @@ import torch
 import yaml
 from blocks import PAGES, ROOT, Block, blocks, commands, mapping, variables
 
-from training.plan_text import plan_text
+from training.planning.text import plan_text
 from training.recipe import Recipe, load_recipe
 from training.recipe.listing import listing
 

@@ -222,7 +222,7 @@ class Fault:
 
         callbacks.build_callbacks = composer.build_callbacks = with_fault
         if any(one.startswith("parallelism.strategy=deepspeed") for one in sys.argv):
-            from training.engines import deepspeed
+            from training.engines.deepspeed import run as deepspeed
 
             deepspeed.build_callbacks = with_fault
 

@@ -15,7 +15,7 @@ import pytest
 from hosts import Hosts, needs_root
 from ranks import needs_fsdp, run_ranks, start_ranks
 
-from training.engines.ranks import free_port
+from training.engines.ranks.forked import free_port
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = "tests/faults/faulty_run.py"

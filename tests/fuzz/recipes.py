@@ -15,7 +15,7 @@ from bounds import arguments, limited_seconds, run
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.plan_text import plan_text
+from training.planning.text import plan_text
 from training.recipe import RecipeError, flat_keys, load_recipe
 from training.without_compiler import leave_out_compiler
 

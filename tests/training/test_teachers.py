@@ -15,8 +15,8 @@ from data import normalize
 from training import session
 from training.arrangement import network_as_trained
 from training.build import build_algorithms
-from training.plan import plan_run, without_algorithms
-from training.plan_text import format_plan
+from training.planning import plan_run, without_algorithms
+from training.planning.text import format_plan
 from training.recipe import RecipeError
 from training.teachers import find_teacher, for_images_of
 from training.trained import Preprocessing, load_trained, write_about

@@ -14,7 +14,7 @@ from data.sources import digits
 from models.weights import load_weights
 from training import cli, session
 from training.build import build_network
-from training.plan import plan_run
+from training.planning import plan_run
 from training.recipe import Recipe, RecipeError
 from training.results.text import format_summary
 from training.session import train

@@ -17,8 +17,8 @@ from data import digits, write_beton
 from data.sources import ArraySource, labels_of
 from training import session
 from training.facts import class_weights, data_facts
-from training.plan import Place, make_plan, plan_run
-from training.plan_text import format_plan
+from training.planning import Place, make_plan, plan_run
+from training.planning.text import format_plan
 from training.recipe import RecipeError, load_recipe
 
 ROOT = Path(__file__).parents[2]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from training.plan import Plan, plan_run
+from training.planning import Plan, plan_run
 from training.recipe import Recipe, RecipeError, recipe_from
 
 EPOCHS, COST = "epochs", "cost"  # what the variants have in common

@@ -31,8 +31,8 @@ from typing import Any
 import torch
 
 from training.engines.memory import FLOAT32_BYTES, PARTS, expected_bytes, state_bytes_per_parameter
-from training.engines.ranks import local_ranks
-from training.plan import per_device_batch_size
+from training.engines.ranks.forked import local_ranks
+from training.planning import per_device_batch_size
 from training.recipe import Recipe, RecipeError, load_recipe
 from training.results.summary import write_json
 
@@ -232,7 +232,7 @@ def _run(
 
 def _measure(folder: Path) -> int:
     # Here, since only the ranks need Composer; where ranks are forked, it is imported already.
-    from training.engines.preload import probe
+    from training.engines.ranks.preload import probe
 
     return probe.main([str(folder / "given.json"), str(folder / f"{os.environ['RANK']}.json")])
 

@@ -27,8 +27,8 @@ from algos.fixres import FixRes, briefly_frozen, hold_frozen_statistics
 from algos.framework.base import precision_context
 from algos.framework.randomness import microbatch_draws
 from algos.patch_dropout import keeping_patches
-from training.graphs import Graph, graphs_of, images_of_evaluation, shapes_of_selection
-from training.plan import Plan
+from training.planning import Plan
+from training.planning.graphs import Graph, graphs_of, images_of_evaluation, shapes_of_selection
 from training.recipe.compiling import CUDA_GRAPH_MODES
 
 log = logging.getLogger(__name__)

@@ -23,7 +23,7 @@ from training.engines.parallel import LikeDDP, fsdp_config
 from training.engines.trainer import StepTrainer
 from training.optimizers.schedule_free import ScheduleFree
 from training.optimizers.switching import EvaluateAverages
-from training.plan import Plan
+from training.planning import Plan
 from training.results.history import History
 from training.results.recorder import Recorder
 

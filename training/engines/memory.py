@@ -23,7 +23,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from training.optimizers import build_optimizer
-from training.plan import Plan
+from training.planning import Plan
 
 PARTS = ("parameters", "gradients", "optimizer_state")  # activations have no formula here
 FLOAT32_BYTES = 4

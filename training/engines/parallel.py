@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from models.sharding import sharding_units
-from training.engines.deepspeed_settings import check_deepspeed
+from training.engines.deepspeed.settings import check_deepspeed
 from training.engines.torch_trials import fsdp2_runs_on_cpu, gloo_averages, reduce_scatter_sums
 from training.optimizers import SCHEDULE_FREE
-from training.plan import Place
+from training.planning import Place
 from training.recipe import FSDP, Recipe, RecipeError
 
 # Composer's own algorithms that fail under FSDP2 -> equivalents that work.

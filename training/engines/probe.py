@@ -28,8 +28,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from training.build import build_loaders
 from training.engines.composer import build_trainer
-from training.engines.start import start_distributed
-from training.plan import choose_place, plan_run
+from training.engines.ranks.start import start_distributed
+from training.planning import choose_place, plan_run
 from training.recipe import Recipe, recipe_from
 
 _WARM_UP_STEPS = 2
@@ -108,7 +108,7 @@ def probe(recipe: Recipe, *, steps: int) -> dict[str, Any]:
     callback = Probe(steps=steps)
     try:
         if recipe.parallelism.strategy == "deepspeed":
-            from training.engines.deepspeed import DeepSpeedRun
+            from training.engines.deepspeed.run import DeepSpeedRun
 
             run = DeepSpeedRun(plan, loaders, callbacks=[callback])
             callback.zero = run.engine.optimizer

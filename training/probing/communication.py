@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from training.engines.ranks import local_ranks
+from training.engines.ranks.forked import local_ranks
 from training.loopback import join_ranks
 
 _BUCKET_BYTES = 25_000_000  # DDP's

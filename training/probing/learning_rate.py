@@ -29,10 +29,10 @@ from training.build import build_loaders
 from training.callbacks import build_callbacks
 from training.checkpoints.saving import Checkpoints
 from training.engines.composer import build_trainer
-from training.engines.start import start_distributed
+from training.engines.ranks.start import start_distributed
 from training.facts import data_facts
 from training.guards.finite import FiniteGuard
-from training.plan import Plan, choose_place, make_plan
+from training.planning import Plan, choose_place, make_plan
 from training.probing.measure import Enough, measured_recipe
 from training.recipe import Recipe, RecipeError
 from training.results.recorder import Recorder

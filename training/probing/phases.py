@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from training.plan import Epoch, Plan
+from training.planning import Epoch, Plan
 
 _LARGEST_WINDOW = 16
 

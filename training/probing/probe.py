@@ -14,7 +14,7 @@ import yaml
 
 from data.whole_files import replace_file
 from training.facts import data_facts
-from training.plan import Plan, choose_place, make_plan
+from training.planning import Plan, choose_place, make_plan
 from training.probing.communication import all_reduce_seconds
 from training.probing.machines import Machine, Prices, machines_with, read_prices
 from training.probing.measure import Measured, measure

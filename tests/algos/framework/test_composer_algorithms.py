@@ -11,7 +11,7 @@ from algos.framework.base import Contract, Event
 from algos.framework.composer_algorithms import _KNOWN, find, refuse_doubles
 from algos.framework.ordering import arrange
 from training.build import build_algorithms
-from training.plan import plan_run
+from training.planning import plan_run
 from training.recipe import RecipeError, load_recipe
 
 DIGITS = "yamls/digits_medium.yaml"

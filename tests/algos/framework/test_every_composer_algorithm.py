@@ -11,7 +11,7 @@ from resumed_runs import last_state, quiet
 
 from algos.framework.composer_algorithms import _KNOWN
 from training import session
-from training.plan_text import plan_text
+from training.planning.text import plan_text
 from training.recipe import Recipe, RecipeError, load_recipe
 
 DIGITS = Path(__file__).parents[3] / "yamls" / "digits_medium.yaml"

@@ -16,7 +16,7 @@ from training import ablate
 from training.ablation import carry_out
 from training.ablation.variants import COST, EPOCHS, plan_variant, stretched, variants_of
 from training.ablation.verdict import difference, pareto_front, recommended, rows, spread
-from training.plan import plan_run
+from training.planning import plan_run
 from training.recipe import load_recipe
 
 ROOT = Path(__file__).parents[3]

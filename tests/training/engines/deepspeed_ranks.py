@@ -16,7 +16,7 @@ from fsdp_ranks import recipe_of
 from resumed_runs import train, train_until
 
 from training import session
-from training.engines import deepspeed
+from training.engines.deepspeed import run as deepspeed
 from training.recipe import Recipe
 
 # A ViT under AdamW with gradients clipped, and a ResNet under SGD with Nesterov's momentum and gradients as they are.

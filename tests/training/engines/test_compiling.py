@@ -15,9 +15,9 @@ from ranks import run_python, run_ranks
 from resumed_runs import assert_same_training, last_state
 
 from training.engines.compiling import keep_kernels
-from training.graphs import graphs_of
-from training.plan import Place, plan_run
-from training.plan_text import plan_text
+from training.planning import Place, plan_run
+from training.planning.graphs import graphs_of
+from training.planning.text import plan_text
 
 HERE = Path(__file__).parent
 RUNS = HERE / "compiled_runs.py"

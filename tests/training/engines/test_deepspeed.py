@@ -35,9 +35,9 @@ from training.checkpoints.export import main as export
 from training.checkpoints.weights import read_network_weights
 from training.checkpoints.zero import is_zero, load_zero, read_zero_weights
 from training.engines.composer import build_trainer
-from training.engines.deepspeed_settings import deepspeed_config
+from training.engines.deepspeed.settings import deepspeed_config
 from training.engines.parallel import check_parallelism
-from training.plan import Place, plan_run
+from training.planning import Place, plan_run
 from training.recipe import Recipe, RecipeError
 
 pytest.importorskip("deepspeed")

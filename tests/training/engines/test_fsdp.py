@@ -19,7 +19,7 @@ from training.engines import parallel
 from training.engines.composer import build_trainer
 from training.engines.parallel import check_parallelism
 from training.engines.torch_trials import fsdp2_runs_on_cpu, gloo_averages
-from training.plan import Place, plan_run
+from training.planning import Place, plan_run
 from training.recipe import RecipeError
 
 SCRIPT = str(Path(__file__).with_name("fsdp_ranks.py"))

@@ -14,14 +14,14 @@ import psutil
 import pytest
 import torch
 
-from training.engines.ranks import local_ranks
+from training.engines.ranks.forked import local_ranks
 
 ROOT = Path(__file__).parents[3]
 STARTS = """
 import os, sys
 from pathlib import Path
 import test_local_ranks as tests
-from training.engines.ranks import local_ranks
+from training.engines.ranks.forked import local_ranks
 folder = Path(sys.argv[1])
 with local_ranks(tests.wait, folder, outputs=[folder / "0", folder / "1"], environment=os.environ) as ranks:
     ranks[0].join()

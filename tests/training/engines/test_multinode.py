@@ -11,7 +11,7 @@ import pytest
 from hosts import Hosts, ip, needs_root
 from ranks import run_ranks
 
-from training.engines.peers import Silence, describe_lost_rank
+from training.engines.ranks.peers import Silence, describe_lost_rank
 
 SHORT = ["-f", "yamls/digits_medium.yaml", "algorithms=null", "schedule.warmup_epochs=0", "parallelism.strategy=ddp"]
 

@@ -17,8 +17,8 @@ from training.checkpoints.weights import read_network_weights
 from training.engines.parallel import check_parallelism
 from training.judging.evaluation import Question, evaluate
 from training.optimizers import switching
-from training.plan import Place, plan_run
-from training.plan_text import plan_text
+from training.planning import Place, plan_run
+from training.planning.text import plan_text
 from training.recipe import Recipe, RecipeError, load_recipe
 from training.trained import load_trained
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from training.cli import main
-from training.plan import Place, plan_run
+from training.planning import Place, plan_run
 from training.probing.communication import all_reduce_seconds
 from training.probing.measure import covered, extrapolated, one_rank
 from training.probing.phases import phases_of

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from training import plan as planning
-from training.plan import choose_place
+from training.planning import choose_place
+from training.planning import place as planning
 from training.recipe import RecipeError, load_recipe
 from training.recipe.compiling import Compile
 

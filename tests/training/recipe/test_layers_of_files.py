@@ -10,7 +10,7 @@ import yaml
 
 from training.cli import main
 from training.facts import planned_facts
-from training.plan import Place, make_plan
+from training.planning import Place, make_plan
 from training.recipe import RecipeError, load_recipe
 from training.recipe.layers import blamed_file, lay_over
 from training.recipe.listing import listing, profile_files, recipe_files

@@ -16,8 +16,8 @@ from algos.learning_rate import LearningRate
 from algos.progressive_resizing import ProgressiveResizing
 from training.build import build_algorithms
 from training.facts import planned_facts
-from training.plan import Place, make_plan
-from training.plan_text import plan_text
+from training.planning import Place, make_plan
+from training.planning.text import plan_text
 from training.recipe import Recipe, RecipeError, load_recipe
 from training.session import train
 

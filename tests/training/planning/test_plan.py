@@ -10,9 +10,9 @@ import pytest
 
 from models.registry import find
 from models.summary import count_forward_macs, count_parameters
-from training.graphs import graphs_of
-from training.plan import Place, plan_run, without_algorithms
-from training.plan_text import format_plan
+from training.planning import Place, plan_run, without_algorithms
+from training.planning.graphs import graphs_of
+from training.planning.text import format_plan
 from training.recipe import RecipeError
 from training.session import train
 

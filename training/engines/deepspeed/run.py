@@ -30,11 +30,11 @@ from training.build import build_algorithms, build_data_specs, build_model, buil
 from training.callbacks import build_callbacks, is_complete
 from training.checkpoints.reading import reading
 from training.checkpoints.zero import load_zero, save_zero
-from training.engines.deepspeed_frozen import put_frozen_apart
-from training.engines.deepspeed_passes import Passes
-from training.engines.deepspeed_settings import deepspeed_config, zero_stage
+from training.engines.deepspeed.frozen import put_frozen_apart
+from training.engines.deepspeed.passes import Passes
+from training.engines.deepspeed.settings import deepspeed_config, zero_stage
 from training.engines.parallel import LikeDDP
-from training.plan import Plan
+from training.planning import Plan
 from training.recipe import Recipe
 from training.results.history import History
 from training.results.recorder import Recorder

@@ -22,7 +22,7 @@ from torch import distributed
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.distributed_c10d import PrefixStore
 
-from training.engines.neighbors import Neighbors
+from training.engines.ranks.neighbors import Neighbors
 
 _BEAT_SECONDS = 2.0
 _LOOK_SECONDS = 0.5

@@ -10,9 +10,9 @@ from algos.selective_backprop import count_kept
 from models.summary import count_forward_macs
 from training import session
 from training.arrangement import network_as_trained
-from training.graphs import graphs_of
-from training.plan import Place, plan_run, without_algorithms
-from training.plan_text import format_plan
+from training.planning import Place, plan_run, without_algorithms
+from training.planning.graphs import graphs_of
+from training.planning.text import format_plan
 from training.probing.phases import phases_of
 
 # 1438 images in steps of 92: 15 full ones and one of 58, on two ranks 29 each.
@@ -94,7 +94,7 @@ def test_a_network_that_cannot_take_the_scaled_images_is_refused(short_recipe: A
 def test_compiled_ahead_there_are_the_planned_graphs(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from pathlib import Path
 
-    monkeypatch.syspath_prepend(str(Path(__file__).parent / "engines"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "engines"))
     from compiled_runs import train_noting_graphs
     from test_compiling import assert_same_training
 

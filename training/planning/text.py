@@ -11,9 +11,11 @@ from pathlib import Path
 from models.summary import summarize
 from training.arrangement import network_as_trained, without_weights
 from training.facts import planned_facts
-from training.graphs import graphs_of
 from training.optimizers import other_peak_learning_rate
-from training.plan import Epoch, Place, Plan, Steps, choose_place, make_plan, without_algorithms
+from training.planning.graphs import graphs_of
+from training.planning.make import make_plan, without_algorithms
+from training.planning.place import Place, choose_place
+from training.planning.plan import Epoch, Plan, Steps
 from training.recipe import Recipe, RecipeError
 
 _WEIGHT_FILES = (".bin", ".pt", ".pth", ".safetensors")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from algos.selective_backprop import count_kept
-from training.plan import Epoch, Plan
+from training.planning.plan import Epoch, Plan
 
 
 @dataclass(frozen=True)

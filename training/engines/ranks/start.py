@@ -11,7 +11,7 @@ from torch import distributed
 
 from training.engines.parallel import check_parallelism
 from training.loopback import join_ranks
-from training.plan import Place
+from training.planning import Place
 from training.recipe import Recipe
 
 _DIST_TIMEOUT_SECONDS = 600.0

@@ -39,7 +39,7 @@ def local_ranks(
     also_import: modules that the ranks share if this is the first call in this process, beside Composer.
     """
     context: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
-    context.set_forkserver_preload(["training.engines.preload", *also_import])
+    context.set_forkserver_preload(["training.engines.ranks.preload", *also_import])
     common = {
         **environment, "WORLD_SIZE": str(len(outputs)), "LOCAL_WORLD_SIZE": str(len(outputs)), "NODE_RANK": "0",
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),

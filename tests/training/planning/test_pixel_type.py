@@ -9,9 +9,10 @@ import torch
 
 from models import registry
 from training.build import build_data_specs
-from training.plan import _CONVOLVE_FIRST, Place, plan_run
+from training.planning import Place, plan_run
+from training.planning.plan import _CONVOLVE_FIRST
 
-# px; the models that compute with pixels before a convolution are not listed in training/plan.py
+# px; the models that compute with pixels before a convolution are not listed in training/planning/plan.py
 SIZES = {"alexnet": 67, "alexnet_torchvision": 63, "alexnetish": 24, "resnet20": 8, "resnet_digits": 8, "vit_digits": 8}
 PLAIN = (
     "blurpool={}",
