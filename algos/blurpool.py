@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .blur import Pair, binomial_kernel, check_filter, convolve, pair, to_channels_last
+from .blurring.blur import Pair, binomial_kernel, check_filter, convolve, pair, to_channels_last
 from .framework.base import Contract, Event, Logger, Resource, SpeedUp, State
 
 

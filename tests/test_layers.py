@@ -22,7 +22,7 @@ MODULES = [path for layer in MAY_IMPORT for path in sorted((ROOT / layer).rglob(
 
 # In each layer, its wings and its single modules from low to high: one may import those of the lines before its own.
 WINGS = {
-    "algos": ["framework"],  # then the algorithms, of which learning_rate and blur serve others
+    "algos": ["framework", "blurring resizing"],  # then the algorithms, of which learning_rate serves others
     "data": ["draws prefetch whole_files", "sources decoding", "beton", "loading", "build", "convert inspect"],
     "training": [
         "composer_shim late loopback optimizers without_compiler",

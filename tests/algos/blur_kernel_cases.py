@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from algos import blur, blur_kernel
+from algos.blurring import blur, blur_kernel
 
 FORMATS = (torch.contiguous_format, torch.channels_last)
 TAPS = [(taps, taps) for taps in range(2, 8)] + [(3, 1), (1, 4), (5, 2)]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from algos import blur_kernel
+from algos.blurring import blur_kernel
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 CPU = torch.device("cpu")

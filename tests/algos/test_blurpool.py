@@ -19,8 +19,8 @@ from torch.nn.utils import parametrizations, parametrize
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from algos import BlurPool as PublicBlurPool
-from algos.blur import _Axis, _reflect_channels_last, binomial_kernel, blur, convolve
 from algos.blurpool import BlurPool, _Blurred, apply_blurpool
+from algos.blurring.blur import _Axis, _reflect_channels_last, binomial_kernel, blur, convolve
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from algos.framework.protocols import CropSwitchingLoader, ResizableLoader
 from algos.learning_rate import LearningRate
 from algos.progressive_resizing import ProgressiveResizing, Stage, ramp_stages, resize_images, stage_at
-from algos.sampled_sizes import SampledSizes
+from algos.resizing.sampled_sizes import SampledSizes
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from algos.sampled_sizes import SampledSizes, size_probabilities
+from algos.resizing.sampled_sizes import SampledSizes, size_probabilities
 
 SIZES = (128, 160, 192, 224)
 BATCHES = (96, 64, 48, 32)

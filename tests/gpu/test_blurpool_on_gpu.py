@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from algos import blur_kernel
-from algos.blur import binomial_kernel, convolve
+from algos.blurring import blur_kernel
+from algos.blurring.blur import binomial_kernel, convolve
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(120)]
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .framework.randomness import generator_at
+from ..framework.randomness import generator_at
 
 Shape = tuple[int, int]  # image size in px, images per device
 

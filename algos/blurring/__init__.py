@@ -1,0 +1,1 @@
+"""The blur of BlurPool: its filters, derivatives and GPU kernel."""

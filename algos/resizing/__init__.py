@@ -1,0 +1,1 @@
+"""What progressive resizing takes its sizes from: stages of epochs, or a draw for each step."""
