@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .torchvision_models import build_torchvision
+from .libraries.torchvision_models import build_torchvision
 from .weights import finish
 
 _IMAGENET_PIXEL_STD = 57.6  # of ImageNet's 0 to 255 pixels, mean of the three channels

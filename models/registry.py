@@ -18,7 +18,11 @@ _MODELS: dict[str, tuple[str, str]] = {
     **{name: (".vit", name) for name in ("vit_b16", "vit_digits")},
 }
 # prefix -> module whose `find` takes what follows the prefix.
-_LIBRARIES = {"torchvision.": ".torchvision_models", "timm.": ".timm_models", "hf.": ".hugging_face"}
+_LIBRARIES = {
+    "torchvision.": ".libraries.torchvision_models",
+    "timm.": ".libraries.timm_models",
+    "hf.": ".libraries.hugging_face",
+}
 
 
 def names() -> list[str]:

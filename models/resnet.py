@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .torchvision_models import build_torchvision
+from .libraries.torchvision_models import build_torchvision
 from .weights import finish
 
 _MOST_CHANNELS, _MOST_BLOCKS = 2048, 512  # beyond them no machine holds the weights

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .checkpointing import checkpoint_blocks
-from .hugging_face import find_file
+from .libraries.hugging_face import find_file
 from .weights import StateDict, copy_weights, interpolate_positions, read_weights
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from models.pretrained import PREFIXES, find_published
+from models.libraries.published import PREFIXES, find_published
 from training.arrangement import network_as_trained, without_weights
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from models.hugging_face import HuggingFaceClassifier
+from models.libraries.hugging_face import HuggingFaceClassifier
 from training.exporting.preprocessing import unit_scale
 from training.exporting.rebuild import State, as_timm, computes_the_same, is_vit, library_name, vit_config, weights_of
 from training.exporting.samples import Samples

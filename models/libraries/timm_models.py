@@ -8,7 +8,7 @@ from collections.abc import Callable
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .weights import load_weights
+from ..weights import load_weights
 
 
 def find(name: str) -> Callable[..., nn.Module]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from .weights import finish
+from ..weights import finish
 
 # In training these return tuples with auxiliary logits unless disabled.
 _WITHOUT_AUXILIARY = {"googlenet": {"aux_logits": False, "init_weights": True}}
