@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .attention import SelfAttention
 from .summary import copy_on_meta
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight")
+_ATTENTIONS = (nn.MultiheadAttention, SelfAttention)  # read their layers' weights without calling them
+_OF_ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight")
 
 
 def hidden_matrices(network: nn.Module, *, image_size: int, num_images: int = 2) -> list[str]:
@@ -33,7 +35,7 @@ def hidden_matrices(network: nn.Module, *, image_size: int, num_images: int = 2)
     shadow = copy_on_meta(network)
     modules = dict(shadow.named_modules())
     for name, module in modules.items():
-        if isinstance(module, (*_LAYERS, nn.MultiheadAttention)):
+        if isinstance(module, (*_LAYERS, *_ATTENTIONS)):
             module.register_forward_hook(partial(_note_call, calls, name))
     with torch.no_grad():
         shadow(torch.empty(num_images, 3, image_size, image_size, device="meta"))
@@ -62,8 +64,8 @@ def _ends(calls: list[str], modules: dict[str, nn.Module]) -> set[str]:
 
 
 def _weights(name: str, module: nn.Module) -> list[str]:
-    if isinstance(module, nn.MultiheadAttention):  # reads its layers' weights without calling them
-        return [f"{name}.{one}" for one in _ATTENTION]
+    if isinstance(module, _ATTENTIONS):
+        return [f"{name}.{one}" for one in _OF_ATTENTION]
     grouped = getattr(module, "groups", 1) > 1
     return [] if grouped else [f"{name}.weight"]
 

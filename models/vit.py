@@ -1,7 +1,7 @@
 """Vision Transformers (Dosovitskiy 2021, arXiv 2010.11929) that take images of any size.
 
 Blocks and parameter names are torchvision's, so its weights load unchanged, and code for its blocks (stochastic depth,
-gradient checkpointing) works here.
+gradient checkpointing) works here. Attention is computed with fewer copies (`models.attention`).
 
 Shapes: N images, S px per side, P px per patch, T = 1 + (S / P)² tokens, D features.
 """
@@ -13,10 +13,13 @@ import re
 from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision.models.vision_transformer import EncoderBlock
 
+from .attention import SelfAttention
 from .checkpointing import checkpoint_blocks
 from .libraries.hugging_face import find_file
 from .weights import StateDict, copy_weights, interpolate_positions, read_weights
@@ -46,9 +49,7 @@ class VisionTransformer(nn.Module):
         self.patch_size = patch_size
         self.conv_proj = nn.Conv2d(3, hidden_dim, patch_size, stride=patch_size)
         self.class_token = nn.Parameter(torch.zeros(1, 1, hidden_dim))
-        from torchvision.models.vision_transformer import EncoderBlock
-
-        blocks = (EncoderBlock(num_heads, hidden_dim, mlp_dim, dropout, attention_dropout) for _ in range(num_layers))
+        blocks = (Block(num_heads, hidden_dim, mlp_dim, dropout, attention_dropout) for _ in range(num_layers))
         self.encoder = Encoder(blocks, num_tokens=1 + (image_size // patch_size) ** 2, dim=hidden_dim, dropout=dropout)
         self.heads = nn.Sequential(OrderedDict(head=nn.Linear(hidden_dim, num_classes)))
         _initialize(self)
@@ -63,6 +64,19 @@ class VisionTransformer(nn.Module):
         patches = self.conv_proj(images).flatten(2).transpose(1, 2)  # [N, T - 1, D]
         tokens = torch.cat([self.class_token.expand(images.shape[0], -1, -1), patches], dim=1)
         return self.heads(self.encoder(tokens, (rows, columns))[:, 0])
+
+
+class Block(EncoderBlock):
+    """torchvision's block of tokens [N, T, D], with an attention of its own."""
+
+    def __init__(self, *sizes: Any) -> None:
+        super().__init__(*sizes)
+        torchs: Any = self.self_attention
+        self.self_attention = SelfAttention(torchs)
+
+    def forward(self, input: Tensor) -> Tensor:
+        tokens = input + self.dropout(self.self_attention(self.ln_1(input)))
+        return tokens + self.mlp(self.ln_2(tokens))
 
 
 class Encoder(nn.Module):

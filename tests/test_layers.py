@@ -24,7 +24,7 @@ MODULES = [path for layer in MAY_IMPORT for path in sorted((ROOT / layer).rglob(
 WINGS = {
     "algos": ["framework", "blurring resizing"],  # then the algorithms, of which learning_rate serves others
     "models": [
-        "checkpointing data_only losses sharding summary sync_batchnorm",
+        "attention checkpointing data_only losses sharding summary sync_batchnorm",
         "classifier roles weights",
         "libraries",
         "alexnet resnet vit",

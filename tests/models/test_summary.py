@@ -63,7 +63,7 @@ def test_every_parameter_and_mac_is_in_one_leaf(name) -> None:
     leaves = [layer for layer in layers if layer.name not in parents]
     assert sum(layer.parameters for layer in leaves) == layers[0].parameters
     # Attention's products belong to the module that holds its projections, not to those.
-    counted = [layer for layer in layers if layer.macs and layer.kind in ("Conv2d", "Linear", "MultiheadAttention")]
+    counted = [layer for layer in layers if layer.macs and layer.kind in ("Conv2d", "Linear", "SelfAttention")]
     assert sum(layer.macs or 0 for layer in counted) == layers[0].macs
 
 

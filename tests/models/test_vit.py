@@ -41,13 +41,14 @@ def tiny_hugging_face(image_size: int = 32, **settings) -> transformers.ViTForIm
 @torch.no_grad()
 def test_vit_b16_equals_torchvisions() -> None:
     torch.manual_seed(0)
-    theirs, ours = randomized(torchvision.models.vit_b_16(num_classes=100)), vit_b16(num_classes=100).eval()
+    theirs = randomized(torchvision.models.vit_b_16(num_classes=100)).double()
+    ours = vit_b16(num_classes=100).double().eval()
     ours.load_state_dict(theirs.state_dict())
     assert count_parameters(vit_b16(num_classes=1000)) == 86_567_656
-    images = torch.randn(1, 3, 224, 224)
+    images = torch.randn(1, 3, 224, 224, dtype=torch.float64)
     expected = theirs(images)
     assert expected.std() > 0.1
-    torch.testing.assert_close(ours(images), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours(images), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_vit_b16_starts_as_torchvisions() -> None:
