@@ -62,7 +62,7 @@ def measure_steps(options: argparse.Namespace) -> int:
     torch.set_num_threads(1)
     keep_freed_memory()
     build = partial(merging, options.model)
-    variants = {"torch's blocks": registry.find(options.model)(num_classes=NUM_CLASSES)}
+    variants = {"the network as it is": registry.find(options.model)(num_classes=NUM_CLASSES)}
     for r in options.merged:
         keep = equal_keep_rate(build(), r)
         variants[f"merging {r}"] = build(merged=r)

@@ -82,7 +82,7 @@ def test_patch_dropout_gets_as_many_multiply_adds(r: int) -> None:
 def test_steps_are_measured_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["steps", "--merged", "8", "--rounds", "1"]) == 0
     rows = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()]
-    assert rows == ["variant", "torch's blocks", "merging 8", "keeping 73.4% of patches"]
+    assert rows == ["variant", "the network as it is", "merging 8", "keeping 73.4% of patches"]
 
 
 @pytest.mark.slow
