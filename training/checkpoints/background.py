@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -98,6 +99,10 @@ def _one_thread() -> Iterator[None]:
 def _filled(buffer: Tensor | None, value: Tensor) -> Tensor:
     if buffer is None or (buffer.shape, buffer.stride(), buffer.dtype) != (value.shape, value.stride(), value.dtype):
         buffer = _memory_for(value)
+    # Only memory without gaps has the strides of `_memory_for`'s. The C library writes past the caches, torch does not.
+    if value.device.type == "cpu" and value.stride() == buffer.stride() and not value.is_conj():
+        ctypes.memmove(buffer.data_ptr(), value.data_ptr(), value.numel() * value.element_size())
+        return buffer
     return buffer.copy_(value, non_blocking=value.is_cuda)
 
 
@@ -106,7 +111,7 @@ def _memory_for(value: Tensor) -> Tensor:
     if value.is_cuda:
         return torch.empty_like(value, device="cpu", pin_memory=True)  # which a GPU writes to twice as fast
     memory = torch.empty_like(value, device="cpu")
-    if memory.stride() != value.stride():
+    if memory.stride() != value.stride() or not value.numel():
         return memory
     # numpy asks for huge pages, torch does not; without them the copy takes an eighth longer.
     numbers = torch.from_numpy(np.empty(value.numel() * value.element_size(), np.uint8)).view(value.dtype)

@@ -40,6 +40,35 @@ def test_a_copy_is_equal_and_nobody_elses() -> None:
     assert torch.equal(again["model"]["part"], weight[:, 1])
 
 
+_NUMBERS = torch.arange(60.0)
+LAYOUTS = {
+    "whole": _NUMBERS,
+    "transposed": _NUMBERS.view(6, 10).t(),
+    "with gaps": _NUMBERS[::2],
+    "columns": _NUMBERS.view(6, 10)[:, 2:5],
+    "a column": _NUMBERS.view(6, 10)[:, 3:4],
+    "a row": _NUMBERS.view(6, 10)[2:3],
+    "expanded": _NUMBERS[3].expand(4, 5),
+    "overlapping": _NUMBERS.as_strided((5, 5), (1, 1)),
+    "half": _NUMBERS.bfloat16(),
+    "bits": _NUMBERS > 30,
+    "a number": _NUMBERS[7],
+    "conjugated": torch.complex(_NUMBERS, -_NUMBERS).conj(),
+    "negated": torch.complex(_NUMBERS, _NUMBERS).conj().imag,
+    "nothing": _NUMBERS[:0],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_layout_is_copied(layout: str) -> None:
+    value, copies = LAYOUTS[layout], Copies()
+    for _ in range(2):  # into new memory, and into that of the copy before
+        copy = copies.of([value])[0]
+        assert (copy.shape, copy.dtype) == (value.shape, value.dtype)
+        assert torch.equal(copy, value)
+        assert not value.numel() or copy.data_ptr() != value.data_ptr()
+
+
 def test_a_part_of_a_sharded_tensor_stays_one() -> None:
     with one_rank():
         mesh = init_device_mesh("cpu", (1,))
