@@ -1,8 +1,8 @@
 """The memory a step takes, the memory available, and what to change when it does not suffice.
 
-A step on b images per rank takes   weights + gradients + optimizer state + c + b a   bytes: the first three by the
-engine's formula (`expected_bytes`), a and c measured on a few images (`step_bytes`). A measured c includes gradients,
-which are counted once.
+A step on b images per rank takes   weights + gradients + optimizer state + copies + c + b a   bytes: the first three by
+the engine's formula (`expected_bytes`), the copies by another (`copied_bytes`), a and c measured on a few images
+(`step_bytes`). A measured c includes gradients, which are counted once.
 """
 
 from __future__ import annotations
@@ -51,6 +51,18 @@ def expected_bytes(engine: str, *, num_parameters: int, state_bytes: float, rank
     return {
         part: size / (ranks if is_sharded else 1) for part, size, is_sharded in zip(PARTS, whole, sharded, strict=True)
     }
+
+
+def copied_bytes(plan: Plan, *, parameters: float, optimizer_state: float) -> float:
+    """Bytes per rank of what is held beside a step, given those of the rank's weights and of their optimizer state.
+
+    A copy of the weights each for SAM and EMA, all of a teacher's, and on a CPU what a checkpoint is written from.
+    """
+    copies = sum(one.name.removeprefix("composer.") in ("ema", "sam") for one in plan.algorithms)
+    held = copies * parameters + FLOAT32_BYTES * plan.teacher_parameters
+    if plan.place.device == "cpu" and plan.recipe.checkpoints.asynchronous:
+        held += parameters + optimizer_state
+    return held
 
 
 def state_bytes_per_parameter(optimizer: Mapping[str, Any]) -> float:
@@ -115,7 +127,9 @@ def largest_batch(plan: Plan, network: nn.Module) -> tuple[int, float, float]:
     constant += fixed["gradients"] - gradients  # measured unsharded, but sharded in the run
     if engine == "ddp":
         constant += gradients  # DDP's buckets
-    room = _USABLE_SHARE * available - fixed["parameters"] - fixed["optimizer_state"] - constant
+    held = fixed["parameters"] + fixed["optimizer_state"]
+    held += copied_bytes(plan, parameters=fixed["parameters"], optimizer_state=fixed["optimizer_state"])
+    room = _USABLE_SHARE * available - held - constant
     return max(0, math.floor(room / per_image)), per_image, available
 
 

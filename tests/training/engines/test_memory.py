@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import re
 import signal
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,8 @@ from ranks import run_python
 from torch import nn
 
 from models.resnet import resnet_digits
-from training.engines.memory import forget, free_bytes, is_out_of_memory, step_bytes
+from training.engines.memory import copied_bytes, forget, free_bytes, is_out_of_memory, step_bytes
+from training.planning import Place, plan_run
 
 ROOT = Path(__file__).parents[3]
 # Beyond what the process has after its imports; much, beside the address space that threads and libraries reserve.
@@ -131,3 +134,18 @@ def test_what_is_no_lack_of_memory() -> None:
     with pytest.raises(RuntimeError) as refused:
         torch.empty(2**50)
     assert is_out_of_memory(refused.value)
+
+
+def test_copies_of_the_weights_are_counted(short_recipe: Any) -> None:
+    def copied(*overrides: str, device: str = "gpu") -> float:
+        plan = plan_run(short_recipe("algorithms=null", *overrides), Place(device))
+        return copied_bytes(plan, parameters=100, optimizer_state=70)
+
+    both = ("algorithms.sam={}", "algorithms.ema={half_life_steps: 5}")
+    assert copied() == 0
+    assert copied(*both) == 200
+    assert copied("algorithms.composer.ema={half_life: 5ba}") == 100
+    assert copied(*both, device="cpu") == 370
+    assert copied(*both, "checkpoints.asynchronous=false", device="cpu") == 200
+    plan = replace(plan_run(short_recipe("algorithms=null"), Place("gpu")), teacher_parameters=10)
+    assert copied_bytes(plan, parameters=100, optimizer_state=70) == 40
