@@ -82,12 +82,20 @@ def test_a_run_under_way_is_read_by_other_commands(runs: Any, tmp_path: Path) ->
 
 @pytest.mark.exhaustive
 def test_two_conversions_into_one_file(tmp_path: Path) -> None:
-    """Both are held when they have written everything, so that they certainly meet."""
+    """The first is held when it has written everything, so that they certainly meet: the other is refused."""
     path, whole = tmp_path / "digits.beton", tmp_path / "whole.beton"
     assert run_python("-m", "data.convert", "digits", str(whole), "--split", "train", timeout=100).returncode == 0
     script = [sys.executable, "tests/faults/faulty_run.py", f"name={path}:1:pause=3", "-m", "data.convert"]
-    both = [subprocess.Popen([*script, "digits", str(path), "--split", "train"], cwd=ROOT) for _ in range(2)]
-    assert [one.wait(timeout=200) for one in both] == [0, 0]
+    both = [
+        subprocess.Popen(
+            [*script, "digits", str(path), "--split", "train"], cwd=ROOT, stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    said = [one.communicate(timeout=200)[1] for one in both]
+    assert sorted(one.returncode for one in both) == [0, 2]
+    (refused,) = (text for one, text in zip(both, said, strict=True) if one.returncode)
+    assert f"error: {path} is being written by another process: wait for its end, or stop it (process " in refused
     assert path.read_bytes() == whole.read_bytes()
     assert {one.name for one in tmp_path.iterdir() if one.name.startswith("digits")} == {path.name, f"{path.name}.json"}
 
