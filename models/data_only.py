@@ -56,17 +56,30 @@ def data_only(*allowed: Any) -> Iterator[None]:
         os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
-def named_by(error: pickle.UnpicklingError, path: str | os.PathLike[str]) -> str:
-    """What the file at `path` names that was refused with `error`, like posix.system, or what else torch said."""
+def named_by(error: pickle.UnpicklingError, path: str | os.PathLike[str]) -> str | None:
+    """What the file at `path` names that was refused with `error`, like posix.system; None if it names nothing."""
     told = re.search(r"GLOBAL (\S+)", str(error))
-    name = told[1] if told else _first_unknown_name(Path(path))
-    return name or " ".join(str(error).split())[:200]
+    return told[1] if told else _first_unknown_name(Path(path))
+
+
+def reason_of(error: pickle.UnpicklingError) -> str:
+    """Why torch refused what names nothing, like "Unsupported operand 149", without its advice."""
+    told = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
+    return " ".join((told[1] if told else str(error)).split())[:200]
+
+
+def is_archive(path: str | os.PathLike[str]) -> bool:
+    """Whether the file is a ZIP archive, as torch.save writes; a damaged one is none."""
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # for one that says to be a part of several
+        return False
 
 
 def _first_unknown_name(path: Path) -> str | None:
     """For pickles of protocols that torch's unpickler does not read, and so does not name anything of."""
     try:
-        if zipfile.is_zipfile(path):
+        if is_archive(path):
             with zipfile.ZipFile(path) as archive:
                 entry = next(name for name in archive.namelist() if name.endswith("data.pkl"))
                 with archive.open(entry) as file:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .checkpointing import checkpoint_blocks
-from .data_only import data_only, named_by
+from .data_only import data_only, named_by, reason_of
 
 log = logging.getLogger(__name__)
 
@@ -171,8 +171,9 @@ def _read_file(path: Path, trust: bool) -> Any:
     except ModuleNotFoundError:
         raise ValueError(f"reading {path} needs safetensors: pip install 'brisk-vision[hf]'") from None
     except pickle.UnpicklingError as error:
+        what = named_by(error, path) or reason_of(error)
         raise ValueError(
-            f"{path} holds more than tensors ({named_by(error, path)}), which only an unpickler that runs a stranger's "
+            f"{path} holds more than tensors ({what}), which only an unpickler that runs a stranger's "
             "code could read; save the state dict alone: torch.save(model.state_dict(), path)"
         ) from None
     except Exception as error:  # torch and safetensors raise many kinds of errors for truncated or foreign files

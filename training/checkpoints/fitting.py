@@ -5,7 +5,6 @@ Composer 0.32.1 warns of an optimizer whose state is not there and trains on wit
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from composer.core import Callback, State
 from composer.loggers import Logger
 
+from models.data_only import is_archive
 from training.recipe import RecipeError
 
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.")
@@ -28,7 +28,7 @@ class RefuseAnother(Callback):
     def before_load(self, state: State, logger: Logger) -> None:
         """Raises RecipeError unless every weight is there, none is over, and the optimizer's state is there too."""
         # What the file says; the tensors' values stay on disk.
-        saved: Any = torch.load(self._path, map_location="cpu", mmap=zipfile.is_zipfile(self._path), weights_only=False)
+        saved: Any = torch.load(self._path, map_location="cpu", mmap=is_archive(self._path), weights_only=False)
         reason = self._difference(saved.get("state") if isinstance(saved, dict) else None, state)
         if reason is not None:
             raise RecipeError(

@@ -8,14 +8,13 @@ from __future__ import annotations
 import os
 import pickle
 import warnings
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from models.data_only import data_only, named_by
+from models.data_only import data_only, is_archive, named_by, reason_of
 from training.checkpoints.sharded import DataOnlyReader, is_sharded
 from training.checkpoints.sums import find_damage
 from training.checkpoints.zero import classes_in_zero, is_zero
@@ -42,15 +41,16 @@ def check_checkpoint(checkpoint: str | os.PathLike[str], *, shared: bool = False
                 if file.name == ".metadata":
                     DataOnlyReader(path).read_metadata()
                 else:
-                    torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+                    torch.load(file, map_location="cpu", weights_only=True, mmap=is_archive(file))
         except pickle.UnpicklingError as error:
             if not _is_whole(file):
                 raise _unreadable(file, error) from None
+            name = named_by(error, file)
+            what = f"names {name}, which could run code" if name else f"cannot be read as data ({reason_of(error)})"
             raise RecipeError(
                 "load",
-                f"is {path}, and {file.name} names {named_by(error, file)}, which could run code; nothing was run. "
-                "Give a checkpoint of a run of this project. trust_checkpoint=true reads this one all the same, "
-                "and runs whatever it says",
+                f"is {path}, and {file.name} {what}; nothing was run. Give a checkpoint of a run of this project. "
+                "trust_checkpoint=true reads this one all the same, and runs whatever it says",
             ) from None
         except Exception as error:  # torch raises many kinds of errors for truncated files
             raise _unreadable(file, error) from None
@@ -86,7 +86,7 @@ def _pickles(path: Path) -> list[Path]:
 
 def _is_whole(file: Path) -> bool:
     """Whether this may be a file of torch.save: a pickle that ends as one, or an archive."""
-    if zipfile.is_zipfile(file):
+    if is_archive(file):
         return True
     content = file.read_bytes()
     return content[:1] in (b"\x80", b"(", b"c", b"}", b"]") and content.endswith(b".")

@@ -15,6 +15,8 @@ from pathlib import Path
 from composer.utils import dist
 from torch.distributed import ProcessGroup
 
+from models.data_only import is_archive
+
 _SUMS = "sums-rank{rank}.json"
 _MOST_CHARACTERS = 200  # of a file's name within the folder
 _BLOCK_BYTES = 1 << 20
@@ -59,7 +61,7 @@ def find_damage(checkpoint: Path, *, shared: bool = False) -> str | None:
 def _damage_of_archive(file: Path) -> str | None:
     if not file.stat().st_size:
         return "it is empty"
-    if not zipfile.is_zipfile(file):
+    if not is_archive(file):
         return None  # cut off, or of another format, which whoever reads it will find
     try:
         with zipfile.ZipFile(file) as archive:

@@ -15,11 +15,11 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from models.data_only import data_only
-from models.weights import load_weights
+from models.weights import load_weights, read_weights
 from training import cli, session
 from training.checkpoints.export import export_checkpoint
 from training.checkpoints.export import main as export
-from training.checkpoints.reading import check_checkpoint, reading
+from training.checkpoints.reading import DamagedCheckpoint, check_checkpoint, reading
 from training.recipe import RecipeError
 
 STATE = {"step": 3, "weight": torch.ones(2)}
@@ -76,6 +76,28 @@ def test_a_file_that_runs_a_command_is_refused_by_its_name(tmp_path: Path, trace
         check_checkpoint(hostile(tmp_path / "latest.pt", trace, how=how))
     assert "\n" not in str(refused.value)
     assert not trace.exists()
+
+
+def test_a_pickle_that_names_nothing_is_refused_for_what_it_has(tmp_path: Path) -> None:
+    torch.save({"seen": {1, 2}}, tmp_path / "latest.pt", pickle_protocol=4)  # which torch's reader of data lacks
+    with pytest.raises(RecipeError, match=r"latest\.pt cannot be read as data \(Unsupported operand 149\); nothing"):
+        check_checkpoint(tmp_path / "latest.pt")
+    with pytest.raises(ValueError, match=r"holds more than tensors \(Unsupported operand 149\), which"):
+        read_weights(str(tmp_path / "latest.pt"))
+
+
+def test_an_archive_that_says_to_be_a_part_of_several_is_damaged(tmp_path: Path) -> None:
+    """Python's zipfile raises where it is asked whether this is an archive."""
+    file = tmp_path / "latest.pt"
+    torch.save(STATE, file)
+    content = bytearray(file.read_bytes())
+    locator = content.rindex(b"PK\x06\x07")  # of the end of a ZIP64's directory
+    content[locator + 16] = 2  # disks in all
+    file.write_bytes(content)
+    with pytest.raises(DamagedCheckpoint, match=r"which is no whole checkpoint \(.*multidisk"):
+        check_checkpoint(file)
+    with pytest.raises(ValueError, match="cannot be read as weights"):
+        read_weights(str(file))
 
 
 @pytest.mark.parametrize("kind", FOLDERS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -11,6 +10,7 @@ from typing import TypeVar
 import torch
 from composer.utils import dist
 
+from models.data_only import is_archive
 from training.checkpoints.names import (
     BEST,
     LATEST,
@@ -204,5 +204,5 @@ def step_of(checkpoint: Path) -> int:
     """The step at which a checkpoint was written, which was found to hold data only."""
     file = checkpoint / "state.pt" if checkpoint.is_dir() else checkpoint
     with reading(checkpoint):
-        saved = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        saved = torch.load(file, map_location="cpu", weights_only=True, mmap=is_archive(file))
     return int(saved["state"]["timestamp"]["Timestamp"]["batch"])
