@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+_Move = tuple[Tensor, Tensor]  # target, source
 _UNCHANGING = (bool, bytes, float, int, str, type(None))
 
 
@@ -56,6 +57,7 @@ class Copies:
 
     def __init__(self) -> None:
         self._buffers: dict[Any, Tensor] = {}
+        self._moves: list[_Move] = []
 
     @torch.no_grad()
     def of(self, value: Any) -> Any:
@@ -63,6 +65,8 @@ class Copies:
         before, self._buffers = self._buffers, {}
         with _one_thread():
             copied = self._copy(value, (), {}, before)
+        _move_all(self._moves)
+        self._moves.clear()
         if torch.cuda.is_initialized():
             torch.cuda.current_stream().synchronize()  # a copy from a GPU to pinned memory does not wait for its end
         return copied
@@ -74,7 +78,7 @@ class Copies:
         if isinstance(value, Tensor):
             key = (value.data_ptr(), value.shape, value.stride(), value.dtype)
             if key not in seen or not value.numel():
-                seen[key] = self._buffers[path] = _filled(before.get(path), value)
+                seen[key] = self._buffers[path] = self._filled(before.get(path), value)
             return seen[key]
         if isinstance(value, dict):
             copies = ((key, self._copy(item, (*path, key), seen, before)) for key, item in value.items())
@@ -82,6 +86,20 @@ class Copies:
         if type(value) in (list, tuple):
             return type(value)(self._copy(item, (*path, i), seen, before) for i, item in enumerate(value))
         return value if type(value) in _UNCHANGING else deepcopy(value)
+
+    def _filled(self, buffer: Tensor | None, value: Tensor) -> Tensor:
+        """`value` in memory of ours, that of `buffer` if it fits; on a CPU once `_moves` are done."""
+        if buffer is None or (buffer.shape, buffer.stride(), buffer.dtype) != (
+            value.shape,
+            value.stride(),
+            value.dtype,
+        ):
+            buffer = _memory_for(value)
+        # Only memory without gaps has the strides of `_memory_for`'s.
+        if value.device.type == "cpu" and value.stride() == buffer.stride() and not value.is_conj():
+            self._moves.append((buffer, value))
+            return buffer
+        return buffer.copy_(value, non_blocking=value.is_cuda)
 
 
 @contextmanager
@@ -96,14 +114,23 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _filled(buffer: Tensor | None, value: Tensor) -> Tensor:
-    if buffer is None or (buffer.shape, buffer.stride(), buffer.dtype) != (value.shape, value.stride(), value.dtype):
-        buffer = _memory_for(value)
-    # Only memory without gaps has the strides of `_memory_for`'s. The C library writes past the caches, torch does not.
-    if value.device.type == "cpu" and value.stride() == buffer.stride() and not value.is_conj():
-        ctypes.memmove(buffer.data_ptr(), value.data_ptr(), value.numel() * value.element_size())
-        return buffer
-    return buffer.copy_(value, non_blocking=value.is_cuda)
+def _move_all(moves: Sequence[_Move]) -> None:
+    """Copy each source into its target, on this thread and another one, without waiting for each other in between.
+
+    By the C library, which leaves the caches to others and is a quarter faster than torch's copies.
+    """
+    left = deque(sorted(moves, key=lambda move: move[1].nbytes))
+
+    def work() -> None:
+        with suppress(IndexError):
+            while True:
+                target, source = left.pop()  # the largest
+                ctypes.memmove(target.data_ptr(), source.data_ptr(), source.nbytes)
+
+    other = threading.Thread(target=work, name="copy")
+    other.start()
+    work()
+    other.join()
 
 
 def _memory_for(value: Tensor) -> Tensor:
