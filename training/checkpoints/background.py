@@ -89,11 +89,7 @@ class Copies:
 
     def _filled(self, buffer: Tensor | None, value: Tensor) -> Tensor:
         """`value` in memory of ours, that of `buffer` if it fits; on a CPU once `_moves` are done."""
-        if buffer is None or (buffer.shape, buffer.stride(), buffer.dtype) != (
-            value.shape,
-            value.stride(),
-            value.dtype,
-        ):
+        if buffer is None or _form(buffer) != _form(value):
             buffer = _memory_for(value)
         # Only memory without gaps has the strides of `_memory_for`'s.
         if value.device.type == "cpu" and value.stride() == buffer.stride() and not value.is_conj():
@@ -131,6 +127,10 @@ def _move_all(moves: Sequence[_Move]) -> None:
     other.start()
     work()
     other.join()
+
+
+def _form(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _memory_for(value: Tensor) -> Tensor:
